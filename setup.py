@@ -1,4 +1,4 @@
-"""Installation, read from settings.ini (the file that nbdev reads too)."""
+"""Installation. Everything is read from settings.ini, which nbdev reads too."""
 from configparser import ConfigParser
 from pathlib import Path
 
@@ -7,24 +7,28 @@ from setuptools import find_packages, setup
 here = Path(__file__).parent
 parser = ConfigParser(delimiters=["="], interpolation=None)
 parser.read(here / "settings.ini", encoding="utf-8")
-cfg = parser["DEFAULT"]
+settings = parser["DEFAULT"]
+readme = here / "README.md"
 
 setup(
-    name=cfg["lib_name"],
-    version=cfg["version"],
-    description=cfg["description"],
-    long_description=(here / "README.md").read_text(encoding="utf-8") if (here / "README.md").exists() else "",
+    name=settings["lib_name"],
+    version=settings["version"],
+    description=settings["description"],
+    long_description=readme.read_text(encoding="utf-8") if readme.exists() else "",
     long_description_content_type="text/markdown",
-    author=cfg["author"],
+    author=settings["author"],
     license="Apache-2.0",
-    keywords=cfg["keywords"],
+    license_files=["LICENSE"],
+    keywords=settings["keywords"].split(),
+    python_requires=">=" + settings["min_python"],
+    install_requires=settings["requirements"].split(),
+    extras_require={"dev": settings["dev_requirements"].split()},
     packages=find_packages(include=["causal_story", "causal_story.*"]),
-    package_data={"causal_story": ["miniature/**/*", "miniature/*"]},
-    include_package_data=True,
-    python_requires=">=" + cfg["min_python"],
-    install_requires=cfg["requirements"].split(),
-    extras_require={"dev": cfg["dev_requirements"].split()},
-    entry_points={"console_scripts": cfg["console_scripts"].split("\n"),
-                  "nbdev": [f"{cfg['lib_path']}={cfg['lib_path']}._modidx:d"]},
+    package_data={"causal_story": ["miniature/**/*"]},
+    include_package_data=False,
+    entry_points={
+        "console_scripts": settings["console_scripts"].split("\n"),
+        "nbdev": [f"{settings['lib_path']}={settings['lib_path']}._modidx:d"],
+    },
     zip_safe=False,
 )

@@ -1,0 +1,45 @@
+"""What every test gets: no network, repeatable hypothesis runs, and a table of notebook times at the end."""
+import os
+import socket
+from pathlib import Path
+
+import pytest
+from hypothesis import settings
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
+os.environ["MPLBACKEND"] = "Agg"
+
+settings.register_profile("repeatable", deadline=None, derandomize=True, database=None)
+settings.load_profile("repeatable")
+
+connect = socket.socket.connect
+
+
+def connect_locally(self, address):
+    "Refuse every connection that leaves this computer: nothing here may need the network."
+    if self.family in (socket.AF_INET, socket.AF_INET6) and address[0] not in ("127.0.0.1", "::1", "localhost"):
+        raise OSError(f"a test tried to reach the network: {address}")
+    return connect(self, address)
+
+
+socket.socket.connect = connect_locally
+
+
+@pytest.fixture(scope="session")
+def root()->Path:
+    "The folder that holds settings.ini."
+    return Path(__file__).resolve().parent.parent
+
+
+def pytest_terminal_summary(terminalreporter):
+    "Print how long each notebook took."
+    reports = [report for outcome in ("passed", "failed") for report in terminalreporter.stats.get(outcome, [])]
+    times = {name: seconds for report in reports if getattr(report, "when", "") == "call"
+             for name, seconds in report.user_properties if name.endswith(".ipynb")}
+    if not times:
+        return
+    terminalreporter.section("notebook times")
+    for name, seconds in sorted(times.items()):
+        slow = "   over a minute" if seconds > 60 else ""
+        terminalreporter.write_line(f"{seconds:6.1f} s  {name}{slow}")
