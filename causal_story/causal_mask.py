@@ -107,6 +107,8 @@ def relevance_bias(
 
     n is the number of blocks the frame sees; equal relevance r = 1/n shifts nothing."""
     if relevance.ndim != 3: raise ValueError(f"relevance has shape {tuple(relevance.shape)}; expected (B, V, F)")
+    if frame_mask.shape not in (relevance.shape, relevance.shape[1:]):
+        raise ValueError(f"frame_mask has shape {tuple(frame_mask.shape)}; expected (V, F) or (B, V, F) as in relevance {tuple(relevance.shape)}")
     visible = frame_mask.to(relevance.device).expand_as(relevance)
     scaled = visible.sum(-1, keepdim=True) * relevance.float()  # n r
     shift = torch.where(visible, scaled, 1.).clamp(min=smallest).log()
