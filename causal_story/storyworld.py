@@ -96,7 +96,7 @@ class Pen:
 
     def _line(self, points, width, fill):
         self.draw.line(points, fill=fill, width=max(1, round(width)), joint="curve")
-        r = width / 2 - .5
+        r = max(0, width / 2 - .5)
         for x, y in (points[0], points[-1]): self.draw.ellipse((x - r, y - r, x + r, y + r), fill=fill)
 
 # %% ../nbs/00_storyworld.ipynb #36aea8b7
