@@ -116,11 +116,11 @@ def _check_rows(tokenizer, model):
 
 def _grow_embedding(model:nn.Module, n_rows:int):
     "Grow the word embedding to `n_rows`; new rows are the mean of the old ones."
-    old = model.get_input_embeddings().weight
-    if n_rows == old.shape[0]: return
-    mean = old.detach().mean(0)
-    model.resize_token_embeddings(n_rows)
-    with torch.no_grad(): model.get_input_embeddings().weight[len(old):] = mean
+    old = model.get_input_embeddings().weight.detach()
+    n_old, mean = len(old), old.mean(0)
+    if n_rows == n_old: return
+    model.resize_token_embeddings(n_rows, mean_resizing=False)
+    with torch.no_grad(): model.get_input_embeddings().weight[n_old:] = mean
 
 # %% ../nbs/02_encoders.ipynb #b934f306
 def tiny_text_encoder(
@@ -281,9 +281,9 @@ class HistoryEncoder(ModelMixin, ConfigMixin):
         "The word embedding of the text side."
         return self.text.get_input_embeddings()
 
-    def resize_token_embeddings(self, n_rows:int):
-        "Give the word embedding `n_rows` rows and write that into the configuration."
-        self.text.resize_token_embeddings(n_rows, mean_resizing=False)
+    def resize_token_embeddings(self, n_rows:int, mean_resizing:bool=False):
+        "Give the word embedding `n_rows` rows, as transformers models do, and write that into the configuration."
+        self.text.resize_token_embeddings(n_rows, mean_resizing=mean_resizing)
         self.register_to_config(text_config=self.text.config.to_diff_dict())
 
 # %% ../nbs/02_encoders.ipynb #276bc212
