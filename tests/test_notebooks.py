@@ -17,9 +17,10 @@ ROOT = Path(__file__).resolve().parent.parent
 TIME_LIMIT = 600  # seconds until a notebook counts as hung; it should take less than 60 on two cores
 CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 AT_ONCE = max(1, min(4, CORES))  # a notebook may take a few GB of memory
-NBDEV_TEST = [sys.executable, "-c", "from nbdev.test import nbdev_test; nbdev_test()"]
+NBDEV_TEST = [sys.executable, "-c", "import sys; from nbdev.test import nbdev_test; nbdev_test(sys.argv[1], do_print=True)"]
 NOTEBOOKS = sorted(path for path in (ROOT / "nbs").rglob("*.ipynb")
                    if not any(part[0] in "._" for part in path.relative_to(ROOT).parts))
+running = set()  # processes, so that an interrupted test run can end them
 
 
 def run_notebook(path:Path, # notebook to run
@@ -29,15 +30,18 @@ def run_notebook(path:Path, # notebook to run
                                 "PYTHONIOENCODING": "utf-8"}
     environment.pop("MPLBACKEND", None)
     start = time.perf_counter()
-    with subprocess.Popen([*NBDEV_TEST, "--path", str(path)], cwd=ROOT, env=environment, start_new_session=True,
+    with subprocess.Popen([*NBDEV_TEST, str(path)], cwd=ROOT, env=environment, start_new_session=True,
                           stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
                           text=True, encoding="utf-8", errors="replace") as process:
+        running.add(process)
         try:
             said, _ = process.communicate(timeout=TIME_LIMIT)
         except subprocess.TimeoutExpired:
             stop(process)
             said = process.communicate()[0] + f"\nstopped after {TIME_LIMIT} s"
-    passed = process.returncode == 0 and "Success." in said
+        running.discard(process)
+    started = [line for line in said.splitlines() if line.startswith("Starting ")]
+    passed = process.returncode == 0 and "Success." in said and started == [f"Starting {path}"]
     return passed, said, time.perf_counter() - start
 
 
@@ -56,7 +60,10 @@ def runs(request):
               if getattr(item, "originalname", None) == "test_notebook"]
     pool = ThreadPoolExecutor(AT_ONCE)
     yield {path: pool.submit(run_notebook, path) for path in chosen}
-    pool.shutdown(cancel_futures=True)
+    pool.shutdown(wait=False, cancel_futures=True)
+    for process in list(running):
+        stop(process)
+    pool.shutdown()
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=[path.stem for path in NOTEBOOKS])

@@ -149,13 +149,12 @@ def test_notebook_was_run(path):
 
 @each_notebook
 def test_notebook_explains_itself(path):
-    cells = read_cells(path)
-    prose = sum(cell["cell_type"] == "markdown" for cell in cells)
-    code = code_cells(path)
-    assert 2 * prose >= len(code), f"{prose} prose cells for {len(code)} code cells: at least one to two"
+    prose = sum(cell["cell_type"] == "markdown" for cell in read_cells(path))
     lengths = [sum(bool(line.strip()) for line in "".join(cell["source"]).splitlines() if not line.startswith("#|"))
-               for cell in code]
-    assert statistics.median(lengths or [0]) <= 8, "the median code cell should have about 6 lines"
+               for cell in code_cells(path)]
+    code, median = len(lengths), statistics.median(lengths or [0])
+    assert 2 * prose >= code, f"{prose} prose cells for {code} code cells: at least one to two"
+    assert median <= 8, f"the median code cell has {median} lines; about 6 are enough"
 
 
 def test_notebook_numbers_are_unique():
