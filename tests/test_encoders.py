@@ -361,9 +361,9 @@ def test_assembly_equals_ar_ldm(task, V, seed):
 def test_context_layer_starts_as_ar_ldm_and_moves_when_trained(task):
     s, context = story(task), StoryContext(8, context_layers=2, heads=2)
     mask = token_mask(frame_mask("full", 3, task), s["caption_mask"], s["history_mask"])
-    plain = context.assemble(s["captions"], s["histories"])
+    plain = context(s["captions"], s["histories"], context_layer=False)
     torch.testing.assert_close(context(s["captions"], s["histories"], mask), plain, rtol=0, atol=0)
-    moved = awake(context)(s["captions"], s["histories"], mask) - context.assemble(s["captions"], s["histories"])
+    moved = awake(context)(s["captions"], s["histories"], mask) - context(s["captions"], s["histories"], context_layer=False)
     assert (moved[mask].abs().sum(-1) > 0).all() and (moved[~mask] == 0).all()
 
 
@@ -386,7 +386,7 @@ def independent_layers(context, tokens, mask, distance):
 def test_context_layer_equals_attention_over_visible_tokens(task, policy, window):
     s, context = story(task), awake(StoryContext(8, context_layers=2, heads=2))
     mask = token_mask(frame_mask(policy, 3, task, window), s["caption_mask"], s["history_mask"], s["dropped"])
-    got, plain = context(s["captions"], s["histories"], mask), context.assemble(s["captions"], s["histories"])
+    got, plain = context(s["captions"], s["histories"], mask), context(s["captions"], s["histories"], context_layer=False)
     for b in range(2):
         for i in range(3):
             now = i + (task == "continuation")
