@@ -204,7 +204,7 @@ def resize_image_positions(
 # %% ../nbs/02_encoders.ipynb #08bffc0a
 _BLIP_TEXT_PARTS = ("text_encoder", "text_model", "text_decoder")
 
-# %% ../nbs/02_encoders.ipynb #a4bf99e0
+# %% ../nbs/02_encoders.ipynb #d4357c96
 def _load_blip(source) -> nn.Module:
     "The transformers BLIP model in a folder or under a hub id; a model is handed through."
     if isinstance(source, nn.Module): return source
@@ -217,7 +217,7 @@ def _load_blip(source) -> nn.Module:
         raise ValueError(f"{name!r} holds a {kind}, not a BLIP model of transformers")
     return getattr(transformers, kind).from_pretrained(name)
 
-# %% ../nbs/02_encoders.ipynb #d4357c96
+# %% ../nbs/02_encoders.ipynb #da80fbe6
 def _blip_towers(blip:nn.Module) -> tuple[BlipVisionModel, BlipTextModel]:
     "The image and the text encoder inside a BLIP model, whatever its task."
     text = next((getattr(blip, name) for name in _BLIP_TEXT_PARTS if hasattr(blip, name)), None)
@@ -225,7 +225,7 @@ def _blip_towers(blip:nn.Module) -> tuple[BlipVisionModel, BlipTextModel]:
     if not isinstance(text, BlipTextModel): raise ValueError(f"{type(blip).__name__} has no BLIP text encoder")
     return blip.vision_model, text
 
-# %% ../nbs/02_encoders.ipynb #da80fbe6
+# %% ../nbs/02_encoders.ipynb #6e22ad14
 def _blip_parts(source, image_size:int) -> tuple[dict, dict, dict, dict]:
     "Configurations and weights of both towers for `image_size`; the text's pooler, which nothing reads, is left out."
     vision, text = _blip_towers(_load_blip(source))
@@ -237,7 +237,7 @@ def _blip_parts(source, image_size:int) -> tuple[dict, dict, dict, dict]:
     return (vision.config.to_diff_dict() | dict(image_size=image_size), text.config.to_diff_dict() | dict(is_decoder=True),
             weights, text_weights)
 
-# %% ../nbs/02_encoders.ipynb #ab667172
+# %% ../nbs/02_encoders.ipynb #7b0ff267
 class HistoryEncoder(ModelMixin, ConfigMixin):
     """BLIP as a reader of history: the picture's patches enter its text encoder by cross-attention (paper, figure).
 
@@ -299,7 +299,7 @@ class HistoryEncoder(ModelMixin, ConfigMixin):
         self.text.resize_token_embeddings(n_rows, mean_resizing=mean_resizing)
         self.register_to_config(text_config=self.text.config.to_diff_dict())
 
-# %% ../nbs/02_encoders.ipynb #03c1d253
+# %% ../nbs/02_encoders.ipynb #6099ccb0
 def _read_history(encoder, pixel_values, input_ids, attention_mask, image_features, causal) -> torch.Tensor:
     "The body of `HistoryEncoder.forward`; raises `ValueError` if picture or text is missing, or [DEC] is needed and unknown."
     if (pixel_values is None) == (image_features is None): raise ValueError("give either pixel_values or image_features")
@@ -312,7 +312,7 @@ def _read_history(encoder, pixel_values, input_ids, attention_mask, image_featur
                           is_decoder=causal, use_cache=False)
     return output.last_hidden_state
 
-# %% ../nbs/02_encoders.ipynb #6099ccb0
+# %% ../nbs/02_encoders.ipynb #cd7a1329
 def tiny_history_encoder(
     tokenizer:BertTokenizer, # gives vocabulary, special ids and length; has [ENC] and [DEC]
     width:int=128, # D
@@ -326,7 +326,7 @@ def tiny_history_encoder(
     vision, text = _tiny_blip_configs(tokenizer, width, layers, heads, image_size, patch_size)
     return HistoryEncoder(vision, text, enc_token_id=enc, dec_token_id=dec).eval()
 
-# %% ../nbs/02_encoders.ipynb #9702bd22
+# %% ../nbs/02_encoders.ipynb #4fd05d90
 def null_caption_ids(
     tokenizer:CLIPTokenizer|BertTokenizer, # of the encoder that will read it
     length:int|None=None, # S; None: the tokenizer's own
@@ -335,7 +335,7 @@ def null_caption_ids(
     length = length or tokenizer.model_max_length
     return tokenizer("", padding="max_length", truncation=True, max_length=length, return_tensors="pt").input_ids[0]
 
-# %% ../nbs/02_encoders.ipynb #4fd05d90
+# %% ../nbs/02_encoders.ipynb #e6235f71
 def null_caption_states(
     text_encoder:CLIPTextModel, # reads the null caption
     null_ids:torch.Tensor, # (S,) from the caption tokenizer
@@ -343,17 +343,17 @@ def null_caption_states(
     "CLIP's states of the empty caption, read without a mask (AR-LDM). Gradients flow."
     return encode_captions(text_encoder, null_ids[None].to(text_encoder.device))[0]
 
-# %% ../nbs/02_encoders.ipynb #c266a0fe
+# %% ../nbs/02_encoders.ipynb #2103473b
 def null_history_states(
     history_encoder:HistoryEncoder, # reads the null block
     null_ids:torch.Tensor, # (S,) from the history tokenizer
 ) -> torch.Tensor: # (S, D)
     "BLIP's states of a picture that is zero after normalisation with the empty caption, without a mask (AR-LDM)."
     size, device = history_encoder.config["vision_config"]["image_size"], history_encoder.device
-    black = torch.zeros(1, 3, size, size, device=device, dtype=history_encoder.dtype)
-    return history_encoder(black, null_ids[None].to(device))[0]
+    blank = torch.zeros(1, 3, size, size, device=device, dtype=history_encoder.dtype)
+    return history_encoder(blank, null_ids[None].to(device))[0]
 
-# %% ../nbs/02_encoders.ipynb #2103473b
+# %% ../nbs/02_encoders.ipynb #3c64f8e9
 def drop_conditions(
     caption_states:torch.Tensor, # (B, V, S, D)
     history_states:torch.Tensor, # (B, F, S, D)
@@ -366,7 +366,7 @@ def drop_conditions(
     histories = torch.where(dropped[..., None, None, None], null_history, history_states[:, None])
     return captions, histories
 
-# %% ../nbs/02_encoders.ipynb #ddb10895
+# %% ../nbs/02_encoders.ipynb #88b8848f
 def assemble_context(
     caption_states:torch.Tensor, # (B, V, S, D)
     history_states:torch.Tensor, # (B, F, S, D), or (B, V, F, S, D) if frames differ in theirs
@@ -380,7 +380,7 @@ def assemble_context(
     history = history.flatten(2, 3).expand(B, V, -1, D)  # (B, V, F*S, D)
     return torch.cat([caption_states + types[0], history], dim=2)
 
-# %% ../nbs/02_encoders.ipynb #345ec53b
+# %% ../nbs/02_encoders.ipynb #4ea4aa31
 def pack_tokens(
     tokens:torch.Tensor, # (N, T, D)
     mask:torch.Tensor, # (N, T) bool, True = may attend
@@ -390,7 +390,7 @@ def pack_tokens(
     places = mask.to(torch.uint8).argsort(dim=-1, descending=True, stable=True)[:, :n]
     return tokens.gather(1, places[..., None].expand(-1, -1, tokens.shape[-1])), mask.gather(1, places), places
 
-# %% ../nbs/02_encoders.ipynb #4ea4aa31
+# %% ../nbs/02_encoders.ipynb #cf847454
 class StoryLayer(nn.Module):
     "Pre-norm transformer layer in which only visible tokens are looked at (our choice)."
     def __init__(self, width:int, heads:int):
@@ -411,7 +411,7 @@ class StoryLayer(nn.Module):
         x = x + self.to_out(mixed.transpose(1, 2).flatten(2))
         return x + self.mlp(self.norm2(x))
 
-# %% ../nbs/02_encoders.ipynb #7c221079
+# %% ../nbs/02_encoders.ipynb #016b5bfc
 def story_distance(
     n_frames:int, # V
     n_blocks:int, # F
@@ -426,7 +426,7 @@ def story_distance(
         frame_times = torch.arange(n_frames) + n_blocks - n_frames
     return frame_times[:, None] - torch.arange(n_blocks, device=frame_times.device)
 
-# %% ../nbs/02_encoders.ipynb #016b5bfc
+# %% ../nbs/02_encoders.ipynb #9c264a45
 def masked_softmax(
     scores:torch.Tensor, # (..., n)
     mask:torch.Tensor, # (..., n) bool, True = takes part
@@ -435,7 +435,7 @@ def masked_softmax(
     scores = scores.float().masked_fill(~mask, torch.finfo(torch.float32).min)
     return scores.softmax(-1) * mask
 
-# %% ../nbs/02_encoders.ipynb #16a4c35b
+# %% ../nbs/02_encoders.ipynb #140d06d4
 class _MaskedPool(nn.Module):
     "Learned weighted mean over the visible tokens; an ordinary mean at first, zeros where nothing is visible."
     def __init__(self, width:int):
@@ -448,7 +448,7 @@ class _MaskedPool(nn.Module):
         shares = masked_softmax(tokens @ self.score, mask).to(tokens.dtype)
         return (shares[..., None] * tokens).sum(-2)
 
-# %% ../nbs/02_encoders.ipynb #9c264a45
+# %% ../nbs/02_encoders.ipynb #226f8428
 class _RelevanceHead(nn.Module):
     "Compares the current caption with each visible block; equal relevance at first."
     def __init__(self, width:int, n_times:int):
@@ -469,7 +469,7 @@ class _RelevanceHead(nn.Module):
         scores = (query[:, :, None] * key).sum(-1) / query.shape[-1] ** 0.5 + self.distance_bias[distance]
         return masked_softmax(scores, visible)
 
-# %% ../nbs/02_encoders.ipynb #3ca1bb85
+# %% ../nbs/02_encoders.ipynb #49a9f39f
 def _check_context(config, caption_states, history_states, token_mask):
     "Raise `ValueError` naming the argument whose shape does not fit the others or the checkpoint."
     B, V, S, D = caption_states.shape
@@ -483,7 +483,7 @@ def _check_context(config, caption_states, history_states, token_mask):
     if token_mask is not None and tuple(token_mask.shape) != (B, V, (1+F)*S):
         raise ValueError(f"token_mask has shape {tuple(token_mask.shape)}; expected (B, V, (1+F)*S) = {(B, V, (1+F)*S)}")
 
-# %% ../nbs/02_encoders.ipynb #cf59df85
+# %% ../nbs/02_encoders.ipynb #5d5d870a
 class StoryContext(ModelMixin, ConfigMixin):
     """Lays caption and history side by side: `[caption i | history 0 | ... | history F-1]` for every frame i.
 
@@ -538,7 +538,7 @@ class StoryContext(ModelMixin, ConfigMixin):
         distance = story_distance(caption_mask.shape[1], history_mask.shape[1], frame_times).clamp(0, self.config.n_times - 1)
         return self.relevance_head(context, frame_mask, caption_mask, history_mask, distance.to(context.device), dropped)
 
-# %% ../nbs/02_encoders.ipynb #abbda2ba
+# %% ../nbs/02_encoders.ipynb #febc50aa
 def _look_around(
     story_context:StoryContext, # its layers, distance embedding, norm and projection are used
     context:torch.Tensor, # (B, V, (1+F)*S, D)

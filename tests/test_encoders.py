@@ -521,3 +521,59 @@ def test_masked_softmax():
     assert (weights[~mask] == 0).all()
     weights.square().sum().backward()
     assert torch.isfinite(scores.grad).all() and (scores.grad[1] == 0).all()
+
+
+# other homes of BLIP, other devices, half precision
+
+@pytest.mark.parametrize("kind", ["BlipForImageTextRetrieval", "BlipForConditionalGeneration", "BlipForQuestionAnswering", "BlipModel"])
+def test_from_blip_finds_both_towers_in_every_blip(kind, tmp_path):
+    import transformers
+    torch.manual_seed(2)
+    shape = dict(hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2)
+    config = BlipConfig(text_config=dict(**shape, vocab_size=40, max_position_embeddings=12, bos_token_id=38, sep_token_id=3),
+                        vision_config=dict(**shape, image_size=16, patch_size=8, initializer_range=0.02), image_text_hidden_size=8)
+    blip = getattr(transformers, kind)(config).eval()
+    blip.save_pretrained(tmp_path)
+    encoder = HistoryEncoder.from_blip(tmp_path, image_size=16)
+    text = {"BlipForConditionalGeneration": lambda: blip.text_decoder.bert, "BlipModel": lambda: blip.text_model}.get(kind, lambda: blip.text_encoder)()
+    pixels, ids = torch.randn(1, 3, 16, 16), torch.tensor([[39, 5, 6, 7]])
+    expected = text(input_ids=ids, encoder_hidden_states=blip.vision_model(pixels).last_hidden_state, is_decoder=False).last_hidden_state
+    torch.testing.assert_close(encoder(pixels, ids), expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision(dtype, history_encoder):
+    s, context = story("visualization"), awake(StoryContext(8, context_layers=1, heads=2, relevance=True))
+    frames = frame_mask("weighted", 3, "visualization")
+    mask = token_mask(frames, s["caption_mask"], s["history_mask"])
+    run = lambda module, dtype: module(s["captions"].to(dtype), s["histories"].to(dtype), mask)
+    weigh = lambda module, states: module.relevance(states, frames, s["caption_mask"], s["history_mask"])
+    exact = run(context, torch.float32)
+    exact_weights = weigh(context, exact)
+    half = context.to(dtype)
+    rough = run(half, dtype)
+    assert rough.dtype == dtype
+    torch.testing.assert_close(rough.float(), exact, atol=0.3, rtol=0.05)
+    weights = weigh(half, rough)
+    assert weights.dtype == torch.float32
+    torch.testing.assert_close(weights.sum(-1), exact_weights.sum(-1))
+    states = history_encoder.to(dtype)(torch.randn(1, 3, 16, 16, dtype=dtype), torch.full((1, 8), 6))
+    assert states.dtype == dtype and torch.isfinite(states).all()
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_the_same_numbers_on_cuda(tokenizers, text_encoder, history_encoder):
+    s, context = story("continuation"), awake(StoryContext(8, context_layers=1, heads=2, relevance=True))
+    frames = frame_mask("weighted", 3, "continuation")
+
+    def run(device):
+        there = {name: value.to(device) for name, value in s.items()}
+        module = context.to(device)
+        mask = token_mask(frames, there["caption_mask"], there["history_mask"], there["dropped"])
+        states = module(there["captions"], there["histories"], mask)
+        weights = module.relevance(states, frames, there["caption_mask"], there["history_mask"], dropped=there["dropped"])
+        nulls = (null_caption_states(text_encoder.to(device), null_caption_ids(tokenizers[0])),
+                 null_history_states(history_encoder.to(device), null_caption_ids(tokenizers[1])))
+        return [x.detach().cpu() for x in (states, weights, *nulls)]
+
+    for there, here in zip(run("cuda"), run("cpu")): torch.testing.assert_close(there, here, atol=1e-4, rtol=1e-3)
