@@ -5,17 +5,18 @@
 # %% auto #0
 __all__ = ['SETTINGS', 'PROPS', 'SCARVES', 'ACTIONS', 'PRONOUNS', 'CHARACTERS', 'SPLITS', 'INK', 'WHITE', 'SUPERSAMPLING',
            'LOOKS', 'SCARF_COLOURS', 'PLACES', 'WAYS', 'PLAIN', 'DOING', 'FORMS', 'SOLO', 'PAIR', 'TELL', 'TELL_PAIR',
-           'Actor', 'Scene', 'Pen', 'Look', 'render', 'held_out', 'random_scene', 'write', 'describe', 'Fact', 'Story',
-           'make_story', 'make_stories']
+           'Actor', 'Scene', 'Pen', 'contact_sheet', 'Look', 'render', 'colour_pixels', 'held_out', 'random_scene',
+           'write', 'describe', 'Fact', 'Told', 'telling_frames', 'facts_of', 'Narrator', 'Story', 'make_story',
+           'make_stories', 'draw_truth']
 
-# %% ../nbs/00_storyworld.ipynb #2647a064
-import math, random, re
+# %% ../nbs/00_storyworld.ipynb #f0a4d2c5
+import math, random, re, textwrap
 from dataclasses import asdict, dataclass
 from functools import lru_cache
 
 from PIL import Image, ImageDraw
 
-# %% ../nbs/00_storyworld.ipynb #7096ddbf
+# %% ../nbs/00_storyworld.ipynb #36aea8b7
 SETTINGS = ("beach", "forest", "home", "snow", "moon")
 PROPS = ("ball", "book", "balloon", "umbrella")
 SCARVES = ("red", "blue", "green", "yellow")
@@ -24,7 +25,7 @@ PRONOUNS = {"Milo": "he", "Bruno": "he", "Pip": "he", "Kiki": "she", "Luna": "sh
 CHARACTERS = tuple(PRONOUNS)
 SPLITS = ("train", "val", "test")
 
-# %% ../nbs/00_storyworld.ipynb #1390a97e
+# %% ../nbs/00_storyworld.ipynb #cf8bff45
 def _check(field:str, # name used in the error
            value, # what the caller gave
            allowed:tuple, # what is allowed
@@ -32,7 +33,7 @@ def _check(field:str, # name used in the error
     "Raise a ValueError that names the field and the allowed values."
     if value not in allowed: raise ValueError(f"{field} is {value!r}; allowed: {', '.join(map(str, allowed))}")
 
-# %% ../nbs/00_storyworld.ipynb #f0a4d2c5
+# %% ../nbs/00_storyworld.ipynb #d0a43c25
 @dataclass(frozen=True)
 class Actor:
     "One character in one frame: always with exactly one action, one prop and one scarf."
@@ -45,7 +46,7 @@ class Actor:
         for field, allowed in dict(name=CHARACTERS, action=ACTIONS, prop=PROPS, scarf=SCARVES).items():
             _check(f"Actor.{field}", getattr(self, field), allowed)
 
-# %% ../nbs/00_storyworld.ipynb #0fd5f547
+# %% ../nbs/00_storyworld.ipynb #0ddad4b8
 @dataclass(frozen=True)
 class Scene:
     "Everything one frame shows."
@@ -55,16 +56,18 @@ class Scene:
     def __post_init__(self):
         _check("Scene.setting", self.setting, SETTINGS)
         object.__setattr__(self, "actors", tuple(self.actors))
+        if not all(isinstance(a, Actor) for a in self.actors): raise TypeError("Scene.actors must hold `Actor`s")
         names = [a.name for a in self.actors]
         if len(names) not in (1, 2) or len(set(names)) != len(names):
             raise ValueError(f"Scene.actors must be one or two different characters, not {names}")
 
-# %% ../nbs/00_storyworld.ipynb #6fef3798
+# %% ../nbs/00_storyworld.ipynb #5f81fa0a
 INK = (58, 40, 62)
 WHITE = (255, 255, 255)
 SUPERSAMPLING = 4
 _CIRCLE = [(math.cos(2 * math.pi * k / 24), math.sin(2 * math.pi * k / 24)) for k in range(24)]
 
+# %% ../nbs/00_storyworld.ipynb #89093c2e
 class Pen:
     "Draws outlined shapes in its own coordinates: origin, scale and angle are those of a character or of the frame."
     def __init__(self, draw:ImageDraw.ImageDraw, # the canvas
@@ -76,20 +79,26 @@ class Pen:
         self.draw, self.line, self.x, self.y, self.scale = draw, line, x, y, scale
         self.cos, self.sin = scale * math.cos(math.radians(angle)), scale * math.sin(math.radians(angle))
 
-    def points(self, points): return [(self.x + self.cos * x - self.sin * y, self.y + self.sin * x + self.cos * y) for x, y in points]
+    def points(self, points):
+        "Own coordinates to canvas pixels."
+        return [(self.x + self.cos * x - self.sin * y, self.y + self.sin * x + self.cos * y) for x, y in points]
 
     def ellipse(self, x, y, rx, ry, fill, ink=True, tilt=0):
+        "Centre, half axes, colour; `tilt` in degrees."
         c, s, border = math.cos(math.radians(tilt)), math.sin(math.radians(tilt)), self.line / self.scale
         for grow, colour in ((border, INK), (0, fill))[0 if ink else 1:]:
             a, b = rx + grow, ry + grow
-            self.draw.polygon(self.points([(x + a * u * c - b * v * s, y + a * u * s + b * v * c) for u, v in _CIRCLE]), fill=colour)
+            rim = self.points([(x + a * u * c - b * v * s, y + a * u * s + b * v * c) for u, v in _CIRCLE])
+            self.draw.polygon(rim, fill=colour)
 
     def polygon(self, points, fill, ink=True):
+        "A filled shape given by its corners."
         points = self.points(points)
         if ink: self._line(points + points[:2], 2 * self.line, INK)
         self.draw.polygon(points, fill=fill)
 
     def stroke(self, points, width, fill, ink=True):
+        "A thick line with round ends: limbs, trunks, whiskers."
         points, width = self.points(points), width * self.scale
         if ink: self._line(points, width + 2 * self.line, INK)
         self._line(points, width, fill)
@@ -99,12 +108,13 @@ class Pen:
         r = max(0, width / 2 - .5)
         for x, y in (points[0], points[-1]): self.draw.ellipse((x - r, y - r, x + r, y + r), fill=fill)
 
-# %% ../nbs/00_storyworld.ipynb #36aea8b7
+# %% ../nbs/00_storyworld.ipynb #f326d5cb
 def _curve(x, y, rx, ry, start, stop, n=9):
     "Points of an arc of an ellipse, angles in degrees, clockwise on the screen from 3 o'clock."
     return [(x + rx * math.cos(math.radians(start + (stop - start) * k / (n - 1))),
              y + ry * math.sin(math.radians(start + (stop - start) * k / (n - 1)))) for k in range(n)]
 
+# %% ../nbs/00_storyworld.ipynb #6094f4d6
 def _gradient(draw, top, bottom, y0, y1, size):
     "Fill rows y0 to y1 (fractions of the frame) with a soft vertical gradient."
     first, last = round(y0 * size), round(y1 * size)
@@ -112,10 +122,11 @@ def _gradient(draw, top, bottom, y0, y1, size):
         t = (row - first) / max(1, last - first - 1)
         draw.line((0, row, size, row), fill=tuple(round(a + (b - a) * t) for a, b in zip(top, bottom)))
 
+# %% ../nbs/00_storyworld.ipynb #ff720a91
 def _cloud(pen, x, y, colour=WHITE):
     for dx, dy, r in ((-.07, .012, .045), (0, -.012, .065), (.075, .014, .042)): pen.ellipse(x + dx, y + dy, r * 1.15, r, colour, ink=False)
 
-# %% ../nbs/00_storyworld.ipynb #16b09e5e
+# %% ../nbs/00_storyworld.ipynb #9796a18a
 def _beach(pen, draw, size, rng):
     _gradient(draw, (120, 205, 250), (205, 240, 255), 0, .5, size)
     sun = rng.uniform(.66, .8), rng.uniform(.13, .19)
@@ -134,7 +145,7 @@ def _beach(pen, draw, size, rng):
     pen.ellipse(.115, .29, .022, .022, (120, 78, 50), ink=False)
     pen.ellipse(.15, .295, .022, .022, (120, 78, 50), ink=False)
 
-# %% ../nbs/00_storyworld.ipynb #bdd7505d
+# %% ../nbs/00_storyworld.ipynb #db8d3e95
 def _forest(pen, draw, size, rng):
     _gradient(draw, (205, 240, 214), (232, 248, 205), 0, .7, size)
     shift = rng.uniform(-.03, .03)
@@ -152,7 +163,7 @@ def _forest(pen, draw, size, rng):
         pen.stroke([(x, y), (x, y - .035)], .03, (250, 240, 225), ink=False)
         pen.ellipse(x, y - .05, .042, .026, (226, 110, 120), ink=False)
 
-# %% ../nbs/00_storyworld.ipynb #a0894d62
+# %% ../nbs/00_storyworld.ipynb #e6c018d8
 def _home(pen, draw, size, rng):
     _gradient(draw, (255, 222, 188), (252, 208, 172), 0, .68, size)
     for x in (.1, .3, .5, .7, .9): pen.stroke([(x, 0), (x, .68)], .02, (250, 198, 160), ink=False)
@@ -173,7 +184,7 @@ def _home(pen, draw, size, rng):
     pen.ellipse(.5, .87, .42, .09, (196, 160, 214), ink=False)
     pen.ellipse(.5, .87, .34, .068, (222, 196, 232), ink=False)
 
-# %% ../nbs/00_storyworld.ipynb #cf8bff45
+# %% ../nbs/00_storyworld.ipynb #44093f43
 def _snow(pen, draw, size, rng):
     _gradient(draw, (176, 196, 236), (226, 232, 250), 0, .7, size)
     for x, top, half, tint in ((.2, .22, .34, (150, 160, 204)), (.82, .16, .38, (134, 146, 194)), (.52, .32, .26, (166, 176, 214))):
@@ -192,9 +203,10 @@ def _snow(pen, draw, size, rng):
     for k in range(12):
         pen.ellipse((k * .37 + rng.uniform(0, .09)) % 1, .05 + (k * .23) % .58 + rng.uniform(0, .04), .014, .014, WHITE, ink=False)
 
-# %% ../nbs/00_storyworld.ipynb #d0a43c25
+# %% ../nbs/00_storyworld.ipynb #3f80817b
 _STARS = ((.06, .1), (.16, .3), (.24, .07), (.31, .2), (.42, .11), (.53, .05), (.58, .24), (.08, .5), (.28, .44), (.46, .38), (.93, .43), (.72, .42), (.95, .06), (.86, .56))
 
+# %% ../nbs/00_storyworld.ipynb #206bf48a
 def _moon(pen, draw, size, rng):
     _gradient(draw, (48, 44, 108), (106, 86, 166), 0, .9, size)
     for k, (x, y) in enumerate(_STARS):
@@ -213,22 +225,40 @@ def _moon(pen, draw, size, rng):
         pen.ellipse(cx, cy, r, r * .36, (138, 136, 164), ink=False)
         pen.ellipse(cx, cy + .01, r * .84, r * .26, (160, 158, 184), ink=False)
 
+# %% ../nbs/00_storyworld.ipynb #a182dcdc
 _BACKGROUNDS = dict(beach=_beach, forest=_forest, home=_home, snow=_snow, moon=_moon)
 
-# %% ../nbs/00_storyworld.ipynb #0ddad4b8
+# %% ../nbs/00_storyworld.ipynb #15be3e60
 @lru_cache(maxsize=96)
 def _background(setting:str, # one of `SETTINGS`
                 size:int, # pixels of the final picture
                 variant:int, # which small jitter
                ) -> Image.Image:
-    "The empty setting, supersampled. Cached, so callers draw on a copy."
+    "The empty setting, supersampled. Cached: callers draw on a copy."
     pixels = size * SUPERSAMPLING
     image = Image.new("RGB", (pixels, pixels))
     draw = ImageDraw.Draw(image)
     _BACKGROUNDS[setting](Pen(draw, pixels * .011, scale=pixels), draw, pixels, random.Random(f"{setting} {variant}"))
     return image
 
-# %% ../nbs/00_storyworld.ipynb #8ea361c6
+# %% ../nbs/00_storyworld.ipynb #864a3013
+def contact_sheet(images:list, # PIL images of one size
+                  columns:int=6, # pictures in a row
+                  scale:int=1, # enlarge by whole pixels, to see what is really there
+                  gap:int=4, # pixels between pictures
+                  colours:int=255, # in the palette: few colours keep a notebook small
+                 ) -> Image.Image: # one picture with a palette
+    "Pictures side by side on white. Raises ValueError if there are none."
+    if not images: raise ValueError("images is empty: there is nothing to show")
+    width, height, rows = images[0].width * scale, images[0].height * scale, -(-len(images) // columns)
+    columns = min(columns, len(images))
+    sheet = Image.new("RGB", (columns * (width + gap) - gap, rows * (height + gap) - gap), WHITE)
+    for k, image in enumerate(images):
+        corner = k % columns * (width + gap), k // columns * (height + gap)
+        sheet.paste(image.convert("RGB").resize((width, height), Image.Resampling.NEAREST), corner)
+    return sheet.quantize(colours, Image.Quantize.MAXCOVERAGE, kmeans=2, dither=Image.Dither.NONE)
+
+# %% ../nbs/00_storyworld.ipynb #fe657ce1
 @dataclass(frozen=True)
 class Look:
     "How one character is built; lengths in character heights."
@@ -240,6 +270,7 @@ class Look:
     species:str # which ears, muzzle and tail
     hat:str # which hat
 
+# %% ../nbs/00_storyworld.ipynb #ed9ae256
 LOOKS = {
     "Milo": Look((246, 142, 62), (255, 240, 222), 1.0, (.25, .2), (.14, .17), "fox", "captain"),
     "Bruno": Look((158, 104, 72), (226, 186, 146), 1.08, (.26, .225), (.2, .19), "bear", "beanie"),
@@ -248,10 +279,12 @@ LOOKS = {
     "Luna": Look((250, 244, 246), (255, 214, 224), .98, (.225, .2), (.14, .17), "rabbit", "witch"),
     "Zaza": Look((112, 214, 196), (220, 250, 232), .94, (.27, .19), (.17, .17), "frog", "straw"),
 }
+
+# %% ../nbs/00_storyworld.ipynb #0bd241db
 SCARF_COLOURS = dict(red=(226, 36, 44), blue=(36, 84, 226), green=(30, 154, 50), yellow=(255, 222, 30))
 _HEAD = -.585
 
-# %% ../nbs/00_storyworld.ipynb #f03268a6
+# %% ../nbs/00_storyworld.ipynb #e602c51e
 def _ears(pen, look):
     "What sticks out behind the head."
     fur, (rx, ry) = look.fur, look.head
@@ -271,6 +304,7 @@ def _ears(pen, look):
             pen.ellipse(side * .235, _HEAD - .25, .068, .17, fur, tilt=side * 32)
             pen.ellipse(side * .235, _HEAD - .25, .03, .12, (252, 172, 194), ink=False, tilt=side * 32)
 
+# %% ../nbs/00_storyworld.ipynb #f671fce2
 def _tail(pen, look):
     "What sticks out behind the body."
     if look.species == "fox":
@@ -280,7 +314,7 @@ def _tail(pen, look):
     if look.species == "rabbit": pen.ellipse(-.16, -.14, .065, .065, look.fur)
     if look.species == "bear": pen.ellipse(-.2, -.14, .05, .05, look.fur)
 
-# %% ../nbs/00_storyworld.ipynb #5f81fa0a
+# %% ../nbs/00_storyworld.ipynb #41bd3c12
 def _muzzle(pen, look):
     "The part of the face that tells the species."
     nose, y = INK, _HEAD + .045
@@ -300,7 +334,7 @@ def _muzzle(pen, look):
     if look.species == "rabbit": pen.ellipse(0, y - .005, .03, .022, (246, 120, 150), ink=False)
     if look.species == "frog": pen.ellipse(0, _HEAD + .11, .19, .07, look.light, ink=False)
 
-# %% ../nbs/00_storyworld.ipynb #89093c2e
+# %% ../nbs/00_storyworld.ipynb #3944f262
 def _eyes(pen, look, action):
     "Open and looking at the reader, or closed in sleep."
     frog = look.species == "frog"
@@ -312,6 +346,7 @@ def _eyes(pen, look, action):
             pen.ellipse(side * x * .94, y + .008, .038, .054, INK, ink=False)
             pen.ellipse(side * x * .94 + .014, y - .018, .017, .02, WHITE, ink=False)
 
+# %% ../nbs/00_storyworld.ipynb #46108371
 def _mouth(pen, look, action):
     "A wide laugh for a jump, a smile for a wave, a small o in sleep; and rosy cheeks."
     y = _HEAD + (.1 if look.species != "penguin" else .135)
@@ -322,39 +357,49 @@ def _mouth(pen, look, action):
         pen.polygon(_curve(0, y - .008, width, depth, 0, 180), (150, 40, 60), ink=look.species != "penguin")
         pen.ellipse(0, y + depth * .55, width * .5, depth * .28, (250, 120, 130), ink=False)
 
-# %% ../nbs/00_storyworld.ipynb #4b37836f
-def _hat(pen, look):
-    "Six hats, none in a scarf's colour."
-    top = _HEAD - look.head[1]
-    if look.hat == "captain":
-        pen.polygon([(-.2, top - .08), (-.13, top - .15), (.13, top - .15), (.2, top - .08), (.15, top + .03), (-.15, top + .03)], WHITE)
-        pen.polygon([(-.16, top - .01), (.16, top - .01), (.18, top + .05), (-.18, top + .05)], (64, 62, 98))
-        pen.ellipse(0, top - .06, .032, .032, (246, 166, 60), ink=False)
-    if look.hat == "beanie":
-        pen.polygon(_curve(0, top + .07, .2, .2, 180, 360, 13), (190, 158, 240))
-        pen.polygon([(-.21, top + .035), (.21, top + .035), (.21, top + .1), (-.21, top + .1)], (240, 228, 252))
-        pen.ellipse(0, top - .15, .06, .06, (240, 228, 252))
-    if look.hat == "propeller":
-        pen.polygon(_curve(0, top + .06, .17, .14, 180, 360, 13), (250, 150, 56))
-        pen.polygon([(-.05, top + .06), (-.035, top - .07), (.035, top - .07), (.05, top + .06)], (255, 236, 206), ink=False)
-        pen.stroke([(0, top - .08), (0, top - .13)], .02, INK, ink=False)
-        for side in (-1, 1): pen.ellipse(side * .085, top - .14, .085, .035, (255, 126, 176), tilt=-side * 12)
-    if look.hat == "bow":
-        for side in (-1, 1):
-            wing = [(0, 0), (side * .14, -.11), (side * .17, 0), (side * .14, .1)]
-            pen.polygon([(x + .07, y + top - .02 + x * .35) for x, y in wing], (255, 104, 168))
-        pen.ellipse(.07, top - .02, .045, .05, (255, 166, 206))
-    if look.hat == "witch":
-        pen.polygon([(-.12, top + .03), (-.02, top - .2), (.06, top - .24), (.05, top - .17), (.12, top + .03)], (84, 62, 132))
-        pen.ellipse(0, top + .04, .19, .042, (84, 62, 132))
-        pen.polygon([(-.12, top + .02), (-.105, top - .025), (.105, top - .025), (.12, top + .02)], (250, 168, 84), ink=False)
-        pen.ellipse(.012, top - .09, .024, .024, (255, 240, 190), ink=False)
-    if look.hat == "straw":
-        pen.ellipse(0, top - .02, .215, .04, (226, 184, 128))
-        pen.polygon(_curve(0, top - .025, .13, .15, 180, 360, 13), (236, 200, 148))
-        pen.polygon([(-.13, top - .025), (-.125, top - .075), (.125, top - .075), (.13, top - .025)], (232, 92, 160), ink=False)
+# %% ../nbs/00_storyworld.ipynb #1cfda10d
+def _captain(pen, top):
+    pen.polygon([(-.2, top - .08), (-.13, top - .15), (.13, top - .15), (.2, top - .08), (.15, top + .03), (-.15, top + .03)], WHITE)
+    pen.polygon([(-.16, top - .01), (.16, top - .01), (.18, top + .05), (-.18, top + .05)], (64, 62, 98))
+    pen.ellipse(0, top - .06, .032, .032, (246, 166, 60), ink=False)
 
-# %% ../nbs/00_storyworld.ipynb #b877a4bc
+# %% ../nbs/00_storyworld.ipynb #15b93996
+def _beanie(pen, top):
+    pen.polygon(_curve(0, top + .07, .2, .2, 180, 360, 13), (190, 158, 240))
+    pen.polygon([(-.21, top + .035), (.21, top + .035), (.21, top + .1), (-.21, top + .1)], (240, 228, 252))
+    pen.ellipse(0, top - .15, .06, .06, (240, 228, 252))
+
+# %% ../nbs/00_storyworld.ipynb #38da35b3
+def _propeller(pen, top):
+    pen.polygon(_curve(0, top + .06, .17, .14, 180, 360, 13), (250, 150, 56))
+    pen.polygon([(-.05, top + .06), (-.035, top - .07), (.035, top - .07), (.05, top + .06)], (255, 236, 206), ink=False)
+    pen.stroke([(0, top - .08), (0, top - .13)], .02, INK, ink=False)
+    for side in (-1, 1): pen.ellipse(side * .085, top - .14, .085, .035, (255, 126, 176), tilt=-side * 12)
+
+# %% ../nbs/00_storyworld.ipynb #3aec6ce1
+def _bow(pen, top):
+    for side in (-1, 1):
+        wing = [(0, 0), (side * .14, -.11), (side * .17, 0), (side * .14, .1)]
+        pen.polygon([(x + .07, y + top - .02 + x * .35) for x, y in wing], (255, 104, 168))
+    pen.ellipse(.07, top - .02, .045, .05, (255, 166, 206))
+
+# %% ../nbs/00_storyworld.ipynb #f353c962
+def _witch(pen, top):
+    pen.polygon([(-.12, top + .03), (-.02, top - .2), (.06, top - .24), (.05, top - .17), (.12, top + .03)], (84, 62, 132))
+    pen.ellipse(0, top + .04, .19, .042, (84, 62, 132))
+    pen.polygon([(-.12, top + .02), (-.105, top - .025), (.105, top - .025), (.12, top + .02)], (250, 168, 84), ink=False)
+    pen.ellipse(.012, top - .09, .024, .024, (255, 240, 190), ink=False)
+
+# %% ../nbs/00_storyworld.ipynb #8bb7766c
+def _straw(pen, top):
+    pen.ellipse(0, top - .02, .215, .04, (226, 184, 128))
+    pen.polygon(_curve(0, top - .025, .13, .15, 180, 360, 13), (236, 200, 148))
+    pen.polygon([(-.13, top - .025), (-.125, top - .075), (.125, top - .075), (.13, top - .025)], (232, 92, 160), ink=False)
+
+# %% ../nbs/00_storyworld.ipynb #ac7088ba
+_HATS = dict(captain=_captain, beanie=_beanie, propeller=_propeller, bow=_bow, witch=_witch, straw=_straw)
+
+# %% ../nbs/00_storyworld.ipynb #624a27f1
 def _limbs(pen, look, action):
     "Feet and arms: the silhouette that tells the action."
     rx, feet = look.body[0], (250, 166, 52) if look.species == "penguin" else look.fur
@@ -370,37 +415,14 @@ def _limbs(pen, look, action):
         pen.stroke([shoulder, elbow, (x, y)], .08, look.fur)
         pen.ellipse(x, y, .05, .05, look.fur)
 
+# %% ../nbs/00_storyworld.ipynb #81acbf7d
 def _scarf(pen, look, colour):
     "A broad band and a hanging end, in no colour that anything else on a character has."
     width = max(.175, look.body[0] + .025)
     pen.polygon([(.03, -.34), (.135, -.34), (.175, -.125), (.06, -.105)], colour)
     pen.polygon(_curve(0, -.38, width, .032, 180, 360) + _curve(0, -.34, width, .055, 0, 180), colour)
 
-# %% ../nbs/00_storyworld.ipynb #efa66316
-def _prop(pen, prop):
-    "A prop whose origin is the hand that holds it."
-    if prop == "ball":
-        pen.ellipse(0, 0, .16, .16, WHITE)
-        for start, colour in ((-60, (244, 84, 110)), (60, (64, 190, 214)), (180, (250, 190, 60))):
-            pen.polygon([(0, -.02)] + _curve(0, 0, .16, .16, start, start + 60, 6), colour, ink=False)
-        pen.ellipse(0, -.02, .035, .035, WHITE, ink=False)
-    if prop == "book":
-        pen.polygon([(-.2, -.13), (0, -.09), (.2, -.13), (.2, .13), (0, .17), (-.2, .13)], (126, 62, 190))
-        for side in (-1, 1):
-            pen.polygon([(side * .015, -.06), (side * .165, -.095), (side * .165, .085), (side * .015, .12)], (255, 252, 240), ink=False)
-            for y in (-.025, .035): pen.stroke([(side * .05, y + .005), (side * .13, y - .012)], .018, (190, 180, 200), ink=False)
-    if prop == "balloon":
-        pen.stroke([(0, 0), (.03, -.1), (.02, -.2)], .018, INK, ink=False)
-        pen.polygon([(-.01, -.19), (.05, -.19), (.02, -.23)], (255, 92, 170))
-        pen.ellipse(.02, -.38, .145, .17, (255, 92, 170))
-        pen.ellipse(-.03, -.45, .035, .055, (255, 196, 226), ink=False, tilt=25)
-    if prop == "umbrella":
-        pen.stroke([(.03, -.4), (0, .02), (.03, .08), (.07, .05)], .026, (110, 72, 58))
-        rim = [(-.185, -.235), (-.08, -.215), (.025, -.205), (.13, -.19), (.235, -.165)]
-        pen.polygon(_curve(.025, -.2, .212, .235, 9, -170, 13) + rim, (255, 138, 40))
-        for k in (0, 2): pen.polygon([rim[k], rim[k + 1], (.055, -.425)], (20, 160, 160), ink=False)
-
-# %% ../nbs/00_storyworld.ipynb #8a3367b0
+# %% ../nbs/00_storyworld.ipynb #0851c5fe
 def _figure(pen, actor):
     "One character without its prop, feet at the origin, about one unit high."
     look = LOOKS[actor.name]
@@ -414,8 +436,41 @@ def _figure(pen, actor):
     _eyes(pen, look, actor.action)
     _mouth(pen, look, actor.action)
     _scarf(pen, look, SCARF_COLOURS[actor.scarf])
-    _hat(pen, look)
+    _HATS[look.hat](pen, _HEAD - look.head[1])
 
+# %% ../nbs/00_storyworld.ipynb #03e85897
+def _ball(pen):
+    pen.ellipse(0, 0, .16, .16, WHITE)
+    for start, colour in ((-60, (244, 84, 110)), (60, (64, 190, 214)), (180, (250, 190, 60))):
+        pen.polygon([(0, -.02)] + _curve(0, 0, .16, .16, start, start + 60, 6), colour, ink=False)
+    pen.ellipse(0, -.02, .035, .035, WHITE, ink=False)
+
+# %% ../nbs/00_storyworld.ipynb #8bcb3868
+def _book(pen):
+    pen.polygon([(-.2, -.13), (0, -.09), (.2, -.13), (.2, .13), (0, .17), (-.2, .13)], (126, 62, 190))
+    for side in (-1, 1):
+        page = [(side * .015, -.06), (side * .165, -.095), (side * .165, .085), (side * .015, .12)]
+        pen.polygon(page, (255, 252, 240), ink=False)
+        for y in (-.025, .035): pen.stroke([(side * .05, y + .005), (side * .13, y - .012)], .018, (190, 180, 200), ink=False)
+
+# %% ../nbs/00_storyworld.ipynb #25e8748d
+def _balloon(pen):
+    pen.stroke([(0, 0), (.03, -.1), (.02, -.2)], .018, INK, ink=False)
+    pen.polygon([(-.01, -.19), (.05, -.19), (.02, -.23)], (255, 92, 170))
+    pen.ellipse(.02, -.38, .145, .17, (255, 92, 170))
+    pen.ellipse(-.03, -.45, .035, .055, (255, 196, 226), ink=False, tilt=25)
+
+# %% ../nbs/00_storyworld.ipynb #3061983b
+def _umbrella(pen):
+    pen.stroke([(.03, -.4), (0, .02), (.03, .08), (.07, .05)], .026, (110, 72, 58))
+    rim = [(-.185, -.235), (-.08, -.215), (.025, -.205), (.13, -.19), (.235, -.165)]
+    pen.polygon(_curve(.025, -.2, .212, .235, 9, -170, 13) + rim, (255, 138, 40))
+    for k in (0, 2): pen.polygon([rim[k], rim[k + 1], (.055, -.425)], (20, 160, 160), ink=False)
+
+# %% ../nbs/00_storyworld.ipynb #18221f59
+_DRAW_PROP = dict(ball=_ball, book=_book, balloon=_balloon, umbrella=_umbrella)
+
+# %% ../nbs/00_storyworld.ipynb #886e9422
 def _signs(pen, action):
     "The cartoonist's signs: lines under a jump, lines around a waving hand, Zzz."
     if action == "jumps": lines = [[(x, .06), (x, .06 + dy)] for x, dy in ((-.2, .09), (0, .13), (.2, .09))]
@@ -424,7 +479,7 @@ def _signs(pen, action):
         lines = [[(x, y), (x + w, y), (x, y + w), (x + w, y + w)] for x, y, w in ((-.06, -.7, .12), (.12, -.92, .17))]
     for line in lines: pen.stroke(line, .036, WHITE)
 
-# %% ../nbs/00_storyworld.ipynb #f326d5cb
+# %% ../nbs/00_storyworld.ipynb #0c161b44
 def _draw_actor(draw, actor, x, ground, height, line):
     "An actor on its spot; all lengths in canvas pixels."
     look = LOOKS[actor.name]
@@ -441,9 +496,9 @@ def _draw_actor(draw, actor, x, ground, height, line):
         _figure(stand, actor)
         hand = (.35, -.6) if actor.action == "jumps" else (.34, -.24)
     _signs(stand, actor.action)
-    _prop(Pen(draw, line, *stand.points([hand])[0], height), actor.prop)
+    _DRAW_PROP[actor.prop](Pen(draw, line, *stand.points([hand])[0], height))
 
-# %% ../nbs/00_storyworld.ipynb #6094f4d6
+# %% ../nbs/00_storyworld.ipynb #d1e12198
 def render(scene:Scene, # what to draw
            size:int=64, # side of the square picture in pixels, at least 16
            seed:int=0, # small jitter: positions, sun, clouds, stars
@@ -451,21 +506,33 @@ def render(scene:Scene, # what to draw
     "Draw a scene four times too large and shrink it. Raises ValueError if `size` is below 16. Our choice."
     if size < 16: raise ValueError(f"size is {size}; a picture needs at least 16 pixels")
     rng, pixels = random.Random(seed), size * SUPERSAMPLING
-    image = _background(scene.setting, size, rng.randrange(8)).copy()
+    paint = _background if size <= 128 else _background.__wrapped__
+    image = paint(scene.setting, size, rng.randrange(8)).copy()
     draw, alone = ImageDraw.Draw(image), len(scene.actors) == 1
     for actor, x in zip(scene.actors, (.485,) if alone else (.245, .74)):
         shift = .03 if alone else .012
         x, ground = x + rng.uniform(-shift, shift), .91 + rng.uniform(-.02, .02)
-        _draw_actor(draw, actor, x * pixels, ground * pixels, pixels * (.6 if alone else .45), pixels * (.011 if alone else .0085))
+        height, line = (.6, .011) if alone else (.45, .0085)
+        _draw_actor(draw, actor, x * pixels, ground * pixels, height * pixels, line * pixels)
     return image.resize((size, size), Image.Resampling.LANCZOS)
 
-# %% ../nbs/00_storyworld.ipynb #ff720a91
+# %% ../nbs/00_storyworld.ipynb #7ae38dfe
+def colour_pixels(image:Image.Image, # RGB
+                  colour:tuple, # red, green, blue
+                  tolerance:int=90, # sum of the three differences
+                 ) -> int:
+    "How many pixels of a picture are close to a colour."
+    pixels = iter(image.tobytes())
+    return sum(sum(abs(a - b) for a, b in zip(pixel, colour)) < tolerance for pixel in zip(pixels, pixels, pixels))
+
+# %% ../nbs/00_storyworld.ipynb #dbfd8057
 def held_out(scene:Scene, # any scene
             ) -> bool: # does it show a combination reserved for the test split?
     "One (character, setting, prop) triple in seven never occurs in training: a fixed rule over their positions. Our choice."
     setting = SETTINGS.index(scene.setting)
     return any((CHARACTERS.index(a.name) + 2 * setting + 3 * PROPS.index(a.prop)) % 7 == 0 for a in scene.actors)
 
+# %% ../nbs/00_storyworld.ipynb #20eefaa4
 def random_scene(rng:random.Random, # source of every choice
                  split:str="train", # "train" and "val" never show a held-out triple, "test" always does
                  n_actors:int|None=None, # 1 or 2; None draws it
@@ -478,36 +545,20 @@ def random_scene(rng:random.Random, # source of every choice
         scene = Scene(rng.choice(SETTINGS), tuple(Actor(n, rng.choice(ACTIONS), rng.choice(PROPS), rng.choice(SCARVES)) for n in names))
         if held_out(scene) == (split == "test"): return scene
 
-# %% ../nbs/00_storyworld.ipynb #a8bc9109
+# %% ../nbs/00_storyworld.ipynb #d09cd5a1
 PLACES = dict(beach="at the beach", forest="in the forest", home="at home", snow="in the snow", moon="on the moon")
 WAYS = dict(beach="to the beach", forest="to the forest", home="home", snow="to the snow", moon="to the moon")
 PLAIN = dict(jumps="jump", waves="wave", sleeps="sleep")
 DOING = dict(jumps="jumping", waves="waving", sleeps="sleeping")
 FORMS = dict(he=dict(he="he", him="him", his="his"), she=dict(he="she", him="her", his="her"))
 
+# %% ../nbs/00_storyworld.ipynb #7eb97580
 def _with_article(noun): return f"{'an' if noun[0] in 'aeiou' else 'a'} {noun}"
 
-# %% ../nbs/00_storyworld.ipynb #9796a18a
-def _actor_words(actor, say=("prop", "scarf"), tag=""):
-    "What templates may say of one actor: field -> text. Fields of the second actor of a pair end in a tag."
-    words = dict(name=actor.name, does=actor.action, doing=DOING[actor.action], **FORMS[PRONOUNS[actor.name]])
-    if "prop" in say: words["prop"] = _with_article(actor.prop)
-    if "scarf" in say: words |= dict(scarf=_with_article(actor.scarf) + " scarf", colour=actor.scarf)
-    return {key + tag: text for key, text in words.items()}
-
-def _place_words(setting, say=("setting",)): return dict(place=PLACES[setting], way=WAYS[setting]) if "setting" in say else {}
-
-def _pair_words(actors, say=("prop", "scarf")):
-    "Words for two actors; pronouns only where they tell the two apart, `do` only where both do the same."
-    one, two = actors
-    words = _actor_words(one, say, "1") | _actor_words(two, say, "2")
-    if PRONOUNS[one.name] == PRONOUNS[two.name]: words = {k: v for k, v in words.items() if k[:-1] not in FORMS["he"]}
-    if one.action == two.action: words |= dict(do=PLAIN[one.action])
-    return words
-
-# %% ../nbs/00_storyworld.ipynb #df7ea5e0
+# %% ../nbs/00_storyworld.ipynb #0eafb10d
 _FIELD, _OPTIONAL = re.compile(r"{(\w+)}"), re.compile(r"\[([^\[\]]*)\]")
 
+# %% ../nbs/00_storyworld.ipynb #e69a4657
 def write(templates:tuple, # each with {fields}; a part in [brackets] is left out when one of its fields is not given
           words:dict, # field -> text
           rng:random.Random, # chooses among the templates whose fields outside brackets are all given
@@ -518,7 +569,27 @@ def write(templates:tuple, # each with {fields}; a part in [brackets] is left ou
     text = template.format(**words)
     return re.sub(r"(^|[.!] )([a-z])", lambda m: m[1] + m[2].upper(), text), set(_FIELD.findall(template))
 
-# %% ../nbs/00_storyworld.ipynb #db8d3e95
+# %% ../nbs/00_storyworld.ipynb #ad7d86b6
+def _actor_words(actor, say=("prop", "scarf"), tag=""):
+    "What templates may say of one actor: field -> text. Fields of the second actor of a pair end in a tag."
+    words = dict(name=actor.name, does=actor.action, doing=DOING[actor.action], **FORMS[PRONOUNS[actor.name]])
+    if "prop" in say: words["prop"] = _with_article(actor.prop)
+    if "scarf" in say: words |= dict(scarf=_with_article(actor.scarf) + " scarf", colour=actor.scarf)
+    return {key + tag: text for key, text in words.items()}
+
+# %% ../nbs/00_storyworld.ipynb #fc835d6f
+def _place_words(setting, say=("setting",)): return dict(place=PLACES[setting], way=WAYS[setting]) if "setting" in say else {}
+
+# %% ../nbs/00_storyworld.ipynb #d2d13719
+def _pair_words(actors, say=("prop", "scarf")):
+    "Words for two actors; pronouns only where they tell the two apart, `do` only where both do the same."
+    one, two = actors
+    words = _actor_words(one, say, "1") | _actor_words(two, say, "2")
+    if PRONOUNS[one.name] == PRONOUNS[two.name]: words = {k: v for k, v in words.items() if k[:-1] not in FORMS["he"]}
+    if one.action == two.action: words |= dict(do=PLAIN[one.action])
+    return words
+
+# %% ../nbs/00_storyworld.ipynb #081c4ff7
 SOLO = dict(train=(
     "{name}[ is {place} and] {does}[, holding {prop}][, in {scarf}].",
     "{name} {does}[ {place}][ with {prop}][, wearing {scarf}].",
@@ -541,7 +612,7 @@ SOLO = dict(train=(
     "[{place} ]{name} {does}.[ {he} has {prop}.][ {his} scarf is {colour}.]",
 ))
 
-# %% ../nbs/00_storyworld.ipynb #8a25bfc0
+# %% ../nbs/00_storyworld.ipynb #078ac2ee
 PAIR = dict(train=(
     "[{place} ]{name1}[ in {scarf1}] {does1}[ with {prop1}] and {name2}[ in {scarf2}] {does2}[ with {prop2}].",
     "{name1} {does1}[ {place}][ in {scarf1}][, holding {prop1}]. {name2} {does2}[ in {scarf2}][, holding {prop2}].",
@@ -559,6 +630,7 @@ PAIR = dict(train=(
     "{name1} and {name2} are {place}. {name1} {does1}[ with {prop1}][ in {scarf1}] and {name2} {does2}[ with {prop2}][ in {scarf2}].",
 ))
 
+# %% ../nbs/00_storyworld.ipynb #822f0f65
 def describe(scene:Scene, # what to tell
              rng:random.Random, # chooses the template
              split:str="train", # "test" uses templates that training never shows, made of the same words
@@ -571,41 +643,7 @@ def describe(scene:Scene, # what to tell
     words = _actor_words(scene.actors[0], say) if alone else _pair_words(scene.actors, say)
     return write((SOLO if alone else PAIR)[templates], words | _place_words(scene.setting, say), rng)[0]
 
-# %% ../nbs/00_storyworld.ipynb #e6c018d8
-TELL = dict(
-    intro=dict(train=("{name} is {place} and {does}[, holding {prop}][, in {scarf}].", "{place} {name} {does}[ in {scarf}][, holding {prop}].",
-                      "{name} {does} {place}[ with {prop}][, wearing {scarf}].", "{name} is {place}[ with {prop}]. {he} {does}[ in {scarf}]."),
-               test=SOLO["test"]),
-    stay=dict(train=("{he} {does}.", "Then {he} {does}.", "Now {he} {does}.", "{he} is {doing}.", "{name} {does}."),
-              test=("And {he} {does}.", "Now {he} is {doing}.", "And now {he} {does}.", "Then {name} {does}.")),
-    move=dict(train=("{he} goes {way} and {does}.", "Then {he} goes {way}. {he} {does}.", "{name} goes {way} and {does}.", "Now {he} is {place} and {does}."),
-              test=("Now {he} goes {way} and {does}.", "{he} goes {way}. Now {he} {does}.", "And now {he} {does} {place}.")),
-    pick=dict(train=("{he} picks up {prop} and {does}.", "{he} finds {prop}. {he} {does}.", "Now {he} has {prop} and {does}.", "{name} picks up {prop} and {does}."),
-              test=("Then {he} finds {prop} and {does}.", "{he} picks up {prop}. Now {he} {does}.", "And now {he} {does} with {prop}.")),
-    elsewhere=dict(train=("Meanwhile {name} {does} {place}[ with {prop}][, in {scarf}].", "Meanwhile {name} is {place} and {does}[, holding {prop}][, wearing {scarf}].",
-                          "Meanwhile {place} {name} {does}[ in {scarf}][, holding {prop}]."),
-                   test=("Meanwhile {name} is {doing} {place}[, holding {prop}][, in {scarf}].", "Meanwhile[, in {scarf}], {name} is {place}. {he} {does}[ with {prop}].")),
-    meanwhile=dict(train=("Meanwhile {he} {does}.", "Meanwhile {name} {does}.", "Meanwhile {he} is {doing}."),
-                   test=("And meanwhile {he} {does}.", "Meanwhile {name} is {doing}.")),
-    meanwhile_pick=dict(train=("Meanwhile {he} picks up {prop} and {does}.", "Meanwhile {name} finds {prop} and {does}."),
-                        test=("Meanwhile {he} finds {prop}. {he} {does}.", "And meanwhile {name} picks up {prop} and {does}.")),
-)
-
-# %% ../nbs/00_storyworld.ipynb #1e1b15fa
-TELL_PAIR = dict(
-    arrive=dict(train=("{name1} joins {him2}[ with {prop1}][, in {scarf1}]. They {do}.", "{name1} joins {him2}[ with {prop1}][, wearing {scarf1}]. {he1} {does1} and {he2} {does2}.",
-                       "Then {name1}[ in {scarf1}] joins {him2}[, holding {prop1}]. They both {do}."),
-                test=("Now {name1} joins {him2}[ with {prop1}][, in {scarf1}]. They {do}.", "Then {name1}[, wearing {scarf1},] joins {him2}[, holding {prop1}]. {he1} {does1} while {he2} {does2}.")),
-    join=dict(train=("{he1} joins {him2}. They {do}.", "{he1} joins {him2}. {he1} {does1} and {he2} {does2}.", "{name1} joins {him2}. They both {do}.",
-                     "Then {he1} joins {name2}. They {do}.", "{name1} joins {him2}. {he1} {does1} and {he2} {does2}."),
-              test=("Now {he1} joins {him2}. They both {do}.", "Then {name1} joins {him2}. {he1} {does1} while {he2} {does2}.")),
-    together=dict(train=("They {do}.", "They both {do}.", "{he1} {does1} and {he2} {does2}.", "Now they {do}.", "{he1} {does1} while {he2} {does2}."),
-                  test=("Then they {do}.", "And now they both {do}.", "Now {he1} {does1} and {he2} {does2}.")),
-    travel=dict(train=("They go {way} and {do}.", "They go {way}. {he1} {does1} and {he2} {does2}.", "Then they go {way}. They {do}."),
-                test=("Now they go {way} and {do}.", "Then they go {way}. {he1} {does1} while {he2} {does2}.")),
-)
-
-# %% ../nbs/00_storyworld.ipynb #44093f43
+# %% ../nbs/00_storyworld.ipynb #7b1b7bbe
 @dataclass(frozen=True)
 class Fact:
     "One attribute of one frame, and where a reader of the story can know it from."
@@ -617,8 +655,9 @@ class Fact:
     sources:tuple[int, ...] # earlier frames each of which alone tells it; () if stated or unknowable
     said:bool # the caption of one of the sources says it in words
 
+# %% ../nbs/00_storyworld.ipynb #f4f47f01
 @dataclass(frozen=True)
-class _Told:
+class Told:
     "One frame as the narrator knows it."
     caption:str
     scene:Scene
@@ -626,35 +665,84 @@ class _Told:
     moved:frozenset # characters that arrive in this frame
     picked:frozenset # characters that change their prop in this frame
 
-# %% ../nbs/00_storyworld.ipynb #1b05f153
-def _sources(told:list, # `_Told` frames of the story so far
-             frame:int, # the frame asked about
-             name:str, # a character in it
-             changed:str|None, # "moved", "picked", or None for what never changes
-            ) -> set: # earlier frames that show this character in the same condition
-    "Earlier frames showing the character, not before its last change."
+# %% ../nbs/00_storyworld.ipynb #ee484fc2
+def telling_frames(told:list, # `Told` frames of the story so far
+                   frame:int, # the frame asked about
+                   name:str, # a character in it
+                   changed:str|None=None, # "moved", "picked", or None for what never changes
+                  ) -> set: # earlier frames that show this character in the same condition
+    "The sources: earlier frames showing the character, none of them before its last change. Our choice."
     since = max((k for k in range(frame + 1) if changed and name in getattr(told[k], changed)), default=0)
     return {k for k in range(since, frame) if name in [a.name for a in told[k].scene.actors]}
 
-def _facts(told:list, # `_Told` frames
-          ) -> list: # `Fact`s, frame by frame
-    "Every attribute of every frame with its sources."
+# %% ../nbs/00_storyworld.ipynb #44e092da
+def facts_of(told:list, # `Told` frames
+            ) -> list: # `Fact`s, frame by frame
+    "Every attribute of every frame, with its sources."
     facts = []
     def add(frame, attribute, actor, name, value, sources):
         stated = (attribute, name) in told[frame].stated
         sources = () if stated else tuple(sorted(sources))
-        facts.append(Fact(frame, attribute, actor, value, stated, sources, any((attribute, name) in told[k].stated for k in sources)))
+        said = any((attribute, name) in told[k].stated for k in sources)
+        facts.append(Fact(frame, attribute, actor, value, stated, sources, said))
     for k, frame in enumerate(told):
-        names = [a.name for a in frame.scene.actors]
-        add(k, "setting", None, None, frame.scene.setting, set().union(*(_sources(told, k, n, "moved") for n in names)))
+        places = (telling_frames(told, k, a.name, "moved") for a in frame.scene.actors)
+        add(k, "setting", None, None, frame.scene.setting, set().union(*places))
         for n, actor in enumerate(frame.scene.actors):
-            add(k, "character", n, actor.name, actor.name, _sources(told, k, actor.name, None))
-            add(k, "prop", n, actor.name, actor.prop, _sources(told, k, actor.name, "picked"))
-            add(k, "scarf", n, actor.name, actor.scarf, _sources(told, k, actor.name, None))
+            add(k, "character", n, actor.name, actor.name, telling_frames(told, k, actor.name))
+            add(k, "prop", n, actor.name, actor.prop, telling_frames(told, k, actor.name, "picked"))
+            add(k, "scarf", n, actor.name, actor.scarf, telling_frames(told, k, actor.name))
             add(k, "action", n, actor.name, actor.action, ())
     return facts
 
-# %% ../nbs/00_storyworld.ipynb #3f80817b
+# %% ../nbs/00_storyworld.ipynb #23249869
+TELL = dict(
+    intro=dict(
+        train=("{name} is {place} and {does}[, holding {prop}][, in {scarf}].", "{place} {name} {does}[ in {scarf}][, holding {prop}].",
+               "{name} {does} {place}[ with {prop}][, wearing {scarf}].", "{name} is {place}[ with {prop}]. {he} {does}[ in {scarf}]."),
+        test=SOLO["test"]),
+    stay=dict(
+        train=("{he} {does}.", "Then {he} {does}.", "Now {he} {does}.", "{he} is {doing}.", "{name} {does}."),
+        test=("And {he} {does}.", "Now {he} is {doing}.", "And now {he} {does}.", "Then {name} {does}.")),
+    move=dict(
+        train=("{he} goes {way} and {does}.", "Then {he} goes {way}. {he} {does}.", "{name} goes {way} and {does}.", "Now {he} is {place} and {does}."),
+        test=("Now {he} goes {way} and {does}.", "{he} goes {way}. Now {he} {does}.", "And now {he} {does} {place}.")),
+    pick=dict(
+        train=("{he} picks up {prop} and {does}.", "{he} finds {prop}. {he} {does}.", "Now {he} has {prop} and {does}.", "{name} picks up {prop} and {does}."),
+        test=("Then {he} finds {prop} and {does}.", "{he} picks up {prop}. Now {he} {does}.", "And now {he} {does} with {prop}.")),
+    elsewhere=dict(
+        train=("Meanwhile {name} {does} {place}[ with {prop}][, in {scarf}].", "Meanwhile {name} is {place} and {does}[, holding {prop}][, wearing {scarf}].",
+               "Meanwhile {place} {name} {does}[ in {scarf}][, holding {prop}]."),
+        test=("Meanwhile {name} is {doing} {place}[, holding {prop}][, in {scarf}].", "Meanwhile[, in {scarf}], {name} is {place}. {he} {does}[ with {prop}].")),
+    meanwhile=dict(
+        train=("Meanwhile {he} {does}.", "Meanwhile {name} {does}.", "Meanwhile {he} is {doing}."),
+        test=("And meanwhile {he} {does}.", "Meanwhile {name} is {doing}.")),
+    meanwhile_pick=dict(
+        train=("Meanwhile {he} picks up {prop} and {does}.", "Meanwhile {name} finds {prop} and {does}."),
+        test=("Meanwhile {he} finds {prop}. {he} {does}.", "And meanwhile {name} picks up {prop} and {does}.")),
+)
+
+# %% ../nbs/00_storyworld.ipynb #ce666bb4
+TELL_PAIR = dict(
+    arrive=dict(
+        train=("{name1} joins {him2}[ with {prop1}][, in {scarf1}]. They {do}.",
+               "{name1} joins {him2}[ with {prop1}][, wearing {scarf1}]. {he1} {does1} and {he2} {does2}.",
+               "Then {name1}[ in {scarf1}] joins {him2}[, holding {prop1}]. They both {do}."),
+        test=("Now {name1} joins {him2}[ with {prop1}][, in {scarf1}]. They {do}.",
+              "Then {name1}[, wearing {scarf1},] joins {him2}[, holding {prop1}]. {he1} {does1} while {he2} {does2}.")),
+    join=dict(
+        train=("{he1} joins {him2}. They {do}.", "{he1} joins {him2}. {he1} {does1} and {he2} {does2}.", "{name1} joins {him2}. They both {do}.",
+               "Then {he1} joins {name2}. They {do}.", "{name1} joins {him2}. {he1} {does1} and {he2} {does2}."),
+        test=("Now {he1} joins {him2}. They both {do}.", "Then {name1} joins {him2}. {he1} {does1} while {he2} {does2}.")),
+    together=dict(
+        train=("They {do}.", "They both {do}.", "{he1} {does1} and {he2} {does2}.", "Now they {do}.", "{he1} {does1} while {he2} {does2}."),
+        test=("Then they {do}.", "And now they both {do}.", "Now {he1} {does1} and {he2} {does2}.")),
+    travel=dict(
+        train=("They go {way} and {do}.", "They go {way}. {he1} {does1} and {he2} {does2}.", "Then they go {way}. They {do}."),
+        test=("Now they go {way} and {do}.", "Then they go {way}. {he1} {does1} while {he2} {does2}.")),
+)
+
+# %% ../nbs/00_storyworld.ipynb #e38d88c5
 _STATES = dict(name="character", prop="prop", scarf="scarf", colour="scarf", does="action", doing="action")
 
 def _stated(used, names):
@@ -666,86 +754,86 @@ def _stated(used, names):
         stated |= {(attribute, name) for field, attribute in _STATES.items() if field + tag in used}
     return frozenset(stated)
 
-# %% ../nbs/00_storyworld.ipynb #206bf48a
-class _Narrator:
-    "Invents one story: keeps where everybody is and what they hold, and writes a caption for each change."
-    def __init__(self, rng, split):
+# %% ../nbs/00_storyworld.ipynb #277d931b
+class Narrator:
+    "Invents one story: remembers where everybody is and what they hold, and writes a caption for each change."
+    def __init__(self, rng:random.Random, # source of every choice
+                 split:str, # one of `SPLITS`
+                ):
         self.rng, self.templates = rng, "test" if split == "test" else "train"
         self.hero, self.friend = [rng.choice([n for n in CHARACTERS if PRONOUNS[n] == p]) for p in rng.sample(("he", "she"), 2)]
-        places, props = rng.sample(SETTINGS, 2), rng.sample(PROPS, 2)
-        self.place, self.prop = dict(zip(self.names, places)), dict(zip(self.names, props))
+        self.names = self.hero, self.friend
+        self.place, self.prop = dict(zip(self.names, rng.sample(SETTINGS, 2))), dict(zip(self.names, rng.sample(PROPS, 2)))
         self.scarf = dict(zip(self.names, rng.sample(SCARVES, 2)))
         self.action, self.scarves_said = {}, rng.random() < .5
         self.met, self.shown, self.told = {self.hero}, (), []
 
-    @property
-    def names(self): return self.hero, self.friend
+    def another(self, values, *old):
+        "A value that is none of the old ones."
+        return self.rng.choice([v for v in values if v not in old])
 
-    @property
-    def together(self): return len(self.shown) == 2
+    def introduction(self):
+        "What the first caption of a character mentions besides the setting."
+        return tuple(["prop"] * (self.rng.random() < .8) + ["scarf"] * self.scarves_said)
 
-    def other(self, name): return self.friend if name == self.hero else self.hero
-
-    def _new(self, values, *old): return self.rng.choice([v for v in values if v not in old])
-
-    def _say(self, first): return tuple(["prop"] * (self.rng.random() < .8) + ["scarf"] * self.scarves_said) if first else ()
-
-    def _tell(self, templates, words, names, moved=(), picked=()):
+    def tell(self, templates, words, names, moved=(), picked=()):
+        "Add a frame that shows these characters as they are now."
         caption, used = write(templates[self.templates], words, self.rng)
         actors = tuple(Actor(n, self.action[n], self.prop[n], self.scarf[n]) for n in names)
-        self.told.append(_Told(caption, Scene(self.place[names[0]], actors), _stated(used, names), frozenset(moved), frozenset(picked)))
+        scene = Scene(self.place[names[0]], actors)
+        self.told.append(Told(caption, scene, _stated(used, names), frozenset(moved), frozenset(picked)))
         self.shown = tuple(names)
 
-# %% ../nbs/00_storyworld.ipynb #431bc127
-def _tell_one(self:_Narrator, name, event, first=False):
+# %% ../nbs/00_storyworld.ipynb #c40b899e
+def _tell_one(narrator, name, event, first=False):
     "A frame with one character."
-    if event == "meanwhile" and self.shown == (name,): event = "stay"
-    self.action[name] = self._new(ACTIONS, self.action.get(name))
-    if event == "move": self.place[name] = self._new(SETTINGS, *self.place.values())
-    if "pick" in event: self.prop[name] = self._new(PROPS, self.prop[name])
-    actor = Actor(name, self.action[name], self.prop[name], self.scarf[name])
-    words = _actor_words(actor, self._say(first) if first else ("prop",)) | _place_words(self.place[name])
+    if event == "meanwhile" and narrator.shown == (name,): event = "stay"
+    narrator.action[name] = narrator.another(ACTIONS, narrator.action.get(name))
+    if event == "move": narrator.place[name] = narrator.another(SETTINGS, *narrator.place.values())
+    if "pick" in event: narrator.prop[name] = narrator.another(PROPS, narrator.prop[name])
+    actor = Actor(name, narrator.action[name], narrator.prop[name], narrator.scarf[name])
+    words = _actor_words(actor, narrator.introduction() if first else ("prop",)) | _place_words(narrator.place[name])
     moved, picked = (name,) if event == "move" else (), (name,) if "pick" in event else ()
-    self._tell(TELL[event], words, (name,), moved, picked)
+    narrator.tell(TELL[event], words, (name,), moved, picked)
 
-def _tell_two(self:_Narrator, names, event, first=False):
+# %% ../nbs/00_storyworld.ipynb #1e06d5d0
+def _tell_two(narrator, names, event, first=False):
     "A frame with both; in an arrival the first one comes to where the second one is."
+    place, action = narrator.place, narrator.action
     arrives = names[:1] if event in ("join", "arrive") else ()
-    if arrives: self.place[names[0]] = self.place[names[1]]
-    if event == "travel": self.place[names[0]] = self.place[names[1]] = self._new(SETTINGS, self.place[names[0]])
-    same = self._new(ACTIONS, self.action.get(names[1])) if self.rng.random() < .6 else None
-    for n in names: self.action[n] = same or self._new(ACTIONS, self.action.get(n))
-    one, two = (Actor(n, self.action[n], self.prop[n], self.scarf[n]) for n in names)
-    words = _pair_words((one, two), ()) | _place_words(self.place[names[0]])
-    if first: words |= _actor_words(one, self._say(True), "1")
+    if arrives: place[names[0]] = place[names[1]]
+    if event == "travel": place[names[0]] = place[names[1]] = narrator.another(SETTINGS, place[names[0]])
+    same = narrator.another(ACTIONS, action.get(names[1])) if narrator.rng.random() < .6 else None
+    for n in names: action[n] = same or narrator.another(ACTIONS, action.get(n))
+    one, two = (Actor(n, action[n], narrator.prop[n], narrator.scarf[n]) for n in names)
+    words = _pair_words((one, two), ()) | _place_words(place[names[0]])
+    if first: words |= _actor_words(one, narrator.introduction(), "1")
     if "do" in words: words = {k: v for k, v in words.items() if k[:-1] not in ("does", "doing")}
-    self._tell(TELL_PAIR[event], words, names, arrives or (names if event == "travel" else ()))
+    narrator.tell(TELL_PAIR[event], words, names, arrives or (names if event == "travel" else ()))
 
-# %% ../nbs/00_storyworld.ipynb #a182dcdc
-_NEXT = dict( # what may come next, and how often
+# %% ../nbs/00_storyworld.ipynb #91182d87
+_NEXT = dict( # who was shown last: what may come next, and how often
     alone=dict(stay=11, move=6, pick=5, elsewhere=67, arrive=11),
     hero=dict(stay=10, move=6, pick=5, meanwhile=50, meanwhile_pick=10, join=19),
     friend=dict(back=48, back_move=9, back_pick=8, join=18, visit=8, meanwhile=9),
     both=dict(together=38, travel=14, part=48),
 )
 
-def _continue(self:_Narrator):
+# %% ../nbs/00_storyworld.ipynb #4a47fd50
+def _continue(narrator):
     "Choose and tell the next frame."
-    hero, friend = self.names
-    if self.together: situation = "both"
-    elif friend not in self.met: situation = "alone"
-    else: situation = "hero" if self.shown == (hero,) else "friend"
-    options = _NEXT[situation]
-    event = self.rng.choices(list(options), list(options.values()))[0]
-    self.met |= {friend} if event in ("elsewhere", "arrive") else set()
-    if event in ("together", "travel"): return _tell_two(self, self.shown, event)
-    if event in ("arrive", "join"): return _tell_two(self, (friend, hero), event, event == "arrive")
-    if event == "visit": return _tell_two(self, (hero, friend), "join")
-    if event == "part": return _tell_one(self, self.rng.choice(self.names), "move")
-    event = event.replace("back_", "").replace("back", "stay")
-    _tell_one(self, friend if event in ("elsewhere", "meanwhile", "meanwhile_pick") else hero, event, event == "elsewhere")
+    hero, friend = narrator.names
+    situation = "both" if len(narrator.shown) == 2 else "alone" if friend not in narrator.met else "hero" if narrator.shown == (hero,) else "friend"
+    event = narrator.rng.choices(list(_NEXT[situation]), list(_NEXT[situation].values()))[0]
+    if event in ("elsewhere", "arrive"): narrator.met.add(friend)
+    if event in ("together", "travel"): _tell_two(narrator, narrator.shown, event)
+    elif event in ("arrive", "join"): _tell_two(narrator, (friend, hero), event, event == "arrive")
+    elif event == "visit": _tell_two(narrator, (hero, friend), "join")
+    elif event == "part": _tell_one(narrator, narrator.rng.choice(narrator.names), "move")
+    elif event.startswith("back"): _tell_one(narrator, hero, event[5:] or "stay")
+    else: _tell_one(narrator, friend if event in ("elsewhere", "meanwhile", "meanwhile_pick") else hero, event, event == "elsewhere")
 
-# %% ../nbs/00_storyworld.ipynb #15be3e60
+# %% ../nbs/00_storyworld.ipynb #08970d18
 @dataclass
 class Story:
     "Captions, the scenes they tell, and the truth about who can be known from where."
@@ -759,7 +847,8 @@ class Story:
                take:int=0, # another take is the same story with other small jitter
               ) -> list: # PIL images
         "Draw the story."
-        return [render(scene, size, random.Random(f"{self.seed} {k} {take}").getrandbits(32)) for k, scene in enumerate(self.scenes)]
+        seeds = (random.Random(f"{self.seed} {k} {take}").getrandbits(32) for k in range(len(self.scenes)))
+        return [render(scene, size, seed) for scene, seed in zip(self.scenes, seeds)]
 
     def truth(self) -> dict: # what JSON can hold
         "Scenes and facts as plain containers, version 1."
@@ -771,13 +860,15 @@ class Story:
                    truth:dict, # as `truth()` gave it
                    captions:list|tuple=(), # the truth holds none; give them to get an equal story
                   ):
-        "The inverse of `truth`."
+        "The inverse of `truth`. Raises ValueError on another version or a missing part."
         if truth.get("version") != 1: raise ValueError(f"truth has version {truth.get('version')!r}; this code reads version 1")
+        for part in ("seed", "scenes", "facts"):
+            if part not in truth: raise ValueError(f"truth has no {part!r}")
         scenes = [Scene(s["setting"], tuple(Actor(**a) for a in s["actors"])) for s in truth["scenes"]]
         facts = [Fact(**{**f, "sources": tuple(f["sources"])}) for f in truth["facts"]]
         return cls(list(captions), scenes, truth["seed"], facts)
 
-# %% ../nbs/00_storyworld.ipynb #1d008aa0
+# %% ../nbs/00_storyworld.ipynb #89315ff4
 def make_story(seed:int, # the same seed and split always give the same story
                split:str="train", # "train", "val", or "test", where a held-out triple is shown
                n_frames:int=5, # 3 to 8
@@ -786,13 +877,14 @@ def make_story(seed:int, # the same seed and split always give the same story
     _check("split", split, SPLITS)
     _check("n_frames", n_frames, tuple(range(3, 9)))
     for attempt in range(1000):
-        narrator = _Narrator(random.Random(f"{seed} {split} {n_frames} {attempt}"), split)
+        narrator = Narrator(random.Random(f"{seed} {split} {n_frames} {attempt}"), split)
         _tell_one(narrator, narrator.hero, "intro", first=True)
         while len(narrator.told) < n_frames: _continue(narrator)
         scenes = [frame.scene for frame in narrator.told]
         if any(map(held_out, scenes)) == (split == "test"):
-            return Story([frame.caption for frame in narrator.told], scenes, seed, _facts(narrator.told))
+            return Story([frame.caption for frame in narrator.told], scenes, seed, facts_of(narrator.told))
 
+# %% ../nbs/00_storyworld.ipynb #a9a78339
 def make_stories(n:int, # how many
                  split:str="train", # which split
                  seed:int=0, # another seed gives other stories
@@ -800,3 +892,54 @@ def make_stories(n:int, # how many
                 ) -> list:
     "Many stories: numbers seed * 1,000,000 onwards."
     return [make_story(seed * 1_000_000 + k, split, n_frames) for k in range(n)]
+
+# %% ../nbs/00_storyworld.ipynb #e085dd7d
+def _truth_fields(story):
+    "(row, column) -> fact, and the names of the rows: the setting, then name, scarf and prop of each character."
+    names = list(dict.fromkeys(a.name for scene in story.scenes for a in scene.actors))
+    rows = ["setting"] + [f"{name}: {attribute}" for name in names for attribute in ("character", "scarf", "prop")]
+    def row(fact):
+        if fact.attribute == "setting": return 0
+        return rows.index(f"{story.scenes[fact.frame].actors[fact.actor].name}: {fact.attribute}")
+    fields = {(row(f), f.frame): f for f in story.facts if f.attribute != "action"}
+    return fields, [r.replace(": character", ": who") for r in rows]
+
+# %% ../nbs/00_storyworld.ipynb #4874b569
+def draw_truth(story:Story, # any story
+               size:int=164, # pixels of the frames
+              ) -> Image.Image: # one picture with a palette
+    "Frames and captions; below them which fact is stated where, and which earlier frames tell the others. Needs matplotlib."
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+    (fields, rows), n = _truth_fields(story), len(story.scenes)
+    figure = Figure(figsize=(1.8 * n + 1, 2.75 + .45 * len(rows)), dpi=size / 1.64)
+    canvas = FigureCanvasAgg(figure)
+    grid = figure.add_gridspec(2, n, height_ratios=(2.3, .45 * len(rows)), hspace=.03, wspace=.05, left=1 / (1.8 * n + 1), right=.995, top=.87, bottom=.01)
+    for k, (frame, caption) in enumerate(zip(story.frames(size), story.captions)):
+        ax = figure.add_subplot(grid[0, k])
+        ax.imshow(frame)
+        ax.set_title(textwrap.fill(caption, 24), fontsize=9)
+        ax.set_xlabel(f"frame {k}", fontsize=9)
+        ax.set(xticks=[], yticks=[])
+    ax = figure.add_subplot(grid[1, :])
+    ax.set(xlim=(-.5, n - .5), ylim=(len(rows) - .45, -.75), xticks=[], yticks=range(len(rows)))
+    ax.set_yticklabels(rows, fontsize=9)
+    ax.tick_params(length=0)
+    ax.spines[:].set_visible(False)
+    for (row, frame), fact in fields.items(): _plot_fact(ax, row, fact)
+    canvas.draw()
+    picture = Image.frombuffer("RGBA", canvas.get_width_height(), canvas.buffer_rgba(), "raw", "RGBA", 0, 1).convert("RGB")
+    return picture.quantize(255, Image.Quantize.MAXCOVERAGE, kmeans=2, dither=Image.Dither.NONE)
+
+# %% ../nbs/00_storyworld.ipynb #3c82653d
+def _plot_fact(ax, row, fact):
+    "One field of the table, with arcs from its sources."
+    known = bool(fact.stated or fact.sources)
+    style = dict(boxstyle="round,pad=.32", fc="#4a3f6b" if fact.stated else "white", ec="#4a3f6b" if known else "#aaa", ls="-" if known else "--")
+    ax.text(fact.frame, row, fact.value if known else f"{fact.value} ?", ha="center", va="center", fontsize=9, zorder=3,
+            color="white" if fact.stated else "#222" if known else "#999", bbox=style)
+    for source in fact.sources:
+        nearest = source == max(fact.sources)
+        ax.annotate("", (fact.frame - .17, row - .17), (source + .17, row - .17), zorder=2 if nearest else 1, arrowprops=dict(
+            arrowstyle="-|>", lw=1.8 if nearest else .9, color="#e07a1f" if nearest else "#f0c9a0", shrinkA=0, shrinkB=2,
+            connectionstyle=f"arc3,rad={-.28 / (fact.frame - source) ** .9:.2f}"))
