@@ -4,12 +4,12 @@
 
 # %% auto #0
 __all__ = ['STORY_SPLITS', 'FLINTSTONES_FILES', 'PORORO_FILES', 'TASKS', 'CLIP_IMAGE_MEAN', 'CLIP_IMAGE_STD', 'show_story',
-           'stack_tiles', 'count_tiles', 'cut_tile', 'write_flintstones_raw', 'write_pororo_raw', 'write_folder',
-           'RefusedPickle', 'PlainUnpickler', 'load_pickle', 'load_npy', 'RawStory', 'png_bytes', 'write_story',
-           'atomic_path', 'PatientFile', 'write_hdf5', 'convert_stories', 'clean_caption', 'convert_flintstones',
-           'open_image', 'convert_pororo', 'convert_folder', 'StoredStory', 'open_stories', 'story_schema',
-           'story_keys', 'choose_tile', 'TaskLayout', 'split_task', 'StoryRecord', 'StoryDataset', 'pixels',
-           'StoryCollator']
+           'compact', 'stack_tiles', 'count_tiles', 'cut_tile', 'write_flintstones_raw', 'write_pororo_raw',
+           'write_folder', 'RefusedPickle', 'PlainUnpickler', 'load_pickle', 'load_npy', 'RawStory', 'png_bytes',
+           'write_story', 'atomic_path', 'PatientFile', 'write_hdf5', 'convert_stories', 'clean_caption',
+           'convert_flintstones', 'open_image', 'convert_pororo', 'convert_folder', 'StoredStory', 'open_stories',
+           'story_schema', 'story_keys', 'choose_tile', 'TaskLayout', 'split_task', 'StoryRecord', 'StoryDataset',
+           'pixels', 'StoryCollator']
 
 # %% ../nbs/01_data.ipynb #b05cf3c5
 import io
@@ -97,7 +97,17 @@ def show_story(
     pyplot.close(figure)
     return figure
 
-# %% ../nbs/01_data.ipynb #054a0050
+# %% ../nbs/01_data.ipynb #1ed3547d
+def compact(
+    figure,          # matplotlib figure
+    colours:int=128, # in the palette
+)->Image.Image:      # the same picture with a palette, a third of the bytes
+    "A figure as a picture of few colours, so that a notebook full of stories stays small. Our choice."
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", bbox_inches="tight", pad_inches=0.1)
+    return Image.open(buffer).convert("RGB").quantize(colours, Image.Quantize.MAXCOVERAGE, kmeans=2, dither=Image.Dither.NONE)
+
+# %% ../nbs/01_data.ipynb #4787c930
 def stack_tiles(
     tiles:list, # square pictures (PIL images or (H,H,3) uint8 arrays) of one size
 )->Image.Image: # a strip, H wide and len(tiles)*H high
@@ -121,7 +131,7 @@ def cut_tile(
     "One tile of a strip."
     return strip.crop((0, tile * strip.width, strip.width, (tile + 1) * strip.width))
 
-# %% ../nbs/01_data.ipynb #14dbfc5a
+# %% ../nbs/01_data.ipynb #3cf799f3
 STORY_SPLITS = ("train", "val", "test")
 
 
@@ -157,7 +167,7 @@ def _write_truth(
     lines = [json.dumps({"id": name, "truth": truth}) + "\n" for name, truth in truths.items() if truth is not None]
     if lines: (out / "truth.jsonl").write_text("".join(lines), encoding="utf-8")
 
-# %% ../nbs/01_data.ipynb #3cf799f3
+# %% ../nbs/01_data.ipynb #063f1f1e
 def write_flintstones_raw(
     stories_by_split:dict, # "train"/"val"/"test" -> stories of five frames with captions, truth(), frames(size=, take=)
     out,                   # new folder
@@ -182,7 +192,7 @@ def write_flintstones_raw(
     (out / "following_cache4.pkl").write_bytes(pickle.dumps(followings))
     _write_truth(out, truths)
 
-# %% ../nbs/01_data.ipynb #063873a4
+# %% ../nbs/01_data.ipynb #c7f08526
 def write_pororo_raw(
     stories_by_split:dict, # "train"/"val"/"test" -> stories of five frames with captions, truth(), frames(size=, take=)
     out,                   # new folder
@@ -205,13 +215,13 @@ def write_pororo_raw(
         truths[paths[0].removesuffix(".png")] = story.truth()
     np.save(out / "img_cache4.npy", np.array(firsts))
     np.save(out / "following_cache4.npy", np.array(followings))
-    np.save(out / "descriptions.npy", np.array(descriptions, dtype=object), allow_pickle=True)
+    np.save(out / "descriptions.npy", np.array(descriptions, dtype=object))
     triple = np.empty(3, dtype=object)
     triple[:] = [np.array(ids[split], dtype=np.int64) for split in STORY_SPLITS]
-    np.save(out / "train_seen_unseen_ids.npy", triple, allow_pickle=True)
+    np.save(out / "train_seen_unseen_ids.npy", triple)
     _write_truth(out, truths)
 
-# %% ../nbs/01_data.ipynb #75db8091
+# %% ../nbs/01_data.ipynb #3c5a777c
 def write_folder(
     stories_by_split:dict, # split -> stories with captions, truth(), frames(size=, take=)
     out,                   # new folder
@@ -227,7 +237,7 @@ def write_folder(
             record = {"id": name, "split": split, "frames": paths, "captions": list(story.captions), "truth": story.truth()}
             lines.write(json.dumps(record, ensure_ascii=False) + "\n")
 
-# %% ../nbs/01_data.ipynb #adb05076
+# %% ../nbs/01_data.ipynb #522b1ce2
 class RefusedPickle(ValueError):
     "A pickled file asks for something that is not plain data."
 
@@ -265,7 +275,7 @@ class _PlainArray(np.ndarray):
         if len(raw) != expected: raise RefusedPickle(f"a numpy array of shape {shape} that brings {len(raw)} entries or bytes for {expected}")
         super().__setstate__((1, shape, kind.dtype, bool(fortran), raw))
 
-# %% ../nbs/01_data.ipynb #0abce91a
+# %% ../nbs/01_data.ipynb #884e0dc6
 class PlainUnpickler(pickle.Unpickler):
     "Unpickles plain containers, text, numbers, bytes and numpy arrays, from Python 2 or 3, numpy 1 or 2; raises RefusedPickle for anything else. Our choice."
     def __init__(self, file):
@@ -278,6 +288,7 @@ class PlainUnpickler(pickle.Unpickler):
         self.allowed |= {"collections.OrderedDict": OrderedDict, "collections.defaultdict": defaultdict}
 
     def find_class(self, module, name):
+        "The stand-in for what the pickle asks for by name. Raises RefusedPickle for any name that is not on the list."
         if f"{module}.{name}" not in self.allowed: raise RefusedPickle(f"{module}.{name}")
         return self.allowed[f"{module}.{name}"]
 
@@ -291,7 +302,7 @@ class PlainUnpickler(pickle.Unpickler):
         if encoding not in ("latin1", "latin-1", "utf-8", "ascii"): raise RefusedPickle(f"the text encoding {encoding!r}")
         return text.encode(encoding)
 
-# %% ../nbs/01_data.ipynb #9ec108b5
+# %% ../nbs/01_data.ipynb #fb7a8045
 def _unpickle(
     file,      # binary file, at the start of the pickle
     path:Path, # named in the errors
@@ -326,7 +337,7 @@ def load_npy(
     if not isinstance(array, np.ndarray) or array.shape != shape: raise ValueError(f"{path}: its header promises an array of shape {shape}, its content is something else")
     return array.view(np.ndarray)
 
-# %% ../nbs/01_data.ipynb #a440a784
+# %% ../nbs/01_data.ipynb #75faa90b
 @dataclass
 class RawStory:
     "One story on its way into an HDF5 file."
@@ -367,7 +378,7 @@ def write_story(
     if story.truth is not None: group["truth"] = json.dumps(story.truth)
     group.attrs["id"] = story.id
 
-# %% ../nbs/01_data.ipynb #82fbeb5e
+# %% ../nbs/01_data.ipynb #dbeec4ee
 @contextmanager
 def atomic_path(
     path,            # final name of a file
@@ -381,12 +392,13 @@ def atomic_path(
         os.replace(partial, path)
     finally: partial.unlink(missing_ok=True)
 
-# %% ../nbs/01_data.ipynb #294049a7
+# %% ../nbs/01_data.ipynb #4cd7b833
 class PatientFile(io.FileIO):
     "A file that HDF5 can write to: it never sees a write fail, `check` raises what happened. Our choice."
     failure = None
 
     def write(self, data):
+        "Writes all of `data`, or remembers the failure and writes nothing from then on. Always answers that all went well."
         data, done = memoryview(data).cast("B"), 0
         try:
             while done < len(data) and not self.failure: done += super().write(data[done:])
@@ -394,15 +406,17 @@ class PatientFile(io.FileIO):
         return len(data)
 
     def truncate(self, size=None):
+        "Cuts or lengthens the file, or remembers the failure."
         try: return super().truncate(size)
         except OSError as error: self.failure = error
         return size
 
     def check(self, out):
+        "Raises the first failure, an OSError with the name `out` in it."
         if isinstance(self.failure, OSError): raise OSError(self.failure.errno, f"{out} could not be written, nothing is left of this attempt: {self.failure.strerror}")
         if self.failure: raise self.failure
 
-# %% ../nbs/01_data.ipynb #888d12ef
+# %% ../nbs/01_data.ipynb #b244a802
 def write_hdf5(
     keys_by_split:dict,   # split -> sequence of whatever identifies a story
     read_story:Callable,  # (split, key) -> RawStory
@@ -426,7 +440,7 @@ def write_hdf5(
         os.fsync(disk.fileno())
     return out
 
-# %% ../nbs/01_data.ipynb #ad36f5db
+# %% ../nbs/01_data.ipynb #83fbc0c0
 def convert_stories(
     stories_by_split:dict, # split -> stories with captions, truth() and frames(size=, take=)
     out,                   # HDF5 file to write
@@ -441,7 +455,7 @@ def convert_stories(
         return RawStory(f"{split}_{index:05d}", list(story.captions), [stack_tiles(clip) for clip in zip(*takes)], story.truth())
     return write_hdf5({split: list(enumerate(stories)) for split, stories in stories_by_split.items()}, read_story, out, progress)
 
-# %% ../nbs/01_data.ipynb #a4a84843
+# %% ../nbs/01_data.ipynb #6c5bc794
 FLINTSTONES_FILES = ("train-val-test_split.json", "following_cache4.pkl", "flintstones_annotations_v1-0.json", "video_frames_sampled")
 PORORO_FILES = ("descriptions.npy", "img_cache4.npy", "following_cache4.npy", "train_seen_unseen_ids.npy")
 
@@ -483,7 +497,7 @@ def clean_caption(
     "Line breaks, tabs and runs of spaces become one space each. Our choice: the released converters delete line breaks and tabs and so glue words together."
     return " ".join(text.split())
 
-# %% ../nbs/01_data.ipynb #aeb94246
+# %% ../nbs/01_data.ipynb #56f994e7
 def _flintstones_strip(
     path:Path,    # one clip, (tiles, H, H, 3) uint8
 )->Image.Image:   # vertical strip
@@ -506,7 +520,7 @@ def _flintstones_index(
     try: return splits, followings, {note["globalID"]: clean_caption(note["description"]) for note in annotations}
     except (KeyError, TypeError, AttributeError) as error: raise ValueError(f"{annotation_file}: a list of objects with globalID and description is expected") from error
 
-# %% ../nbs/01_data.ipynb #56f994e7
+# %% ../nbs/01_data.ipynb #da122b78
 def convert_flintstones(
     raw,                # raw FlintstonesSV folder
     out,                # HDF5 file to write
@@ -527,7 +541,7 @@ def convert_flintstones(
     keys = {split: [clip for clip in splits[split] if len(followings.get(clip, ())) == 4] for split in STORY_SPLITS}
     return write_hdf5(keys, read_story, out, progress)
 
-# %% ../nbs/01_data.ipynb #faca46a7
+# %% ../nbs/01_data.ipynb #b388a0ac
 def _plain_text(
     entry,  # numpy bytes, bytes or text, perhaps text that looks like b'...'
 )->str:     # text
@@ -562,7 +576,7 @@ def _pororo_index(
         raise ValueError(f"{raw}: {PORORO_FILES[1]} ({len(firsts)} entries), {PORORO_FILES[2]} ({len(followings)}) and {PORORO_FILES[3]} (ids up to {largest}) do not belong together")
     return {split: [key for key in part if len(followings[key]) == 4] for split, part in keys.items()}, firsts, followings, descriptions.item()
 
-# %% ../nbs/01_data.ipynb #b388a0ac
+# %% ../nbs/01_data.ipynb #32fd5605
 def convert_pororo(
     raw,                # raw PororoSV folder
     out,                # HDF5 file to write
@@ -583,7 +597,7 @@ def convert_pororo(
         return RawStory(names[0], captions, strips, truths.get(names[0]))
     return write_hdf5(keys, read_story, out, progress)
 
-# %% ../nbs/01_data.ipynb #4bf0ec15
+# %% ../nbs/01_data.ipynb #ff02d40b
 def _check_line(
     raw:Path,     # folder
     number:int,   # line of stories.jsonl, from 1
@@ -618,7 +632,7 @@ def _square_picture(
     image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
     return ImageOps.fit(image, (min(size, *image.size),) * 2, Image.BICUBIC)
 
-# %% ../nbs/01_data.ipynb #ff02d40b
+# %% ../nbs/01_data.ipynb #e2107351
 def convert_folder(
     raw,                # folder with stories.jsonl and pictures
     out,                # HDF5 file to write
@@ -640,7 +654,7 @@ def convert_folder(
         return RawStory(record["id"], [clean_caption(caption) for caption in record["captions"]], strips, record.get("truth"))
     return write_hdf5(records, read_story, out, progress)
 
-# %% ../nbs/01_data.ipynb #5d832fbc
+# %% ../nbs/01_data.ipynb #30939e12
 class StoredStory(NamedTuple):
     "A story as it lies in the file, images not yet decoded."
     id:str
@@ -675,7 +689,7 @@ def _count_images(
     "How many images lie side by side."
     return sum(1 for name in group if re.fullmatch(r"image\d+", name))
 
-# %% ../nbs/01_data.ipynb #a2a800b6
+# %% ../nbs/01_data.ipynb #75eba660
 def open_stories(
     path,           # HDF5 file, version 1 or 2
 )->h5py.File:       # open for reading
@@ -708,7 +722,7 @@ def story_keys(
     if len(set(lengths.values())) > 1: raise ValueError(f"{file.filename}, split {split!r}: the arrays differ in length: {lengths}")
     return list(range(lengths["text"]))
 
-# %% ../nbs/01_data.ipynb #736b51b4
+# %% ../nbs/01_data.ipynb #6ead2219
 def choose_tile(
     n_tiles:int, # tiles to choose from
     seed:int,    # of the run
@@ -719,7 +733,7 @@ def choose_tile(
     "The training tile, a pure function of its arguments (text seeds of Python's generator are hashed with SHA-512, the same everywhere). Our choice."
     return random.Random(f"{seed}/{epoch}/{index}/{frame}").randrange(n_tiles)
 
-# %% ../nbs/01_data.ipynb #9814fa99
+# %% ../nbs/01_data.ipynb #0fb1917d
 TASKS = ("visualization", "continuation")
 
 
@@ -744,7 +758,7 @@ def split_task(
     if len(frames) < given + 1: raise ValueError(f"{where} has {len(frames)} frame(s): {task} needs at least {given + 1}")
     return TaskLayout(list(captions[given:]), list(frames[given:]), list(captions), list(frames))
 
-# %% ../nbs/01_data.ipynb #f68f3095
+# %% ../nbs/01_data.ipynb #2c725111
 @dataclass(frozen=True)
 class StoryRecord:
     "A story, decoded."
@@ -753,7 +767,7 @@ class StoryRecord:
     frames:list        # N square RGB PIL images in true colours
     truth:object       # what the world knows of the story, or None
 
-# %% ../nbs/01_data.ipynb #2c725111
+# %% ../nbs/01_data.ipynb #27a5745d
 class StoryDataset(torch.utils.data.Dataset):
     "Stories of one split of an HDF5 file, version 1 or 2. Opens the file lazily in every process; can be sent to workers."
     def __init__(self,
@@ -817,7 +831,7 @@ class StoryDataset(torch.utils.data.Dataset):
         record = self.story(index)
         return {"id": record.id, "index": index % len(self), "captions": record.captions, "frames": record.frames, "truth": record.truth}
 
-# %% ../nbs/01_data.ipynb #63e1a68c
+# %% ../nbs/01_data.ipynb #781f6d10
 CLIP_IMAGE_MEAN, CLIP_IMAGE_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 
 
@@ -832,7 +846,7 @@ def pixels(
     x = torch.from_numpy(np.stack(arrays)).permute(0, 3, 1, 2).float() / 255   # (n, 3, size, size)
     return (x - torch.tensor(mean).view(3, 1, 1)) / torch.tensor(std).view(3, 1, 1)
 
-# %% ../nbs/01_data.ipynb #187b8005
+# %% ../nbs/01_data.ipynb #2557b761
 class StoryCollator:
     "Turns a list of `StoryDataset` items into a batch (see the table above for names and shapes). Our choice of names; layout as AR-LDM's."
     def __init__(self,
