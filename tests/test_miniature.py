@@ -1,0 +1,252 @@
+"What a reader of 09_miniature need not see: the whole pre-training in small, interrupted, repeated, refused, read back."
+import json
+import random
+from dataclasses import replace
+
+import pytest
+import torch
+from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
+from hypothesis import given, strategies as st
+from torch.testing import assert_close
+from transformers import AutoTokenizer, CLIPTextModel
+from transformers.utils import logging
+
+import causal_story.miniature as miniature
+from causal_story.encoders import HistoryEncoder, tiny_history_encoder, tiny_tokenizers
+from causal_story.miniature import (SAVED_PARTS, STAGES, HistoryPretrainer, LatentPool, altered, caption_corpus,
+                                    encode_pool, history_batches, make_pool, measure_latents, pool_batches, pretrain,
+                                    stage_configs, tokenize, training_caption, with_stories)
+from causal_story.model import decode_latents, normalise_latents, tiny_vae
+from causal_story.storyworld import CHARACTERS, describe, held_out, make_stories, random_scene
+from causal_story.training import TrainingConfig
+
+STEPS = dict(autoencoder=3, text_to_image=2, history=2)
+SMALL = dict(frames=dict(autoencoder=10, text_to_image=6, history=8), stories=1, corpus=30, progress=False)
+
+
+@pytest.fixture(autouse=True)
+def no_bars():
+    logging.disable_progress_bar()
+    yield
+    logging.enable_progress_bar()
+
+
+def settings(steps=STEPS, seed=0):
+    return {stage: replace(config, batch_size=4, checkpoint_every=1) for stage, config in stage_configs(steps, seed).items()}
+
+
+def weights(folder):
+    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*.safetensors"))}
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    "A folder in which pre-training ran to its end, and the losses."
+    folder = tmp_path_factory.mktemp("finished")
+    return folder, pretrain(folder, STEPS, configs=settings(), **SMALL)
+
+
+# ---------------------------------------------------------------- the whole
+
+def test_everything_is_saved_and_nothing_else(finished):
+    folder, losses = finished
+    assert {path.name for path in folder.iterdir()} == {*SAVED_PARTS, "pretraining.json"}
+    assert {stage: len(values) for stage, values in losses.items()} == STEPS
+    record = json.loads((folder / "pretraining.json").read_text())
+    assert record["seed"] == 0 and {stage: record["configs"][stage]["steps"] for stage in STAGES} == STEPS
+
+
+def test_parts_load_and_fit_together(finished):
+    folder, _ = finished
+    vae, unet = AutoencoderKL.from_pretrained(folder / "vae"), UNet2DConditionModel.from_pretrained(folder / "unet")
+    text_encoder, tokenizer = CLIPTextModel.from_pretrained(folder / "text_encoder"), AutoTokenizer.from_pretrained(folder / "tokenizer")
+    history, words = HistoryEncoder.from_pretrained(folder / "history_encoder"), AutoTokenizer.from_pretrained(folder / "history_tokenizer")
+    ids, mask = tokenize(tokenizer, ["Milo waves at the beach.", ""])
+    with torch.no_grad():
+        states = text_encoder(ids).last_hidden_state
+        prediction = unet(torch.zeros(2, 8, 8, 8), 5, states, encoder_attention_mask=mask).sample
+        assert decode_latents(vae, prediction).shape == (2, 3, 64, 64)
+        assert history(torch.zeros(2, 3, 64, 64), *tokenize(words, ["Kiki jumps.", ""])).shape == (2, 36, states.shape[-1])
+
+
+def test_saved_schedule_is_the_trained_one(finished):
+    config = DDPMScheduler.from_pretrained(finished[0] / "scheduler").config
+    assert (config.beta_schedule, config.beta_start, config.beta_end) == ("scaled_linear", 0.00085, 0.012)
+    assert config.prediction_type == "v_prediction"
+
+
+def test_measured_latents_are_in_the_saved_configuration(finished):
+    vae = AutoencoderKL.from_pretrained(finished[0] / "vae")
+    pool, _ = with_stories(make_pool(6, progress=False), make_stories(1, seed=77))
+    latents = normalise_latents(vae, encode_pool(vae, pool, progress=False)[0])
+    assert_close(latents.mean((0, 2, 3)), torch.zeros(8), atol=1e-3, rtol=0)
+    assert_close(latents.std((0, 2, 3)), torch.ones(8), atol=1e-3, rtol=0)
+
+
+@pytest.mark.parametrize("function", ["train_text_to_image", "train_history_encoder", "_move_into_place"])
+def test_interrupted_and_continued_equals_never_stopped(finished, tmp_path, monkeypatch, function):
+    folder, losses = finished
+
+    def power_cut(*arguments, **names): raise KeyboardInterrupt
+    with monkeypatch.context() as patch:
+        patch.setattr(miniature, function, power_cut)
+        with pytest.raises(KeyboardInterrupt):
+            pretrain(tmp_path, STEPS, configs=settings(), **SMALL)
+    assert {path.name for path in tmp_path.iterdir()} == {"runs"}
+    assert pretrain(tmp_path, STEPS, configs=settings(), **SMALL) == losses
+    assert weights(tmp_path) == weights(folder)
+
+
+def test_finished_weights_are_not_overwritten_unasked(finished):
+    folder, _ = finished
+    before = weights(folder)
+    with pytest.raises(FileExistsError, match=str(folder)):
+        pretrain(folder, STEPS, configs=settings(), **SMALL)
+    assert weights(folder) == before
+
+
+def test_overwriting_keeps_the_old_weights_until_the_new_are_there(tmp_path, monkeypatch):
+    pretrain(tmp_path, STEPS, configs=settings(), **SMALL)
+    before = weights(tmp_path)
+
+    def power_cut(*arguments, **names): raise KeyboardInterrupt
+    with monkeypatch.context() as patch:
+        patch.setattr(miniature, "train_text_to_image", power_cut)
+        with pytest.raises(KeyboardInterrupt):
+            pretrain(tmp_path, STEPS, configs=settings(seed=1), seed=1, overwrite=True, **SMALL)
+    kept = weights(tmp_path)
+    assert {name: kept[name] for name in before} == before
+    pretrain(tmp_path, STEPS, configs=settings(seed=1), seed=1, overwrite=True, **SMALL)
+    after = weights(tmp_path)
+    assert after.keys() == before.keys() and all(after[name] != before[name] for name in before)
+
+
+def test_unfinished_run_is_not_continued_with_other_settings(tmp_path, monkeypatch):
+    def power_cut(*arguments, **names): raise KeyboardInterrupt
+    monkeypatch.setattr(miniature, "train_autoencoder", power_cut)
+    with pytest.raises(KeyboardInterrupt):
+        pretrain(tmp_path, STEPS, **SMALL)
+    with pytest.raises(ValueError, match="seed"):
+        pretrain(tmp_path, STEPS, seed=1, **SMALL)
+
+
+@pytest.mark.parametrize("steps", [{}, dict(autoencoder=1), STEPS | dict(unet=1)])
+def test_steps_must_name_every_stage(tmp_path, steps):
+    with pytest.raises(ValueError, match="steps"):
+        pretrain(tmp_path, steps, **SMALL)
+    assert not list(tmp_path.iterdir())
+
+
+def test_frames_must_name_every_stage(tmp_path):
+    with pytest.raises(ValueError, match="frames"):
+        pretrain(tmp_path, STEPS, **SMALL | dict(frames=dict(history=3)))
+    assert not list(tmp_path.iterdir())
+
+
+# ---------------------------------------------------------------- the pieces
+
+@given(seed=st.integers(0, 10**6))
+def test_altered_scene_differs_in_one_fact_and_reads_differently(seed):
+    rng = random.Random(seed)
+    scene = random_scene(rng)
+    other = altered(scene, rng)
+    facts = [[s.setting, *[value for a in s.actors for value in (a.name, a.action, a.prop, a.scarf)]] for s in (scene, other)]
+    assert sum(a != b for a, b in zip(*facts)) == 1
+    assert describe(scene, random.Random(0)) != describe(other, random.Random(0))
+
+
+def test_pools_depend_on_seed_and_split_alone():
+    pool, again = make_pool(5, progress=False), make_pool(8, progress=False)
+    assert again.scenes[:5] == pool.scenes and torch.equal(again.frames[:5], pool.frames)
+    assert make_pool(5, seed=1, progress=False).scenes != pool.scenes
+    assert all(held_out(scene) for scene in make_pool(5, "test", progress=False).scenes)
+
+
+@pytest.mark.parametrize("progress", [True, False])
+def test_bars_show_only_when_asked(capsys, progress):
+    pool = make_pool(2, progress=progress)
+    encode_pool(tiny_vae(), pool, progress=progress)
+    assert bool(capsys.readouterr().err) == progress
+
+
+def test_every_caption_is_read_whole_and_without_unknown_words():
+    _, words = tiny_tokenizers(caption_corpus(400), 36, characters=CHARACTERS)
+    captions = [caption for story in make_stories(40, seed=5) for caption in story.captions]
+    captions += [describe(random_scene(random.Random(k)), random.Random(k)) for k in range(100)]
+    ids, mask = tokenize(words, captions)
+    assert not (ids == words.unk_token_id).any()
+    assert all(len(words(caption).input_ids) == n for caption, n in zip(captions, mask.sum(1).tolist()))
+
+
+def test_training_captions_can_leave_attributes_out():
+    scene = random_scene(random.Random(0), n_actors=1)
+    texts = [training_caption(scene, random.Random(k), complete=share) for share in (0.0, 1.0) for k in range(50)]
+    named = [scene.actors[0].scarf in text for text in texts]
+    assert all(named[50:]) and 5 < sum(named[:50]) < 45
+
+
+@pytest.fixture(scope="module")
+def latents():
+    pool, captions = with_stories(make_pool(6, progress=False), make_stories(1, seed=3))
+    tokenizer, _ = tiny_tokenizers(caption_corpus(40), 36, characters=CHARACTERS)
+    generator = torch.Generator().manual_seed(0)
+    means = 3 + 2 * torch.randn(len(pool), 8, 8, 8, generator=generator)
+    return LatentPool(measure_latents(tiny_vae(), means), means, 0 * means, pool.scenes, captions, tokenizer)
+
+
+def test_story_frames_keep_their_own_caption(latents):
+    whole = replace(latents, drop=0.0)
+    ids, mask = whole.batch([(0, 8)], seed=0)[3:]
+    assert_close(ids, tokenize(latents.tokenizer, [latents.captions[8]])[0])
+    assert 0 < mask.sum() < 36
+
+
+def test_dropped_captions_show_their_padding(latents):
+    ids, mask = replace(latents, drop=1.0).batch([(0, 1), (0, 8)], seed=0)[3:]
+    assert mask.all() and torch.equal(ids[0], ids[1])
+
+
+def test_latents_are_normalised_and_sampled(latents):
+    pairs = [(0, k) for k in range(len(latents.scenes))]
+    z = latents.batch(pairs, seed=0)[0]
+    assert_close(z.mean((0, 2, 3)), torch.zeros(8), atol=1e-3, rtol=0)
+    spread = replace(latents, stds=torch.full_like(latents.means, 2.0)).batch(pairs, seed=0)[0] - z
+    assert 0.9 < spread.std() < 1.1
+
+
+def test_caption_of_a_frame_changes_from_epoch_to_epoch(latents):
+    texts = {tuple(replace(latents, drop=0.0).batch([(epoch, 0)], seed=0)[3][0].tolist()) for epoch in range(12)}
+    assert len(texts) > 3
+
+
+def test_autoencoder_batches_cover_the_pool():
+    pool = make_pool(7, progress=False)
+    batch = pool_batches(pool, TrainingConfig(steps=4, batch_size=2))
+    seen = torch.cat([batch(step)[0] for step in range(4)])[:7]
+    assert_close(seen.flatten(1).sum(1).sort().values, pool.pixels(slice(None)).flatten(1).sum(1).sort().values)
+
+
+def test_language_loss_sees_no_later_word_and_no_padding():
+    _, words = tiny_tokenizers(caption_corpus(40), 36, characters=CHARACTERS)
+    torch.manual_seed(0)
+    model = HistoryPretrainer(tiny_history_encoder(words)).eval()
+    pixels, ids, mask, *_ = history_batches(make_pool(4, progress=False), words, TrainingConfig(steps=1, batch_size=4))(0)
+    with torch.no_grad():
+        features = model.encoder.image_features(pixels)
+        other = ids.clone()
+        other[:, 6] = ids[:, 6].roll(1) + 1
+        read = [model.encoder(input_ids=i, attention_mask=mask, image_features=features, causal=True) for i in (ids, other)]
+        padded = ids.masked_fill(~mask, 7)
+        assert_close(model.language(features, ids, mask), model.language(features, padded, mask))
+    assert_close(read[0][:, :6], read[1][:, :6])
+    assert (read[0][:, 6] - read[1][:, 6]).abs().max() > 1e-3
+
+
+def test_all_of_the_history_encoder_and_its_heads_train():
+    _, words = tiny_tokenizers(caption_corpus(40), 36, characters=CHARACTERS)
+    torch.manual_seed(0)
+    model = HistoryPretrainer(tiny_history_encoder(words)).train()
+    batch = history_batches(make_pool(4, progress=False), words, TrainingConfig(steps=1, batch_size=4))(0)
+    miniature.history_loss(model, batch, 0).backward()
+    silent = [name for name, p in model.named_parameters() if p.grad is None and "pooler" not in name]
+    assert not silent
