@@ -276,13 +276,21 @@ class _PlainArray(np.ndarray):
         super().__setstate__((1, shape, kind.dtype, bool(fortran), raw))
 
 # %% ../nbs/01_data.ipynb #884e0dc6
+class _Sealed:
+    "A function that a pickle may call but not change. Our choice."
+    __slots__ = ("function",)
+    def __init__(self, function): self.function = function
+    def __call__(self, *arguments): return self.function(*arguments)
+    def __setstate__(self, state): raise RefusedPickle("a change of the reader itself")
+
+
 class PlainUnpickler(pickle.Unpickler):
     "Unpickles plain containers, text, numbers, bytes and numpy arrays, from Python 2 or 3, numpy 1 or 2; raises RefusedPickle for anything else. Our choice."
     def __init__(self, file):
         super().__init__(file, encoding="latin1")
-        self.allowed = {"numpy.dtype": self._dtype, "numpy.ndarray": "ndarray", "_codecs.encode": self._encode}
+        self.allowed = {"numpy.dtype": _Sealed(self._dtype), "numpy.ndarray": "ndarray", "_codecs.encode": _Sealed(self._encode)}
         for core in ("numpy.core", "numpy._core"):
-            self.allowed |= {f"{core}.multiarray._reconstruct": self._array, f"{core}.multiarray.scalar": self._scalar, f"{core}.numeric._frombuffer": self._frombuffer}
+            self.allowed |= {f"{core}.multiarray._reconstruct": _Sealed(self._array), f"{core}.multiarray.scalar": _Sealed(self._scalar), f"{core}.numeric._frombuffer": _Sealed(self._frombuffer)}
         for kind in (set, frozenset, list, dict, bytes, bytearray, complex):
             self.allowed |= {f"{module}.{kind.__name__}": kind for module in ("builtins", "__builtin__")}
         self.allowed |= {"collections.OrderedDict": OrderedDict, "collections.defaultdict": defaultdict}
