@@ -133,7 +133,7 @@ def train_reader(
         torch.manual_seed(seed)
         model = FrameReader().train()
     optimizer = torch.optim.AdamW(model.parameters(), learning_rate, betas=(.9, .99), weight_decay=1e-3)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, learning_rate, total_steps=max(10, steps), pct_start=.1)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, learning_rate, total_steps=max(20, steps), pct_start=.1)
     for step in tqdm(range(steps), "reader", disable=not progress):
         some = torch.randint(len(frames), (batch_size,), generator=generator)
         batch = dict(frames=frames_tensor(frames[some]), **{name: t[some] for name, t in targets.items()})
