@@ -50,24 +50,27 @@ def _story_axes(
 
 def _draw_frame(
     axis,       # where to draw
-    frame,      # PIL image, or array as `imshow` takes it, or None for a gap
+    frame,      # PIL image, (H,W,3) uint8 array, or None for a gap
     given:bool, # mark it as a frame that was given
 ):
     "One frame with rounded corners. Our choice."
     from matplotlib.patches import FancyBboxPatch
     if frame is None: return
-    image = axis.imshow(np.asarray(frame), extent=(0, 1, 0, 1), interpolation="nearest")
-    border = FancyBboxPatch((0.02, 0.02), 0.96, 0.96, boxstyle="round,pad=0.02,rounding_size=0.06", transform=axis.transData,
-                            facecolor="none", edgecolor="#d9822b" if given else "#c9c9c9", linewidth=3 if given else 1, clip_on=False)
+    picture = Image.fromarray(np.asarray(frame))
+    if picture.width < 192: picture = picture.resize((192, 192), Image.LANCZOS)
+    image = axis.imshow(np.asarray(picture), extent=(0, 1, 0, 1), interpolation="antialiased")
+    colour, line = ("#d9822b", 3) if given else ("#c9c9c9", 1)
+    border = FancyBboxPatch((0.02, 0.02), 0.96, 0.96, boxstyle="round,pad=0.02,rounding_size=0.06",
+                            facecolor="none", edgecolor=colour, linewidth=line, clip_on=False)
     axis.add_patch(border)
     image.set_clip_path(border)
     if given:
         axis.text(0.06, 0.93, "given", va="top", fontsize=8, color="white", weight="bold",
-                  bbox=dict(boxstyle="round,pad=0.25", facecolor="#d9822b", edgecolor="none"))
+                  bbox=dict(boxstyle="round,pad=0.25", facecolor=colour, edgecolor="none"))
 
 # %% ../nbs/01_data.ipynb #aaedf03b
 def show_story(
-    frames:list=None,       # the frames of one row: PIL images, arrays, or None for a gap
+    frames:list=None,       # the frames of one row: PIL images, (H,W,3) uint8 arrays, or None for a gap
     captions:list[str]=None, # one caption a column, wrapped below the last row
     title:str=None,         # a line above everything
     rows:list=None,         # instead of `frames`: [(label, frames), ...], drawn one below the other
@@ -82,18 +85,18 @@ def show_story(
     rows = [(None, frames or [])] if rows is None else list(rows)
     columns = max((len(row) for _, row in rows), default=0)
     if columns == 0: raise ValueError("show_story needs at least one frame: hand it frames=[...] or rows=[(label, frames), ...]")
-    wrapped = [textwrap.wrap(caption, int(panel * 13.5)) for caption in (captions or [])]
-    gap, label = 0.12, 0.95 if any(text for text, _ in rows) else 0.0
-    below, above = 0.17 * max(map(len, wrapped), default=0) + (0.1 if wrapped else 0), 0.38 if title else 0.0
-    width, height = label + columns * (panel + gap) - gap, above + below + len(rows) * (panel + gap) - gap
+    texts = [textwrap.wrap(caption, int(panel * 13.5)) for caption in (captions or [])]
+    step, margin = panel + 0.12, 0.95 if any(label for label, _ in rows) else 0.0
+    below, above = 0.17 * max(map(len, texts), default=0) + (0.1 if texts else 0), 0.38 if title else 0.0
+    width, height = margin + columns * step - 0.12, below + len(rows) * step - 0.12 + above
     figure = pyplot.figure(figsize=(width, height), dpi=100, facecolor="white")
-    for r, (text, row) in enumerate(rows):
-        bottom = height - above - (r + 1) * (panel + gap) + gap
-        if text: figure.text((label - 0.12) / width, (bottom + panel / 2) / height, textwrap.fill(text, 11), ha="right", va="center", fontsize=10, weight="bold", color="#444444")
-        for k, frame in enumerate(row): _draw_frame(_story_axes(figure, label + k * (panel + gap), bottom, panel), frame, k < given)
-    for k, lines in enumerate(wrapped):
-        figure.text((label + k * (panel + gap) + panel / 2) / width, (below - 0.1) / height, "\n".join(lines), ha="center", va="top", fontsize=9, color="#333333", linespacing=1.25)
-    if title: figure.text(label / width, (height - 0.1) / height, title, ha="left", va="top", fontsize=12, weight="bold", color="#222222")
+    write = lambda x, y, text, **style: figure.text(x / width, y / height, text, **({"color": "#333333", "fontsize": 9} | style))
+    for r, (label, row) in enumerate(rows):
+        bottom = below + (len(rows) - 1 - r) * step
+        if label: write(margin - 0.12, bottom + panel / 2, textwrap.fill(label, 11), ha="right", va="center", fontsize=10, weight="bold")
+        for k, frame in enumerate(row): _draw_frame(_story_axes(figure, margin + k * step, bottom, panel), frame, k < given)
+    for k, lines in enumerate(texts): write(margin + k * step + panel / 2, below - 0.1, "\n".join(lines), ha="center", va="top")
+    if title: write(margin, height - 0.1, title, va="top", fontsize=12, weight="bold")
     pyplot.close(figure)
     return figure
 
@@ -105,13 +108,14 @@ def compact(
     "A figure as a picture of few colours, so that a notebook full of stories stays small. Our choice."
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", bbox_inches="tight", pad_inches=0.1)
-    return Image.open(buffer).convert("RGB").quantize(colours, Image.Quantize.MAXCOVERAGE, kmeans=2, dither=Image.Dither.NONE)
+    picture = Image.open(buffer).convert("RGB")
+    return picture.quantize(colours, Image.Quantize.MAXCOVERAGE, kmeans=2, dither=Image.Dither.NONE)
 
 # %% ../nbs/01_data.ipynb #4787c930
 def stack_tiles(
     tiles:list, # square pictures (PIL images or (H,H,3) uint8 arrays) of one size
 )->Image.Image: # a strip, H wide and len(tiles)*H high
-    "A vertical strip of square tiles, the way both public datasets keep a clip. Source: the layout that the released converters read."
+    "A vertical strip of square tiles, the way both public datasets keep a clip. Source: the released converters."
     return Image.fromarray(np.concatenate([np.asarray(tile) for tile in tiles]))
 
 
@@ -120,7 +124,8 @@ def count_tiles(
     where:str="image", # named in the error
 )->int:                # how many tiles
     "Number of square tiles in a strip. Raises ValueError when the height is no multiple of the width."
-    if strip.height % strip.width: raise ValueError(f"{where} is {strip.width}x{strip.height} pixels: not a vertical strip of square tiles")
+    if strip.height % strip.width:
+        raise ValueError(f"{where} is {strip.width}x{strip.height} pixels: not a vertical strip of square tiles")
     return strip.height // strip.width
 
 
@@ -142,10 +147,13 @@ def _named_stories(
 )->Iterator[tuple]:            # (split, name, story)
     "Every story with its split and a name that sorts in the order given. Raises ValueError for what the layout cannot hold."
     for split, stories in stories_by_split.items():
-        if splits and split not in splits: raise ValueError(f"stories_by_split: this layout knows the splits {splits}, not {split!r}")
+        if splits and split not in splits:
+            raise ValueError(f"stories_by_split: this layout knows the splits {splits}, not {split!r}")
         for index, story in enumerate(stories):
             name = f"{split}_{index:05d}"
-            if n_frames and len(story.captions) != n_frames: raise ValueError(f"stories_by_split: {name} has {len(story.captions)} captions, this layout holds stories of {n_frames} frames")
+            if n_frames and len(story.captions) != n_frames:
+                raise ValueError(f"stories_by_split: {name} has {len(story.captions)} captions, "
+                                 f"this layout holds stories of {n_frames} frames")
             yield split, name, story
 
 
@@ -154,7 +162,8 @@ def _new_folder(
 )->Path: # the same, made
     "An empty folder. Raises FileExistsError when something is in it already, so that nothing is overwritten."
     out = Path(out)
-    if out.exists() and (not out.is_dir() or any(out.iterdir())): raise FileExistsError(f"out={str(out)!r} exists and is not empty: name a new folder")
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise FileExistsError(f"out={str(out)!r} exists and is not empty: name a new folder")
     out.mkdir(parents=True, exist_ok=True)
     return out
 
@@ -163,7 +172,7 @@ def _write_truth(
     out:Path,    # raw folder
     truths:dict, # story id -> JSON-able truth or None
 ):
-    "Our addition to the raw layouts: `truth.jsonl`, one line a story whose truth is known; readers of the real layouts ignore it."
+    "Our addition to the raw layouts: `truth.jsonl`, one line a story whose truth is known. Other readers ignore it."
     lines = [json.dumps({"id": name, "truth": truth}) + "\n" for name, truth in truths.items() if truth is not None]
     if lines: (out / "truth.jsonl").write_text("".join(lines), encoding="utf-8")
 
@@ -174,7 +183,9 @@ def write_flintstones_raw(
     size:int=128,          # pixels a side
     tiles:int=5,           # pictures a clip
 ):
-    "Writes stories in the raw FlintstonesSV layout. Source: the layout that the released converters read. Raises ValueError for another story length or split."
+    """Writes stories in the raw FlintstonesSV layout. Source: the layout that the released converters read.
+
+    Raises ValueError for another story length or split, FileExistsError when something is in `out` already."""
     out = _new_folder(out)
     (out / "video_frames_sampled").mkdir()
     splits, followings, annotations, truths = {split: [] for split in STORY_SPLITS}, {}, [], {}
@@ -199,7 +210,9 @@ def write_pororo_raw(
     size:int=128,          # pixels a side
     tiles:int=5,           # pictures a clip
 ):
-    "Writes stories in the raw PororoSV layout. Source: the layout that the released converters read. Raises ValueError for another story length or split."
+    """Writes stories in the raw PororoSV layout. Source: the layout that the released converters read.
+
+    Raises ValueError for another story length or split, FileExistsError when something is in `out` already."""
     out = _new_folder(out)
     firsts, followings, descriptions, ids, truths = [], [], {}, {split: [] for split in STORY_SPLITS}, {}
     for split, name, story in _named_stories(stories_by_split, n_frames=5):
@@ -253,7 +266,8 @@ class _PlainDtype:
 
     def __setstate__(self, state):
         _, order, *structure = state[:5]
-        if structure != [None, None, None] or order not in ("<", ">", "|", "="): raise RefusedPickle("a structured numpy dtype")
+        if structure != [None, None, None] or order not in ("<", ">", "|", "="):
+            raise RefusedPickle("a structured numpy dtype")
         self.dtype = self.dtype.newbyteorder(order)
 
 
@@ -268,11 +282,12 @@ class _PlainArray(np.ndarray):
     "Stands in for `numpy.ndarray` while unpickling: sizes are checked before numpy trusts them. Our choice."
     def __setstate__(self, state):
         shape, kind, fortran, raw = state[-4:]
-        if not isinstance(kind, _PlainDtype) or not all(type(n) is int and n >= 0 for n in shape): raise RefusedPickle("a malformed numpy array")
-        if kind.dtype.hasobject: raw = list(raw)
-        else: raw = _raw_bytes(raw)
-        expected = math.prod(shape) * (1 if kind.dtype.hasobject else kind.dtype.itemsize)
-        if len(raw) != expected: raise RefusedPickle(f"a numpy array of shape {shape} that brings {len(raw)} entries or bytes for {expected}")
+        if not isinstance(kind, _PlainDtype) or not all(type(n) is int and n >= 0 for n in shape):
+            raise RefusedPickle("a malformed numpy array")
+        objects = kind.dtype.hasobject
+        raw = list(raw) if objects else _raw_bytes(raw)
+        expected = math.prod(shape) * (1 if objects else kind.dtype.itemsize)
+        if len(raw) != expected: raise RefusedPickle(f"a numpy array that promises {expected} and brings {len(raw)} entries")
         super().__setstate__((1, shape, kind.dtype, bool(fortran), raw))
 
 # %% ../nbs/01_data.ipynb #884e0dc6
@@ -285,15 +300,19 @@ class _Sealed:
 
 
 class PlainUnpickler(pickle.Unpickler):
-    "Unpickles plain containers, text, numbers, bytes and numpy arrays, from Python 2 or 3, numpy 1 or 2; raises RefusedPickle for anything else. Our choice."
+    """Unpickles plain containers, text, numbers, bytes and numpy arrays, from Python 2 or 3, numpy 1 or 2. Our choice.
+
+    Raises RefusedPickle for anything else."""
     def __init__(self, file):
         super().__init__(file, encoding="latin1")
-        self.allowed = {"numpy.dtype": _Sealed(self._dtype), "numpy.ndarray": "ndarray", "_codecs.encode": _Sealed(self._encode)}
+        self.allowed = {"numpy.ndarray": "ndarray", "numpy.dtype": _Sealed(_PlainDtype), "_codecs.encode": _Sealed(self._encode),
+                        "collections.OrderedDict": OrderedDict, "collections.defaultdict": defaultdict}
         for core in ("numpy.core", "numpy._core"):
-            self.allowed |= {f"{core}.multiarray._reconstruct": _Sealed(self._array), f"{core}.multiarray.scalar": _Sealed(self._scalar), f"{core}.numeric._frombuffer": _Sealed(self._frombuffer)}
+            self.allowed |= {f"{core}.multiarray._reconstruct": _Sealed(self._array),
+                             f"{core}.multiarray.scalar": _Sealed(self._scalar),
+                             f"{core}.numeric._frombuffer": _Sealed(self._frombuffer)}
         for kind in (set, frozenset, list, dict, bytes, bytearray, complex):
             self.allowed |= {f"{module}.{kind.__name__}": kind for module in ("builtins", "__builtin__")}
-        self.allowed |= {"collections.OrderedDict": OrderedDict, "collections.defaultdict": defaultdict}
 
     def find_class(self, module, name):
         "The stand-in for what the pickle asks for by name. Raises RefusedPickle for any name that is not on the list."
@@ -301,7 +320,6 @@ class PlainUnpickler(pickle.Unpickler):
         return self.allowed[f"{module}.{name}"]
 
     def persistent_load(self, key): raise RefusedPickle("a persistent reference")
-    def _dtype(self, *arguments): return _PlainDtype(*arguments)
     def _array(self, kind, shape, letter): return np.empty(0, dtype=np.uint8).view(_PlainArray)
     def _scalar(self, kind, raw): return np.frombuffer(_raw_bytes(raw), dtype=kind.dtype, count=1)[0]
     def _frombuffer(self, raw, kind, shape, order): return np.frombuffer(raw, dtype=kind.dtype).reshape(shape, order=order)
@@ -318,31 +336,37 @@ def _unpickle(
     "Reads one pickle through the gate. Raises RefusedPickle, or ValueError when the file is damaged."
     try: return PlainUnpickler(file).load()
     except RefusedPickle as error:
-        raise RefusedPickle(f"{path}: refused, because unpickling it would call {error}. Only plain containers, text, numbers, bytes and numpy arrays are read; "
-                            "this is not a genuine data file") from None
+        raise RefusedPickle(f"{path}: refused, because unpickling it would call {error}. Only plain containers, text, "
+                            "numbers, bytes and numpy arrays are read; this is not a genuine data file") from None
     except Exception as error: raise ValueError(f"{path}: not a readable pickle, damaged or cut short ({error})") from error
 
 
 def load_pickle(
     path, # a .pkl file
 ):
-    "The plain data in a pickled file; no code of the file is run. Raises RefusedPickle (a ValueError) that names what it asked for."
+    """The plain data in a pickled file; no code of the file is run.
+
+    Raises RefusedPickle (a ValueError) that names what the file asked for, ValueError when it is damaged."""
     with open(path, "rb") as file: return _unpickle(file, Path(path))
 
 
 def load_npy(
     path,        # a .npy file
 )->np.ndarray:   # the array; Python objects in it are plain data
-    "An array from a `.npy` file, objects included; no code of the file is run. Raises RefusedPickle or ValueError that names the file."
+    """An array from a `.npy` file, objects included; no code of the file is run.
+
+    Raises RefusedPickle or ValueError that names the file."""
     with open(path, "rb") as file:
         try:
             version = np.lib.format.read_magic(file)
             header = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}[version]
             shape, _, kind = header(file)
             if not kind.hasobject: return np.load(path, allow_pickle=False)
-        except (ValueError, KeyError, EOFError, OSError) as error: raise ValueError(f"{path}: not a readable .npy file, damaged or cut short ({error})") from error
+        except (ValueError, KeyError, EOFError, OSError) as error:
+            raise ValueError(f"{path}: not a readable .npy file, damaged or cut short ({error})") from error
         array = _unpickle(file, Path(path))
-    if not isinstance(array, np.ndarray) or array.shape != shape: raise ValueError(f"{path}: its header promises an array of shape {shape}, its content is something else")
+    if not isinstance(array, np.ndarray) or array.shape != shape:
+        raise ValueError(f"{path}: its header promises an array of shape {shape}, its content is something else")
     return array.view(np.ndarray)
 
 # %% ../nbs/01_data.ipynb #75faa90b
@@ -369,9 +393,11 @@ def _check_story(
 ):
     "Raises ValueError or TypeError naming the story when its parts do not pair up."
     if not story.strips: raise ValueError(f"story {story.id!r} has no frame: at least one is needed")
-    if len(story.captions) != len(story.strips): raise ValueError(f"story {story.id!r} has {len(story.captions)} captions for {len(story.strips)} frames: one a frame is needed")
+    if len(story.captions) != len(story.strips):
+        raise ValueError(f"story {story.id!r} has {len(story.captions)} captions for {len(story.strips)} frames: one a frame is needed")
     for k, caption in enumerate(story.captions):
-        if not isinstance(caption, str): raise TypeError(f"story {story.id!r}, caption {k}: text expected, not {type(caption).__name__}")
+        if not isinstance(caption, str):
+            raise TypeError(f"story {story.id!r}, caption {k}: text expected, not {type(caption).__name__}")
     for k, strip in enumerate(story.strips): count_tiles(strip, f"story {story.id!r}, image{k}")
 
 
@@ -379,7 +405,7 @@ def write_story(
     group:h5py.Group, # new, empty group of this story
     story:RawStory,   # what goes in
 ):
-    "One story in version 2 of the layout. Raises ValueError or TypeError naming the story when captions and frames do not pair up."
+    "One story, version 2. Raises ValueError or TypeError naming the story when captions and frames do not pair up."
     _check_story(story)
     for k, strip in enumerate(story.strips): group[f"image{k}"] = np.frombuffer(png_bytes(strip), dtype=np.uint8)
     group["captions"] = json.dumps(list(story.captions))
@@ -391,7 +417,8 @@ def write_story(
 def atomic_path(
     path,            # final name of a file
 )->Iterator[Path]:   # write here instead
-    "Yields a temporary name in the same folder; renames it to `path` on success, deletes it on any failure, Ctrl-C included. Our choice."
+    """Yields a temporary name in the same folder; renames it to `path` on success, deletes it on any failure,
+    Ctrl-C included. What a killed process leaves ends in `.partial` and may be deleted. Our choice."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
@@ -421,7 +448,9 @@ class PatientFile(io.FileIO):
 
     def check(self, out):
         "Raises the first failure, an OSError with the name `out` in it."
-        if isinstance(self.failure, OSError): raise OSError(self.failure.errno, f"{out} could not be written, nothing is left of this attempt: {self.failure.strerror}")
+        if isinstance(self.failure, OSError):
+            message = f"{out} could not be written, nothing is left of this attempt: {self.failure.strerror}"
+            raise OSError(self.failure.errno, message)
         if self.failure: raise self.failure
 
 # %% ../nbs/01_data.ipynb #b244a802
@@ -431,12 +460,15 @@ def write_hdf5(
     out,                  # HDF5 file to write; replaced only by a complete one
     progress:bool=True,   # show a progress bar
 )->Path:                  # `out`
-    "Writes an HDF5 file, version 2, atomically and one story at a time. Raises ValueError when there is no story, OSError naming `out` when it cannot be written."
+    """Writes an HDF5 file, version 2, atomically and one story at a time. Our choice.
+
+    Raises ValueError when there is no story, OSError naming `out` when it cannot be written."""
     out, total = Path(out), sum(map(len, keys_by_split.values()))
     if not total: raise ValueError(f"there is no story to write to {out}")
     if out.is_dir(): raise ValueError(f"out={str(out)!r} is a folder: name a file")
     with atomic_path(out) as partial, PatientFile(partial, "w+") as disk:
-        with h5py.File(disk, "w") as file, tqdm(total=total, desc=f"writing {out.name}", unit="story", disable=not progress) as bar:
+        bar = tqdm(total=total, desc=f"writing {out.name}", unit="story", disable=not progress)
+        with h5py.File(disk, "w") as file, bar:
             file.attrs.update(schema=2, colour="rgb")
             for split, keys in keys_by_split.items():
                 group = file.create_group(split)
@@ -460,11 +492,14 @@ def convert_stories(
     def read_story(split, key):
         index, story = key
         takes = [story.frames(size=size, take=take) for take in range(tiles)]
-        return RawStory(f"{split}_{index:05d}", list(story.captions), [stack_tiles(clip) for clip in zip(*takes)], story.truth())
-    return write_hdf5({split: list(enumerate(stories)) for split, stories in stories_by_split.items()}, read_story, out, progress)
+        strips = [stack_tiles(clip) for clip in zip(*takes)]
+        return RawStory(f"{split}_{index:05d}", list(story.captions), strips, story.truth())
+    keys = {split: list(enumerate(stories)) for split, stories in stories_by_split.items()}
+    return write_hdf5(keys, read_story, out, progress)
 
 # %% ../nbs/01_data.ipynb #6c5bc794
-FLINTSTONES_FILES = ("train-val-test_split.json", "following_cache4.pkl", "flintstones_annotations_v1-0.json", "video_frames_sampled")
+FLINTSTONES_FILES = ("train-val-test_split.json", "following_cache4.pkl", "flintstones_annotations_v1-0.json",
+                     "video_frames_sampled")
 PORORO_FILES = ("descriptions.npy", "img_cache4.npy", "following_cache4.npy", "train_seen_unseen_ids.npy")
 
 
@@ -475,9 +510,10 @@ def _check_layout(
 )->Path:         # the folder
     "Raises FileNotFoundError that names what is missing and all that the layout expects."
     raw = Path(raw)
-    if not raw.is_dir(): raise FileNotFoundError(f"raw={str(raw)!r} is not a folder: a {name} folder holds {', '.join(files)}")
+    expected = f"a {name} folder holds {', '.join(files)}"
+    if not raw.is_dir(): raise FileNotFoundError(f"raw={str(raw)!r} is not a folder: {expected}")
     missing = [file for file in files if not (raw / file).exists()]
-    if missing: raise FileNotFoundError(f"{raw} lacks {', '.join(missing)}: a {name} folder holds {', '.join(files)}")
+    if missing: raise FileNotFoundError(f"{raw} lacks {', '.join(missing)}: {expected}")
     return raw
 
 
@@ -496,13 +532,14 @@ def _read_truth(
     path = raw / "truth.jsonl"
     if not path.exists(): return {}
     try: return {record["id"]: record["truth"] for record in map(json.loads, path.read_text(encoding="utf-8").splitlines())}
-    except (ValueError, KeyError, TypeError) as error: raise ValueError(f"{path}: every line must be {{\"id\": ..., \"truth\": ...}} ({error!r})") from error
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{path}: every line must be {{\"id\": ..., \"truth\": ...}} ({error!r})") from error
 
 
 def clean_caption(
     text:str, # as annotated
 )->str:       # one line
-    "Line breaks, tabs and runs of spaces become one space each. Our choice: the released converters delete line breaks and tabs and so glue words together."
+    "Line breaks, tabs and runs of spaces become one space. Our choice: deleting them, as is usual, glues words together."
     return " ".join(text.split())
 
 # %% ../nbs/01_data.ipynb #56f994e7
@@ -513,7 +550,7 @@ def _flintstones_strip(
     if not path.exists(): raise FileNotFoundError(f"{path}: this clip is part of a story, but the file is missing")
     clip = load_npy(path)
     if clip.ndim != 4 or clip.shape[1] != clip.shape[2] or clip.shape[3] != 3 or clip.dtype != np.uint8 or not len(clip):
-        raise ValueError(f"{path}: an array of shape (5, 128, 128, 3) and type uint8 is expected, not {clip.shape} {clip.dtype}")
+        raise ValueError(f"{path}: an array (5, 128, 128, 3) of uint8 is expected, not {clip.shape} of {clip.dtype}")
     return stack_tiles(list(clip))
 
 
@@ -523,10 +560,13 @@ def _flintstones_index(
     "The index files of the raw FlintstonesSV folder. Raises ValueError naming a file that is not what it should be."
     split_file, following_file, annotation_file, _ = (raw / name for name in FLINTSTONES_FILES)
     splits, followings, annotations = _load_json(split_file), load_pickle(following_file), _load_json(annotation_file)
-    if not isinstance(splits, dict) or not set(STORY_SPLITS) <= set(splits): raise ValueError(f"{split_file}: lists of ids named {', '.join(STORY_SPLITS)} are expected")
-    if not isinstance(followings, dict): raise ValueError(f"{following_file}: a dict from id to following ids is expected, not {type(followings).__name__}")
+    if not isinstance(splits, dict) or not set(STORY_SPLITS) <= set(splits):
+        raise ValueError(f"{split_file}: lists of ids named {', '.join(STORY_SPLITS)} are expected")
+    if not isinstance(followings, dict):
+        raise ValueError(f"{following_file}: a dict from id to following ids is expected, not {type(followings).__name__}")
     try: return splits, followings, {note["globalID"]: clean_caption(note["description"]) for note in annotations}
-    except (KeyError, TypeError, AttributeError) as error: raise ValueError(f"{annotation_file}: a list of objects with globalID and description is expected") from error
+    except (KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{annotation_file}: a list of objects with globalID and description is expected") from error
 
 # %% ../nbs/01_data.ipynb #da122b78
 def convert_flintstones(
@@ -543,7 +583,8 @@ def convert_flintstones(
     def read_story(split, first):
         clips = [first, *followings[first]]
         missing = [clip for clip in clips if clip not in descriptions]
-        if missing: raise ValueError(f"{raw / FLINTSTONES_FILES[2]}: no description of {missing[0]!r}, which story {first!r} needs")
+        if missing:
+            raise ValueError(f"{raw / FLINTSTONES_FILES[2]}: no description of {missing[0]!r}, which story {first!r} needs")
         strips = [_flintstones_strip(raw / "video_frames_sampled" / f"{clip}.npy") for clip in clips]
         return RawStory(first, [descriptions[clip] for clip in clips], strips, truths.get(first))
     keys = {split: [clip for clip in splits[split] if len(followings.get(clip, ())) == 4] for split in STORY_SPLITS}
@@ -568,7 +609,8 @@ def open_image(
             image.load()
             return image if image.mode == "RGB" else image.convert("RGB")
     except FileNotFoundError: raise FileNotFoundError(f"{where}: there is no such image") from None
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error: raise ValueError(f"{where} does not decode as an image ({error})") from error
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise ValueError(f"{where} does not decode as an image ({error})") from error
 
 
 def _pororo_index(
@@ -576,13 +618,17 @@ def _pororo_index(
 )->tuple[dict, np.ndarray, np.ndarray, dict]: # split -> sorted keys, first pictures, followings, picture -> captions
     "The index files of the raw PororoSV folder. Raises ValueError naming a file that is not what it should be."
     descriptions, firsts, followings, ids = (load_npy(raw / name) for name in PORORO_FILES)
-    if descriptions.ndim or not isinstance(descriptions.item(), dict): raise ValueError(f"{raw / PORORO_FILES[0]}: one pickled dict from picture to captions is expected")
-    if ids.ndim == 0 or len(ids) != 3: raise ValueError(f"{raw / PORORO_FILES[3]}: three arrays of ids (train, seen, unseen) are expected")
+    if descriptions.ndim or not isinstance(descriptions.item(), dict):
+        raise ValueError(f"{raw / PORORO_FILES[0]}: one pickled dict from picture to captions is expected")
+    if ids.ndim == 0 or len(ids) != 3:
+        raise ValueError(f"{raw / PORORO_FILES[3]}: three arrays of ids (train, seen, unseen) are expected")
     keys = {split: np.sort(np.asarray(part, dtype=np.int64)).tolist() for split, part in zip(STORY_SPLITS, ids)}
-    largest = max((key for part in keys.values() for key in part), default=-1)
-    if len(firsts) != len(followings) or largest >= len(firsts) or min(map(min, filter(None, keys.values())), default=0) < 0:
-        raise ValueError(f"{raw}: {PORORO_FILES[1]} ({len(firsts)} entries), {PORORO_FILES[2]} ({len(followings)}) and {PORORO_FILES[3]} (ids up to {largest}) do not belong together")
-    return {split: [key for key in part if len(followings[key]) == 4] for split, part in keys.items()}, firsts, followings, descriptions.item()
+    wrong = [key for part in keys.values() for key in part if not 0 <= key < len(firsts)]
+    if len(firsts) != len(followings) or wrong:
+        raise ValueError(f"{raw}: {PORORO_FILES[1]} ({len(firsts)} entries), {PORORO_FILES[2]} ({len(followings)}) and "
+                         f"{PORORO_FILES[3]} (ids that do not exist: {wrong[:3]}) do not belong together")
+    keys = {split: [key for key in part if len(followings[key]) == 4] for split, part in keys.items()}
+    return keys, firsts, followings, descriptions.item()
 
 # %% ../nbs/01_data.ipynb #32fd5605
 def convert_pororo(
@@ -590,7 +636,7 @@ def convert_pororo(
     out,                # HDF5 file to write
     progress:bool=True, # show a progress bar
 )->Path:                # `out`
-    """PororoSV → HDF5, version 2; (train, seen, unseen) become train, val, test, each sorted; the first caption of a picture is used.
+    """PororoSV → HDF5, version 2. (train, seen, unseen) become train, val, test, each sorted; a picture's first caption is used.
 
     Source: the layout that the released converters read. Raises FileNotFoundError or ValueError naming the file."""
     raw = _check_layout(raw, "PororoSV", PORORO_FILES)
@@ -599,7 +645,8 @@ def convert_pororo(
     def read_story(split, key):
         names = [_plain_text(path).removesuffix(".png") for path in (firsts[key], *followings[key])]
         missing = [name for name in names if not descriptions.get(name)]
-        if missing: raise ValueError(f"{raw / PORORO_FILES[0]}: no description of {missing[0]!r}, which story {names[0]!r} needs")
+        if missing:
+            raise ValueError(f"{raw / PORORO_FILES[0]}: no description of {missing[0]!r}, which story {names[0]!r} needs")
         captions = [clean_caption(_plain_text(descriptions[name][0])) for name in names]
         strips = [open_image(raw / f"{name}.png", f"{raw / name}.png (story {names[0]!r})") for name in names]
         return RawStory(names[0], captions, strips, truths.get(names[0]))
@@ -613,17 +660,18 @@ def _check_line(
 )->dict:          # the record, with id and split
     "One line of `stories.jsonl`. Raises ValueError or FileNotFoundError naming the line."
     where = f"{raw / 'stories.jsonl'}, line {number}"
-    try: record = json.loads(line)
+    try: record = {"id": f"line_{number}", "split": "train", **json.loads(line), "where": where}
     except ValueError as error: raise ValueError(f"{where}: not readable JSON ({error})") from error
-    if not isinstance(record, dict): raise ValueError(f"{where}: an object with \"frames\" and \"captions\" is expected, not {type(record).__name__}")
-    for key in ("frames", "captions"):
-        if not isinstance(record.get(key), list) or not all(isinstance(entry, str) for entry in record[key]): raise ValueError(f"{where}: \"{key}\" must be a list of strings")
-    if not record["frames"]: raise ValueError(f"{where}: a story needs at least one frame")
-    if len(record["frames"]) != len(record["captions"]): raise ValueError(f"{where}: {len(record['captions'])} captions for {len(record['frames'])} frames: one a frame is needed")
-    record = {"id": f"line_{number}", "split": "train", **record, "where": where}
-    if not isinstance(record["id"], str) or not isinstance(record["split"], str) or not re.fullmatch(r"[\w-]+", record["split"]):
+    except TypeError: raise ValueError(f"{where}: a JSON object with \"frames\" and \"captions\" is expected") from None
+    name, split, frames, captions = (record.get(key) for key in ("id", "split", "frames", "captions"))
+    for key, texts in (("frames", frames), ("captions", captions)):
+        if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
+            raise ValueError(f"{where}: \"{key}\" must be a list of strings")
+    if not frames: raise ValueError(f"{where}: a story needs at least one frame")
+    if len(frames) != len(captions): raise ValueError(f"{where}: {len(captions)} captions for {len(frames)} frames: one a frame is needed")
+    if not isinstance(name, str) or not isinstance(split, str) or not re.fullmatch(r"[\w-]+", split):
         raise ValueError(f"{where}: \"id\" must be a string, \"split\" a name of letters, digits, - and _")
-    missing = [path for path in record["frames"] if not (raw / path).is_file()]
+    missing = [path for path in frames if not (raw / path).is_file()]
     if missing: raise FileNotFoundError(f"{where}: there is no picture {missing[0]!r} in {raw}")
     return record
 
@@ -633,10 +681,11 @@ def _square_picture(
     where:str,  # named in the error
     size:int,   # pixels a side, at most
 )->Image.Image: # square RGB
-    "The middle square of a picture, upright, on white. Our choice. Raises ValueError naming `where` when it does not decode."
+    "The middle square of a picture, upright, on white. Our choice. Raises ValueError when it does not decode."
     try:
         with Image.open(path) as image: image = ImageOps.exif_transpose(image).convert("RGBA")
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error: raise ValueError(f"{where}: {path.name} does not decode as an image ({error})") from error
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise ValueError(f"{where}: {path.name} does not decode as an image ({error})") from error
     image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
     return ImageOps.fit(image, (min(size, *image.size),) * 2, Image.BICUBIC)
 
@@ -655,11 +704,13 @@ def convert_folder(
     for number, line in enumerate((raw / "stories.jsonl").read_text(encoding="utf-8-sig").splitlines(), 1):
         if not line.strip(): continue
         record = _check_line(raw, number, line)
-        if seen.setdefault(record["id"], number) != number: raise ValueError(f"{record['where']}: the id {record['id']!r} was used in line {seen[record['id']]} already")
+        first = seen.setdefault(record["id"], number)
+        if first != number: raise ValueError(f"{record['where']}: the id {record['id']!r} was used in line {first} already")
         records.setdefault(record["split"], []).append(record)
     def read_story(split, record):
         strips = [_square_picture(raw / path, record["where"], size) for path in record["frames"]]
-        return RawStory(record["id"], [clean_caption(caption) for caption in record["captions"]], strips, record.get("truth"))
+        captions = [clean_caption(caption) for caption in record["captions"]]
+        return RawStory(record["id"], captions, strips, record.get("truth"))
     return write_hdf5(records, read_story, out, progress)
 
 # %% ../nbs/01_data.ipynb #30939e12
@@ -702,9 +753,12 @@ def open_stories(
     path,           # HDF5 file, version 1 or 2
 )->h5py.File:       # open for reading
     "Opens a story file. Raises FileNotFoundError or ValueError naming it when it is missing, cut short or no HDF5 file."
-    if not Path(path).is_file(): raise FileNotFoundError(f"{path}: no such file. Make one with convert_flintstones, convert_pororo, convert_folder or convert_stories")
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"{path}: no such file. Make one with convert_flintstones, convert_pororo, "
+                                "convert_folder or convert_stories")
     try: return h5py.File(path, "r", locking=False)
-    except OSError as error: raise ValueError(f"{path}: cut short, or not an HDF5 file; convert or copy it again ({error})") from error
+    except OSError as error:
+        raise ValueError(f"{path}: cut short, or not an HDF5 file; convert or copy it again ({error})") from error
 
 
 def story_schema(
@@ -713,10 +767,13 @@ def story_schema(
     "Which version a file is. Raises ValueError naming the file for anything else."
     found, colour = file.attrs.get("schema"), file.attrs.get("colour", "rgb")
     if found == 2 and colour == "rgb": return 2
-    if found is not None: raise ValueError(f"{file.filename}: schema {found} with colour {colour!r} is unknown here, this library reads version 1 and version 2 (rgb)")
+    if found is not None:
+        raise ValueError(f"{file.filename}: schema {found} with colour {colour!r} is unknown here, "
+                         "this library reads version 1 and version 2 (rgb)")
     groups = [group for group in file.values() if isinstance(group, h5py.Group)]
     if groups and all("text" in group and "image0" in group for group in groups): return 1
-    raise ValueError(f"{file.filename}: an HDF5 file, but not one with stories (neither the attribute schema=2 nor groups with image0 and text)")
+    raise ValueError(f"{file.filename}: an HDF5 file, but not one with stories "
+                     "(neither the attribute schema=2 nor groups with image0 and text)")
 
 
 def story_keys(
@@ -727,7 +784,8 @@ def story_keys(
     if split not in file: raise ValueError(f"{file.filename}: there is no split {split!r}; it has {', '.join(map(repr, file))}")
     if story_schema(file) == 2: return sorted(file[split])
     lengths = {name: len(file[split][name]) for name in file[split]}
-    if len(set(lengths.values())) > 1: raise ValueError(f"{file.filename}, split {split!r}: the arrays differ in length: {lengths}")
+    if len(set(lengths.values())) > 1:
+        raise ValueError(f"{file.filename}, split {split!r}: the arrays differ in length: {lengths}")
     return list(range(lengths["text"]))
 
 # %% ../nbs/01_data.ipynb #6ead2219
@@ -738,7 +796,9 @@ def choose_tile(
     index:int,   # story
     frame:int,   # frame of the story
 )->int:          # 0 ... n_tiles-1
-    "The training tile, a pure function of its arguments (text seeds of Python's generator are hashed with SHA-512, the same everywhere). Our choice."
+    """The training tile, a pure function of its arguments. Our choice.
+
+    (Python hashes the text that seeds its generator with SHA-512, the same everywhere.)"""
     return random.Random(f"{seed}/{epoch}/{index}/{frame}").randrange(n_tiles)
 
 # %% ../nbs/01_data.ipynb #0fb1917d
@@ -759,9 +819,12 @@ def split_task(
     task:str,              # "visualization" or "continuation"
     where:str="the story", # named in the errors
 )->TaskLayout:             # what is drawn, and the history
-    "Arranges a story for a task. Source: AR-LDM's layout. Raises ValueError for an unknown task, too few frames, or captions that do not pair up."
+    """Arranges a story for a task. Source: AR-LDM's layout.
+
+    Raises ValueError for an unknown task, too few frames, or captions that do not pair up."""
     if task not in TASKS: raise ValueError(f"task={task!r} is unknown: choose one of {TASKS}")
-    if len(captions) != len(frames): raise ValueError(f"{where} has {len(captions)} captions for {len(frames)} frames: one a frame is needed")
+    if len(captions) != len(frames):
+        raise ValueError(f"{where} has {len(captions)} captions for {len(frames)} frames: one a frame is needed")
     given = 1 if task == "continuation" else 0
     if len(frames) < given + 1: raise ValueError(f"{where} has {len(frames)} frame(s): {task} needs at least {given + 1}")
     return TaskLayout(list(captions[given:]), list(frames[given:]), list(captions), list(frames))
@@ -793,7 +856,8 @@ class StoryDataset(torch.utils.data.Dataset):
         with open_stories(path) as file: self.schema, self.keys = story_schema(file), story_keys(file, split)
 
     def __len__(self): return len(self.keys)
-    def __repr__(self): return f"StoryDataset({Path(self.path).name!r}, split={self.split!r}, task={self.task!r}): {len(self)} stories, schema {self.schema}"
+    def __repr__(self):
+        return f"StoryDataset({Path(self.path).name!r}, {self.split!r}, {self.task!r}): {len(self)} stories, version {self.schema}"
     def __getstate__(self): return {**self.__dict__, "_file": None, "_owner": None}
 
     @property
@@ -809,11 +873,13 @@ class StoryDataset(torch.utils.data.Dataset):
         self._file = None
 
     def _stored(self, index):
-        if not -len(self) <= index < len(self): raise IndexError(f"{self.path}: there is no story {index} among the {len(self)} of split {self.split!r}")
+        if not -len(self) <= index < len(self):
+            raise IndexError(f"{self.path}: there is no story {index} among the {len(self)} of split {self.split!r}")
         if self._owner != os.getpid(): self._file = None
         if self._file is None: self._file, self._owner = open_stories(self.path), os.getpid()
         try: return (_read_v1 if self.schema == 1 else _read_v2)(self._file[self.split], self.keys[index])
-        except (OSError, KeyError, ValueError, RuntimeError) as error: raise ValueError(f"{self.path}: story {index} of split {self.split!r} cannot be read ({error})") from error
+        except (OSError, KeyError, ValueError, RuntimeError) as error:
+            raise ValueError(f"{self.path}: story {index} of split {self.split!r} cannot be read ({error})") from error
 
     def _strips(self, stored):
         for k, blob in enumerate(stored.images):
@@ -825,19 +891,26 @@ class StoryDataset(torch.utils.data.Dataset):
         "How many tiles each frame of a story has."
         return [tiles for _, tiles in self._strips(self._stored(index))]
 
+    def _tile(self, tiles, index, frame):
+        return choose_tile(tiles, self.seed, self.epoch, index, frame) if self.train else 0
+
     def story(self, index:int, tile:int=None)->StoryRecord:
-        "A story in true colours. `tile`: the same tile of every frame; None: by the rule (training: drawn from seed, epoch, story, frame; otherwise 0). Raises IndexError, or ValueError naming file and story."
-        stored, position, frames = self._stored(index), index % len(self), []
-        split_task(stored.captions, stored.images, self.task, f"{self.path}: story {stored.id!r}" + (" (a '|' inside a version 1 caption splits it)" if self.schema == 1 else ""))
+        """A story in true colours. `tile`: that tile of every frame; None: by the rule above.
+
+        Raises IndexError, or ValueError naming file and story."""
+        stored, frames, where = self._stored(index), [], f"{self.path}: story "
+        hint = " (a '|' inside a version 1 caption splits it)" if self.schema == 1 else ""
+        split_task(stored.captions, stored.images, self.task, f"{where}{stored.id!r}{hint}")
         for k, (strip, tiles) in enumerate(self._strips(stored)):
-            chosen = tile if tile is not None else choose_tile(tiles, self.seed, self.epoch, position, k) if self.train else 0
+            chosen = self._tile(tiles, index % len(self), k) if tile is None else tile
             if not 0 <= chosen < tiles: raise ValueError(f"tile={tile}: frame {k} of story {stored.id!r} has tiles 0 to {tiles - 1}")
             frames.append(cut_tile(strip, chosen))
         return StoryRecord(stored.id, stored.captions, frames, stored.truth)
 
     def __getitem__(self, index:int)->dict:
         record = self.story(index)
-        return {"id": record.id, "index": index % len(self), "captions": record.captions, "frames": record.frames, "truth": record.truth}
+        return {"id": record.id, "index": index % len(self), "captions": record.captions, "frames": record.frames,
+                "truth": record.truth}
 
 # %% ../nbs/01_data.ipynb #781f6d10
 CLIP_IMAGE_MEAN, CLIP_IMAGE_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
@@ -850,13 +923,17 @@ def pixels(
     std:tuple=(.5, .5, .5),  # for red, green, blue
 )->torch.Tensor:             # (n, 3, size, size) float32
     "Frames as a tensor: bicubic resize, scaled to [0, 1], then minus mean, over std."
-    arrays = [np.asarray(frame if frame.size == (size, size) else frame.resize((size, size), Image.BICUBIC)) for frame in frames]
+    resized = [frame if frame.size == (size, size) else frame.resize((size, size), Image.BICUBIC) for frame in frames]
+    arrays = [np.asarray(frame) for frame in resized]
     x = torch.from_numpy(np.stack(arrays)).permute(0, 3, 1, 2).float() / 255   # (n, 3, size, size)
     return (x - torch.tensor(mean).view(3, 1, 1)) / torch.tensor(std).view(3, 1, 1)
 
 # %% ../nbs/01_data.ipynb #2557b761
 class StoryCollator:
-    "Turns a list of `StoryDataset` items into a batch (see the table above for names and shapes). Our choice of names; layout as AR-LDM's."
+    """Turns a list of `StoryDataset` items into a batch, a dictionary (B stories, V frames to draw, F history blocks, S tokens):
+
+    frames (B,V,3,H,W), caption_ids and caption_mask (B,V,S), frame_valid (B,V), history_frames (B,F,3,h,w), history_ids and
+    history_mask (B,F,S), history_valid (B,F), index (B,), and the lists ids, captions, truth. Layout as AR-LDM's."""
     def __init__(self,
         caption_tokenizer,            # CLIP's, or anything called like a transformers tokenizer
         history_tokenizer,            # BLIP's, likewise
@@ -874,12 +951,14 @@ class StoryCollator:
         self._warned = torch.zeros((), dtype=torch.bool).share_memory_()
 
     def __call__(self, items:list[dict])->dict:
+        "The batch. Raises ValueError naming the story that does not fit the task."
         layouts = [split_task(item["captions"], item["frames"], self.task, f"story {item['id']!r}") for item in items]
         ids = [item["id"] for item in items]
         caption_ids, caption_mask = self._tokens(self.caption_tokenizer, [layout.captions for layout in layouts], ids)
         history_ids, history_mask = self._tokens(self.history_tokenizer, [layout.history_captions for layout in layouts], ids)
         frames, frame_valid = self._pixels([layout.frames for layout in layouts], self.frame_size)
-        history, history_valid = self._pixels([layout.history_frames for layout in layouts], self.history_size, self.image_mean, self.image_std)
+        past = [layout.history_frames for layout in layouts]
+        history, history_valid = self._pixels(past, self.history_size, self.image_mean, self.image_std)
         return {"frames": frames, "caption_ids": caption_ids, "caption_mask": caption_mask, "frame_valid": frame_valid,
                 "history_frames": history, "history_ids": history_ids, "history_mask": history_mask, "history_valid": history_valid,
                 "ids": ids, "index": torch.tensor([item["index"] for item in items]),
@@ -904,8 +983,10 @@ class StoryCollator:
         if self._warned: return
         for row in mask.all(dim=1).nonzero().flatten().tolist():
             room = 4 * len(texts[row].encode()) + 8
-            n = int(tokenizer([texts[row]], padding="max_length", truncation=True, max_length=room, return_tensors="pt")["attention_mask"].sum())
+            whole = tokenizer([texts[row]], padding="max_length", truncation=True, max_length=room, return_tensors="pt")
+            n = int(whole["attention_mask"].sum())
             if n <= self.max_length: continue
             self._warned.fill_(True)
-            warnings.warn(f"story {names[row]!r}: the caption {texts[row]!r} has {n} tokens and is cut to max_length={self.max_length}; longer captions after it are cut without a word", stacklevel=4)
+            warnings.warn(f"story {names[row]!r}: the caption {texts[row]!r} has {n} tokens and is cut to "
+                          f"max_length={self.max_length}; longer captions after it are cut without a word", stacklevel=4)
             return
