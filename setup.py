@@ -24,7 +24,7 @@ setup(
     install_requires=settings["requirements"].split(),
     extras_require={"dev": settings["dev_requirements"].split()},
     packages=find_packages(include=["causal_story", "causal_story.*"]),
-    package_data={"causal_story": ["miniature/**/*"]},
+    package_data={"causal_story": ["weights/**/*"]},
     include_package_data=False,
     entry_points={
         "console_scripts": settings["console_scripts"].split("\n"),

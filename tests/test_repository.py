@@ -311,7 +311,7 @@ def test_built_package_holds_modules_and_weights(tmp_path):
     (tmp_path / "causal_story").mkdir()
     for path in (ROOT / "causal_story").glob("*.py"):
         shutil.copy(path, tmp_path / "causal_story")
-    weights = tmp_path / "causal_story" / "miniature" / "unet"
+    weights = tmp_path / "causal_story" / "weights" / "unet"
     weights.mkdir(parents=True)
     for path in (weights / "model.safetensors", weights.parent / "model_index.json"):
         path.write_text("stands for a file that we ship")
@@ -323,4 +323,4 @@ def test_built_package_holds_modules_and_weights(tmp_path):
     assert done.returncode == 0, done.stderr
     built = {path.relative_to(tmp_path / "built").as_posix() for path in (tmp_path / "built").rglob("*") if path.is_file()}
     assert {f"causal_story/{path.name}" for path in (ROOT / "causal_story").glob("*.py")} <= built
-    assert {"causal_story/miniature/model_index.json", "causal_story/miniature/unet/model.safetensors"} <= built
+    assert {"causal_story/weights/model_index.json", "causal_story/weights/unet/model.safetensors"} <= built
