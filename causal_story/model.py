@@ -17,7 +17,7 @@ from torch import nn
 
 from .causal_mask import frame_mask, frame_times, relevance_bias, token_mask
 from .encoders import encode_captions, null_caption_states, null_history_states
-from .unet import add_adapters
+from .unet import add_adapters, attach_adapters
 
 # %% ../nbs/05_model.ipynb #3df93389
 def tiny_vae(
@@ -91,7 +91,7 @@ class CausalStoryModel(nn.Module):
     ):
         super().__init__()
         self.vae, self.text_encoder, self.history_encoder = vae, text_encoder, history_encoder
-        self.story_context, self.unet, self.adapters = story_context, unet, adapters
+        self.story_context, self.unet, self.adapters = story_context, attach_adapters(unet, adapters), adapters
         self.noise_schedule = DDPMScheduler.from_config(scheduler.config)
         self.register_buffer("null_caption_ids", null_caption_ids, persistent=False)
         self.register_buffer("null_history_ids", null_history_ids, persistent=False)
@@ -208,7 +208,7 @@ def prediction_target(
     if kind == "v_prediction": return noise_schedule.get_velocity(latents, noise, timesteps)
     raise ValueError(f"scheduler has prediction_type={kind!r}; expected 'epsilon', 'sample' or 'v_prediction'")
 
-# %% ../nbs/05_model.ipynb #e5be43b0
+# %% ../nbs/05_model.ipynb #4867c766
 def sample_generator(
     *key, # what the randomness is for: usually seed, epoch, sample, and a word for its purpose
 )->torch.Generator: # CPU generator, the same for the same key in every process
@@ -216,7 +216,7 @@ def sample_generator(
     digest = hashlib.sha256("/".join(map(str, key)).encode()).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
 
-# %% ../nbs/05_model.ipynb #4867c766
+# %% ../nbs/05_model.ipynb #da851781
 def draw_randomness(
     keys,                 # one key a story, say (seed, epoch, index): all its randomness follows from it
     frame_valid,          # (B, V) bool
@@ -236,7 +236,7 @@ def draw_randomness(
         out["dropped"][b, :n] = torch.rand(n, generator=generator) < drop
     return {name: value.to(frame_valid.device) for name, value in out.items()}
 
-# %% ../nbs/05_model.ipynb #afe3ed8b
+# %% ../nbs/05_model.ipynb #ffb041ca
 def story_loss(
     model,                     # CausalStoryModel (or Accelerate's wrapper of one)
     batch:dict,                # from StoryCollator, with `keys` and perhaps cached features
@@ -265,7 +265,7 @@ def latent_posterior(vae, batch:dict):
     shape = batch["frames"].shape[:2]
     return posterior.mean.contiguous().unflatten(0, shape), posterior.std.contiguous().unflatten(0, shape)
 
-# %% ../nbs/05_model.ipynb #0a3ca593
+# %% ../nbs/05_model.ipynb #710383cb
 PARTS = ("story_context", "history_text", "history_vision", "text_encoder")
 
 def prepare_tuning(
