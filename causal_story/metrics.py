@@ -21,6 +21,7 @@ from torch import nn
 from torch.nn import functional
 from tqdm.auto import tqdm
 
+from .pipeline import load_part, shipped_weights
 from .storyworld import ACTIONS, CHARACTERS, PROPS, SCARVES, SETTINGS
 
 # %% ../nbs/07_metrics.ipynb #400dcfa3
@@ -57,7 +58,10 @@ def frames_tensor(
         if len({f.size for f in frames}) > 1: raise ValueError("frames must all have one size")
         frames = torch.stack([torch.from_numpy(numpy.array(f.convert("RGB"))) for f in frames]).permute(0, 3, 1, 2)
     if frames.ndim != 4 or frames.shape[1] != 3: raise ValueError(f"frames must be (N, 3, H, W), not {tuple(frames.shape)}")
-    return frames.float() / 127.5 - 1 if frames.dtype == torch.uint8 else frames.float()
+    if frames.dtype == torch.uint8: return frames.float() / 127.5 - 1
+    low, high = frames.min().item(), frames.max().item()
+    if low < -1.01 or high > 1.01: raise ValueError(f"float frames must lie in [-1, 1]; these reach from {low:.2f} to {high:.2f}")
+    return frames.float()
 
 # %% ../nbs/07_metrics.ipynb #c89de03c
 class Residual(nn.Module):
@@ -82,6 +86,15 @@ class FrameReader(ModelMixin, ConfigMixin):
         self.where = nn.Conv2d(width, len(CHARACTERS), 1)
         self.hidden = nn.Sequential(nn.Linear(width, width), nn.SiLU())
         self.heads = nn.ModuleDict({name: nn.Linear(width, len(options)) for name, options in OPTIONS.items()})
+
+    @classmethod
+    def from_pretrained(cls,
+        pretrained_model_name_or_path, # folder; "miniature": the reader that comes with the package
+        **options, # of diffusers' `from_pretrained`
+    ):
+        "A saved reader, in float32 and evaluation mode. Raises ValueError that names a folder whose weights cannot be read."
+        if str(pretrained_model_name_or_path) != "miniature": return super().from_pretrained(pretrained_model_name_or_path, **options)
+        return load_part(cls, shipped_weights("reader"))
 
     def map(self, frames): # (N, 3, H, W) in [-1, 1]
         "Feature map (N, width, 8, 8); frames of another size are brought to 64x64 first."
@@ -353,6 +366,7 @@ def frechet_inception_distance(
     if not isinstance(inception, nn.Module):
         if not Path(inception).is_file(): raise FileNotFoundError(f"inception: no file {inception}; hand in a TorchScript file or a module")
         inception = torch.jit.load(str(inception), map_location="cpu")
+    inception.eval()
     low, high = value_range
     def features(frames):
         parts = (protocol_frames(part, protocol) for part in frames_tensor(frames).split(batch_size))

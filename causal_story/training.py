@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['batch_indices', 'TrainingConfig', 'learning_rate_factor', 'save_checkpoint', 'list_checkpoints', 'load_checkpoint',
            'optimizer_tensors', 'restore_optimizer', 'run_state', 'restore_run', 'parameter_groups', 'TrainingResult',
-           'fit', 'cache_stories', 'task_view', 'cached_batches', 'tune']
+           'fit', 'reconstructed_history', 'cache_stories', 'task_view', 'cached_batches', 'tune']
 
 # %% ../nbs/08_training.ipynb #46141f1e
 import json
@@ -19,8 +19,10 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
+from torch.nn import functional as F
 from tqdm.auto import tqdm
 
+from .data import CLIP_IMAGE_MEAN, CLIP_IMAGE_STD
 from .model import latent_posterior, sample_generator, story_loss
 
 # %% ../nbs/08_training.ipynb #59c5958d
@@ -260,6 +262,18 @@ def _stream(batches, start, end):
     return batches.stream(start, end) if hasattr(batches, "stream") else (batches(step) for step in range(start, end))
 
 # %% ../nbs/08_training.ipynb #382a90b4
+def reconstructed_history(
+    vae,                          # AutoencoderKL
+    mean:torch.Tensor,            # (B, F, C, h, w) posterior means of the same frames
+    history_frames:torch.Tensor,  # (B, F, 3, h', w') in BLIP's normalisation
+)->torch.Tensor:                  # the same, seen through the autoencoder
+    "History frames as a drawn frame would look: out of the decoder, rounded to 8 bits, in BLIP's normalisation and size."
+    decoded = (vae.decode(mean.flatten(0, 1)).sample.clamp(-1, 1) + 1) / 2
+    decoded = F.interpolate((decoded * 255).round() / 255, history_frames.shape[-2:], mode="bicubic", antialias=True)
+    shape = (3, 1, 1)
+    normalised = (decoded - decoded.new_tensor(CLIP_IMAGE_MEAN).view(shape)) / decoded.new_tensor(CLIP_IMAGE_STD).view(shape)
+    return normalised.unflatten(0, mean.shape[:2])
+
 @torch.no_grad()
 def cache_stories(
     model,               # CausalStoryModel whose autoencoder, BLIP vision and CLIP are frozen
@@ -267,6 +281,7 @@ def cache_stories(
     collator,            # StoryCollator for task "visualization"
     batch_size:int=16,   # stories at once
     progress:bool=True,
+    reconstructed:bool=False, # history frames as the autoencoder reconstructs them; drawn frames come out of that decoder too
 )->dict:                 # name -> tensor, first axis the stories
     "What the frozen networks say about every story, computed once."
     parts, device = [], next(model.parameters()).device
@@ -274,6 +289,7 @@ def cache_stories(
         batch = collator([dataset[k] for k in range(start, min(start + batch_size, len(dataset)))])
         batch = {name: value.to(device) for name, value in batch.items() if torch.is_tensor(value)}
         mean, std = latent_posterior(model.vae, batch)
+        if reconstructed: batch["history_frames"] = reconstructed_history(model.vae, mean, batch["history_frames"])
         features = model.history_encoder.image_features(batch["history_frames"].flatten(0, 1)).unflatten(0, batch["history_ids"].shape[:2])
         kept = {name: batch[name] for name in ("caption_ids", "caption_mask", "frame_valid", "history_ids", "history_mask", "history_valid")}
         parts.append(kept | dict(latent_mean=mean, latent_std=std, image_features=features,
