@@ -13,8 +13,11 @@ from pathlib import Path
 
 import torch
 
+from .causal_mask import POLICIES
 from .data import StoryCollator, StoryDataset, convert_flintstones, convert_folder, convert_pororo, show_story, write_folder
-from .miniature import pretrain
+from .experiments import print_lines, with_and_without_history
+from .metrics import FrameReader
+from .miniature import PRESETS, STAGES, pretrain
 from .model import prepare_tuning, trained_by_part
 from .pipeline import CausalStoryPipeline, story_pipeline
 from .storyworld import make_stories
@@ -35,16 +38,19 @@ def train_stories(
     config:TrainingConfig,
     folder=None,                # run folder; an interrupted run there is continued
     method:str="adapter",       # see `prepare_tuning`
+    width:int=32,               # of new adapters
     progress:bool=True,
 ):                              # TrainingResult
     "Tune on the training stories of a file, for both tasks, with the pipeline's history policy."
-    model = prepare_tuning(pipe.as_model(), method, width=pipe.adapters.config.width)
+    model = prepare_tuning(pipe.as_model(), method, width)
     collator = StoryCollator(pipe.tokenizer, pipe.history_tokenizer, frame_size=pipe.vae.config.sample_size, max_length=pipe.max_length,
                              history_size=pipe.history_encoder.config["vision_config"]["image_size"])
-    cache = cache_stories(model.eval(), StoryDataset(data, "train", "visualization"), collator, progress=progress)
+    cache = cache_stories(model.eval(), StoryDataset(data, "train", "visualization"), collator, progress=progress, reconstructed=True)
     if progress:
         for part, (trained, total) in trained_by_part(model).items(): print(f"  {part:16} trains {trained:>9,} of {total:>9,} parameters")
-    return tune(model, cache, config, policy=pipe.config.history_policy, window=pipe.config.window, folder=folder, progress=progress)
+    result = tune(model, cache, config, policy=pipe.config.history_policy, window=pipe.config.window, context_layer=pipe.config.context_layer, folder=folder, progress=progress)
+    result.use_ema(model).eval()
+    return result
 
 def sample_stories(
     pipe:CausalStoryPipeline,
@@ -72,14 +78,22 @@ def _prepare(a):
     print(f"wrote {convert(a.raw, a.out)}")
 
 def _pretrain(a):
-    steps = dict(autoencoder=a.autoencoder_steps, text_to_image=a.text_to_image_steps, history=a.history_steps)
-    pretrain(a.out, steps, seed=a.seed, overwrite=a.overwrite)
-    print(f"wrote the base to {a.out}; next: causal-story train {a.out} DATA.h5 OUT")
+    preset = dict(PRESETS[a.preset])
+    preset["steps"] = preset["steps"] | dict(_stage_steps(words) for words in a.steps)
+    losses = pretrain(a.out, **preset, seed=a.seed, overwrite=a.overwrite, only=a.only)
+    if a.only: print(f"stage {a.only} is done ({len(losses[a.only])} steps); without --only the other stages follow and the base is written")
+    else: print(f"wrote the base to {a.out}; next: causal-story train {a.out} DATA.h5 OUT")
+
+def _stage_steps(words:str):
+    "(stage, steps) of STAGE=N."
+    stage, _, number = words.partition("=")
+    if stage not in STAGES or not number.isdigit() or int(number) < 1: raise ValueError(f"--steps {words}: expected STAGE=N with a stage of {', '.join(STAGES)}")
+    return stage, int(number)
 
 def _train(a):
-    pipe = story_pipeline(a.base, seed=a.seed)
+    pipe = story_pipeline(a.base, a.width if a.method == "adapter" else 0, seed=a.seed, history_policy=a.policy, window=a.window)
     config = TrainingConfig(steps=a.steps, batch_size=a.batch_size, learning_rate=a.learning_rate, ema_decay=0.99, seed=a.seed, checkpoint_every=100)
-    train_stories(pipe, a.data, config, Path(a.out) / "run", a.method)
+    train_stories(pipe, a.data, config, Path(a.out) / "run", a.method, a.width)
     pipe.save_pretrained(a.out)
     print(f"wrote the tuned pipeline to {a.out}; next: causal-story sample {a.out} {a.data}")
 
@@ -90,13 +104,18 @@ def _demo(a):
     pipe = story_pipeline(a.base)
     with tempfile.TemporaryDirectory() as folder:
         folder = Path(folder)
-        print(f"1/3 drawing {a.stories} stories")
-        write_folder(dict(train=make_stories(a.stories), test=make_stories(4, "test", seed=1)), folder / "raw", size=64)
+        print(f"1/4 drawing {a.stories} stories")
+        write_folder(dict(train=make_stories(a.stories), test=make_stories(a.test_stories, "test", seed=1)), folder / "raw", size=64)
         data = convert_folder(folder / "raw", folder / "stories.h5")
-        print("2/3 tuning the adapters")
-        train_stories(pipe, data, TrainingConfig(steps=a.steps, batch_size=8, learning_rate=1e-3, warmup_steps=20, checkpoint_every=0))
-        print("3/3 drawing a story that training never showed")
+        print("2/4 tuning the adapters")
+        train_stories(pipe, data, TrainingConfig(steps=a.steps, batch_size=8, learning_rate=1e-3, warmup_steps=20, ema_decay=0.99, checkpoint_every=0))
+        print("3/4 drawing a story that training never showed")
         print(f"wrote {sample_stories(pipe, data, 'test', 'visualization', [0], a.out).resolve()}")
+        print(f"4/4 reading {a.test_stories} such stories: facts that only the history tells, share drawn right")
+        dataset = StoryDataset(data, "test")
+        pipe.set_progress_bar_config(disable=True)
+        print_lines(with_and_without_history(pipe, [dataset.story(k) for k in range(len(dataset))], FrameReader.from_pretrained("miniature"))["lines"])
+        dataset.close()
 
 # %% ../nbs/11_command_line.ipynb #18341490
 def _parser()->argparse.ArgumentParser:
@@ -111,16 +130,20 @@ def _parser()->argparse.ArgumentParser:
     verb("prepare", _prepare, "Raw stories to one HDF5 file.", ("kind", dict(choices=("flintstones", "pororo", "folder"), help="layout of the raw data")),
          ("raw", dict(help="raw folder")), ("out", dict(help="HDF5 file to write")))
     verb("pretrain", _pretrain, "A small base from nothing, on the cartoon world. Continues an interrupted run.", ("out", dict(help="folder to write")),
-         ("--autoencoder-steps", dict(type=int, default=6000, help="batches of 16 frames")), ("--text-to-image-steps", dict(type=int, default=4000, help="batches of 48 frames")),
-         ("--history-steps", dict(type=int, default=1500, help="batches of 64 frames")), ("--overwrite", dict(action="store_true", help="replace finished weights")), seed)
+         ("--preset", dict(default="quick", choices=tuple(PRESETS), help="quick: at most 90 minutes on two cores; shipped: what made the base of the package")),
+         ("--steps", dict(nargs="*", default=[], metavar="STAGE=N", help=f"other numbers of optimizer steps; stages: {', '.join(STAGES)}")),
+         ("--only", dict(choices=STAGES, help="this stage alone, so that stages can run side by side")), ("--overwrite", dict(action="store_true", help="replace finished weights")), seed)
     verb("train", _train, "Tune adapters and story context on a frozen base.", base, ("data", dict(help="HDF5 file")), ("out", dict(help="folder of the tuned pipeline")),
          ("--steps", dict(type=int, default=750, help="optimizer steps")), ("--batch-size", dict(type=int, default=8, help="stories a step")),
-         ("--learning-rate", dict(type=float, default=1e-3, help="peak")), ("--method", dict(default="adapter", choices=("adapter",), help="what trains in the U-Net")), seed)
+         ("--learning-rate", dict(type=float, default=1e-3, help="peak")), ("--method", dict(default="adapter", choices=("adapter", "attention", "full", "none"), help="what trains in the U-Net")),
+         ("--width", dict(type=int, default=32, help="of the adapters")), ("--policy", dict(default="weighted", choices=POLICIES, help="history policy")),
+         ("--window", dict(type=int, help="earlier frames in view, for the policies local and weighted")), seed)
     verb("sample", _sample, "Draw stories beside their truth.", ("model", dict(help="tuned pipeline, or a base")), ("data", dict(help="HDF5 file")),
          ("--split", dict(default="test", help="split of the file")), ("--task", dict(default="visualization", choices=("visualization", "continuation"), help="what is drawn")),
          ("--story", dict(type=int, nargs="+", default=[0], help="which stories")), ("--out", dict(default="story.png", help="picture to write")), seed)
     verb("demo", _demo, "Story data, adapter tuning and a drawn story in one go.", ("--base", dict(default="miniature", help="folder that `pretrain` wrote")), ("--stories", dict(type=int, default=1200, help="training stories")),
-         ("--steps", dict(type=int, default=500, help="optimizer steps")), ("--out", dict(default="story.png", help="picture to write")))
+         ("--steps", dict(type=int, default=600, help="optimizer steps")), ("--test-stories", dict(type=int, default=40, help="held-out stories that are drawn and read")),
+         ("--out", dict(default="story.png", help="picture to write")))
     return parser
 
 def main(
