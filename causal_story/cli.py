@@ -25,9 +25,10 @@ from .training import TrainingConfig, cache_stories, tune
 
 # %% ../nbs/11_command_line.ipynb #9c48e237
 def load_pipeline(
-    folder, # a tuned pipeline (has model_index.json) or a base
+    folder, # a tuned pipeline (has model_index.json), "miniature" (the shipped one), or a base
 )->CausalStoryPipeline:
     "A tuned pipeline, or a base turned into an untuned one."
+    if str(folder) == "miniature": return CausalStoryPipeline.from_pretrained(folder)
     if (Path(folder) / "model_index.json").exists(): return CausalStoryPipeline.from_pretrained(folder)
     return story_pipeline(folder)
 
@@ -80,7 +81,7 @@ def _prepare(a):
 def _pretrain(a):
     preset = dict(PRESETS[a.preset])
     preset["steps"] = preset["steps"] | dict(_stage_steps(words) for words in a.steps)
-    losses = pretrain(a.out, **preset, seed=a.seed, overwrite=a.overwrite, only=a.only)
+    losses = pretrain(a.out, **preset, seed=a.seed, overwrite=a.overwrite, only=a.only, half=a.half)
     if a.only: print(f"stage {a.only} is done ({len(losses[a.only])} steps); without --only the other stages follow and the base is written")
     else: print(f"wrote the base to {a.out}; next: causal-story train {a.out} DATA.h5 OUT")
 
@@ -132,7 +133,8 @@ def _parser()->argparse.ArgumentParser:
     verb("pretrain", _pretrain, "A small base from nothing, on the cartoon world. Continues an interrupted run.", ("out", dict(help="folder to write")),
          ("--preset", dict(default="quick", choices=tuple(PRESETS), help="quick: at most 90 minutes on two cores; shipped: what made the base of the package")),
          ("--steps", dict(nargs="*", default=[], metavar="STAGE=N", help=f"other numbers of optimizer steps; stages: {', '.join(STAGES)}")),
-         ("--only", dict(choices=STAGES, help="this stage alone, so that stages can run side by side")), ("--overwrite", dict(action="store_true", help="replace finished weights")), seed)
+         ("--only", dict(choices=STAGES, help="this stage alone, so that stages can run side by side")), ("--overwrite", dict(action="store_true", help="replace finished weights")),
+         ("--half", dict(action="store_true", help="store the models in half precision")), seed)
     verb("train", _train, "Tune adapters and story context on a frozen base.", base, ("data", dict(help="HDF5 file")), ("out", dict(help="folder of the tuned pipeline")),
          ("--steps", dict(type=int, default=750, help="optimizer steps")), ("--batch-size", dict(type=int, default=8, help="stories a step")),
          ("--learning-rate", dict(type=float, default=1e-3, help="peak")), ("--method", dict(default="adapter", choices=("adapter", "attention", "full", "none"), help="what trains in the U-Net")),

@@ -360,7 +360,7 @@ SAVED_PARTS = ("vae", "text_encoder", "tokenizer", "unet", "scheduler", "history
 PRESETS = dict(
     quick=dict(steps=dict(autoencoder=2400, decoder=1600, text_to_image=2600, history=500, reader=1200), stories=400,
                frames=dict(autoencoder=8000, decoder=8000, text_to_image=8000, history=8000, reader=8000)),
-    shipped=dict(steps=dict(autoencoder=3200, decoder=4000, text_to_image=5000, history=1200, reader=2400), stories=1000,
+    shipped=dict(steps=dict(autoencoder=3200, decoder=4000, text_to_image=4000, history=1200, reader=2400), stories=1000,
                  frames=dict(autoencoder=16000, decoder=16000, text_to_image=16000, history=16000, reader=16000)))
 
 def stage_configs(
@@ -515,6 +515,7 @@ def pretrain(
     overwrite:bool=False,   # replace finished weights
     progress:bool=True,     # show bars
     configs:dict|None=None, # stage -> TrainingConfig (its steps are replaced); `stage_configs(steps, seed)` if None
+    half:bool=False,        # store the finished models in half precision
     only:str|None=None,     # run this stage alone (and the autoencoder before it, if it needs one); a later call without it finishes
 )->dict:                    # stage -> losses, one a step
     """Make the base from nothing: autoencoder, latents measured, decoder, text-to-image, history encoder, frame reader.
@@ -532,6 +533,7 @@ def pretrain(
     parts, losses = _train_stages(runs, configs, progress=progress, only=only, **settings)
     if parts is None: return losses
     last = {stage: float(np.mean(values[-50:])) for stage, values in losses.items()}
+    if half: parts = {name: part.half() if isinstance(part, nn.Module) else part for name, part in parts.items()}
     _move_into_place(folder, runs, parts, dict(settings, configs={k: asdict(c) for k, c in configs.items()}, last_losses=last))
     return losses
 

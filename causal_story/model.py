@@ -223,6 +223,7 @@ def draw_randomness(
     shape,                # (C, h, w) of the latents
     n_timesteps:int=1000, # of the noise schedule
     drop:float=0.1,       # share of frames drawn without condition
+    timestep_shift:float=1.0, # above 1: more of the noisy timesteps, t -> s t / (1 + (s - 1) t) on [0, 1]
 )->dict:                  # noise, posterior_noise (B, V, C, h, w); timesteps (B, V); dropped (B, V)
     "Noise, timesteps and dropped conditions of a batch; a story's own do not depend on who shares its batch."
     B, V = frame_valid.shape
@@ -234,6 +235,9 @@ def draw_randomness(
         out["noise"][b, :n] = torch.randn(n, *shape, generator=generator)
         out["timesteps"][b, :n] = torch.randint(0, n_timesteps, (n,), generator=generator)
         out["dropped"][b, :n] = torch.rand(n, generator=generator) < drop
+    if timestep_shift != 1:
+        u = (out["timesteps"] + 0.5) / n_timesteps
+        out["timesteps"] = (n_timesteps * timestep_shift * u / (1 + (timestep_shift - 1) * u)).long()
     return {name: value.to(frame_valid.device) for name, value in out.items()}
 
 # %% ../nbs/05_model.ipynb #ffb041ca
@@ -245,11 +249,12 @@ def story_loss(
     task:str="visualization",
     drop:float=0.1,            # share of frames drawn without condition (released configuration)
     context_layer:bool=True,
+    timestep_shift:float=1.0,  # see `draw_randomness`
 )->torch.Tensor:               # scalar
     "Mean squared error of the prediction over all real frames and latent values (latent diffusion's loss)."
     inner, frame_valid = getattr(model, "module", model), batch["frame_valid"]
     mean, std = latent_posterior(inner.vae, batch)
-    random = draw_randomness(batch["keys"], frame_valid, mean.shape[2:], inner.noise_schedule.config.num_train_timesteps, drop)
+    random = draw_randomness(batch["keys"], frame_valid, mean.shape[2:], inner.noise_schedule.config.num_train_timesteps, drop, timestep_shift)
     latents = normalise_latents(inner.vae, mean + std * random["posterior_noise"]).flatten(0, 1)
     noise, timesteps = random["noise"].flatten(0, 1), random["timesteps"].flatten()
     noisy = inner.noise_schedule.add_noise(latents, noise, timesteps).unflatten(0, frame_valid.shape)

@@ -326,6 +326,7 @@ def tune(
     window:int|None=None,
     context_layer:bool=True,
     tasks:tuple=("visualization", "continuation"),
+    timestep_shift:float=1.0,  # above 1: more of the noisy timesteps, where only the context can say what will be there
     **options,                 # of `fit`: folder, callbacks, progress ...
 )->TrainingResult:
     "Adapter tuning (or any other method `prepare_tuning` chose) on cached stories, with teacher forcing."
@@ -333,5 +334,5 @@ def tune(
     if moving: raise ValueError(f"{moving[0]!r} trains, so its features cannot be cached; freeze it or train without the cache")
     def loss(model, batch, step):
         task, stories = batch
-        return story_loss(model, stories, policy, window, task, context_layer=context_layer)
+        return story_loss(model, stories, policy, window, task, context_layer=context_layer, timestep_shift=timestep_shift)
     return fit(model, loss, cached_batches(cache, config, tasks), config, **options)

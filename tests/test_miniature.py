@@ -5,6 +5,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from accelerate import Accelerator
 from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
 from hypothesis import given, strategies as st
 from torch.testing import assert_close
@@ -16,12 +17,13 @@ from causal_story.encoders import HistoryEncoder, tiny_history_encoder, tiny_tok
 from causal_story.miniature import (SAVED_PARTS, STAGES, HistoryPretrainer, LatentPool, altered, caption_corpus,
                                     encode_pool, history_batches, make_pool, measure_latents, pool_batches, pretrain,
                                     stage_configs, tokenize, training_caption, with_stories)
+from causal_story.metrics import scene_targets
 from causal_story.model import decode_latents, normalise_latents, tiny_vae
-from causal_story.storyworld import CHARACTERS, describe, held_out, make_stories, random_scene
+from causal_story.storyworld import CHARACTERS, Actor, Scene, describe, held_out, make_stories, random_scene
 from causal_story.training import TrainingConfig
 
-STEPS = dict(autoencoder=3, text_to_image=2, history=2)
-SMALL = dict(frames=dict(autoencoder=10, text_to_image=6, history=8), stories=1, corpus=30, progress=False)
+STEPS = dict(autoencoder=3, decoder=2, text_to_image=2, history=2, reader=2)
+SMALL = dict(frames=dict(autoencoder=10, decoder=8, text_to_image=6, history=8, reader=8), stories=1, corpus=30, progress=False)
 
 
 @pytest.fixture(autouse=True)
@@ -83,7 +85,7 @@ def test_measured_latents_are_in_the_saved_configuration(finished):
     assert_close(latents.std((0, 2, 3)), torch.ones(8), atol=1e-3, rtol=0)
 
 
-@pytest.mark.parametrize("function", ["train_text_to_image", "train_history_encoder", "_move_into_place"])
+@pytest.mark.parametrize("function", ["train_decoder", "train_text_to_image", "train_history_encoder", "_move_into_place"])
 def test_interrupted_and_continued_equals_never_stopped(finished, tmp_path, monkeypatch, function):
     folder, losses = finished
 
@@ -95,6 +97,45 @@ def test_interrupted_and_continued_equals_never_stopped(finished, tmp_path, monk
     assert {path.name for path in tmp_path.iterdir()} == {"runs"}
     assert pretrain(tmp_path, STEPS, configs=settings(), **SMALL) == losses
     assert weights(tmp_path) == weights(folder)
+
+
+def test_stages_run_side_by_side_give_the_same_weights(finished, tmp_path):
+    folder, losses = finished
+    for stage in ("reader", "decoder", "history", "text_to_image"):
+        assert pretrain(tmp_path, STEPS, configs=settings(), only=stage, **SMALL)[stage] == losses[stage]
+        assert {path.name for path in tmp_path.iterdir()} == {"runs"}
+    pretrain(tmp_path, STEPS, configs=settings(), **SMALL)
+    assert weights(tmp_path) == weights(folder)
+
+
+def test_unknown_stage_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="only='unet'"):
+        pretrain(tmp_path, STEPS, only="unet", **SMALL)
+    assert not list(tmp_path.iterdir())
+
+
+def test_decoder_stage_leaves_the_encoder_alone():
+    pool = make_pool(6, progress=False)
+    vae = tiny_vae()
+    before = {name: value.clone() for name, value in vae.state_dict().items()}
+    means, stds = encode_pool(vae.eval(), pool, progress=False)
+    config = TrainingConfig(steps=2, batch_size=3, checkpoint_every=0)
+    miniature.train_decoder(vae, pool, means, stds, config, None, Accelerator(), progress=False)
+    moved = {name.split(".")[0] for name, value in vae.state_dict().items() if not torch.equal(value, before[name])}
+    assert moved == {"decoder", "post_quant_conv"}
+
+
+def test_accuracy_of_captions_counts_both_characters():
+    scene = Scene("beach", (Actor("Milo", "waves", "ball", "red"), Actor("Kiki", "jumps", "book", "blue")))
+    truth = scene_targets([scene] * 4)
+    said = {name: t.numpy().copy() for name, t in truth.items()}
+    said["presence"] = said["presence"] > 0
+    said["scarf"][1, CHARACTERS.index("Kiki")] += 1
+    said["action"][2, CHARACTERS.index("Milo")] -= 1
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(miniature, "read_frames", lambda reader, frames: said)
+        scores = {name: value for name, (value, _) in miniature.caption_accuracy(None, None, [scene] * 4).items()}
+    assert scores == dict(setting=1, character=1, prop=1, scarf=7 / 8, action=7 / 8, both=3 / 4, all=1 / 2)
 
 
 def test_finished_weights_are_not_overwritten_unasked(finished):

@@ -1,0 +1,175 @@
+"What a reader of 06_pipeline and 10_does_it_help need not see: weights that do not fit, runs that go on, hostile requests."
+import json
+import random
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, strategies as st
+from safetensors.torch import load_file, save_file
+from transformers.utils import logging
+
+import causal_story.experiments as experiments
+from causal_story.causal_mask import frame_mask
+from causal_story.experiments import (ARMS, Arm, attention_mass, causal_effect, draw_stories, look_hits, run_arm,
+                                      seeds_and_stories, story_cache, story_records, tune_arm)
+from causal_story.metrics import FrameReader
+from causal_story.pipeline import BASE_PARTS, CausalStoryPipeline, load_base, load_part, shipped_weights, story_pipeline
+from causal_story.storyworld import make_stories
+from causal_story.training import TrainingConfig
+
+FEW = TrainingConfig(steps=2, batch_size=2, warmup_steps=1, ema_decay=0.5, checkpoint_every=1)
+
+
+@pytest.fixture(autouse=True)
+def no_bars():
+    logging.disable_progress_bar()
+    yield
+    logging.enable_progress_bar()
+
+
+@pytest.fixture(scope="module")
+def pipe():
+    pipe = story_pipeline("miniature")
+    pipe.set_progress_bar_config(disable=True)
+    with torch.no_grad():  # as if tuned: context layer and adapters do something
+        generator = torch.Generator().manual_seed(0)
+        for part in (pipe.story_context.projection, pipe.story_context.relevance_head.query, *[b.up for b in pipe.adapters.bottlenecks.values()]):
+            part.weight.normal_(std=0.05, generator=generator)
+    return pipe
+
+
+@pytest.fixture(scope="module")
+def records():
+    return story_records(make_stories(3, "val", seed=2))
+
+
+# ---------------------------------------------------------------- weights
+
+def test_shipped_weights_fit_in_forty_megabytes():
+    folder = shipped_weights("base").parent
+    assert sum(path.stat().st_size for path in folder.rglob("*") if path.is_file()) < 40e6
+    assert sum(path.stat().st_size for path in shipped_weights("reader").rglob("*")) < 4e6
+    assert all((shipped_weights("base") / part).is_dir() for part in BASE_PARTS)
+
+
+@pytest.mark.parametrize("part", ["unet", "text_encoder", "history_encoder"])
+@pytest.mark.parametrize("damage", ["missing", "cut", "lacks a tensor", "of another shape"])
+def test_damaged_weights_are_named(tmp_path, part, damage):
+    load_base("miniature")[part].save_pretrained(tmp_path / part)
+    path = next((tmp_path / part).glob("*.safetensors"))
+    tensors = load_file(path)
+    name = max(tensors, key=lambda name: tensors[name].numel())
+    if damage == "missing": path.unlink()
+    elif damage == "cut": path.write_bytes(path.read_bytes()[:1000])
+    elif damage == "lacks a tensor": save_file({k: v for k, v in tensors.items() if k != name}, path, {"format": "pt"})
+    else: save_file(tensors | {name: tensors[name][:-1].clone()}, path, {"format": "pt"})
+    with pytest.raises(ValueError, match=part):
+        load_part(BASE_PARTS[part], tmp_path / part)
+
+
+def test_a_name_that_is_neither_folder_nor_hub_id_reaches_for_nothing():
+    for name in ("nowhere", "./nowhere/deep/er", "C:/models"):
+        with pytest.raises(FileNotFoundError, match="no folder"):
+            CausalStoryPipeline.from_pretrained(name)
+
+
+def test_the_shipped_pipeline_is_the_base_and_what_was_tuned():
+    pipe, base = CausalStoryPipeline.from_pretrained("miniature"), load_base("miniature")
+    for part in ("vae", "unet", "text_encoder"):
+        for a, b in zip(getattr(pipe, part).parameters(), base[part].parameters()): assert torch.equal(a, b)
+    assert all(p.dtype == torch.float32 for part in (pipe.unet, pipe.adapters, pipe.story_context, pipe.history_encoder) for p in part.parameters())
+    assert max(b.up.weight.abs().max() for b in pipe.adapters.bottlenecks.values()) > 0
+
+
+# ---------------------------------------------------------------- drawing and looking
+
+def test_a_story_does_not_depend_on_its_batch(pipe, records):
+    whole = draw_stories(pipe, records, batch_size=3, progress=False, num_inference_steps=3)
+    parts = draw_stories(pipe, records, batch_size=2, progress=False, num_inference_steps=3)
+    for a, b in zip(whole, parts):
+        for x, y in zip(a, b): assert np.abs(np.asarray(x, int) - np.asarray(y, int)).max() <= 1
+
+
+@pytest.mark.parametrize("task", ["visualization", "continuation"])
+@pytest.mark.parametrize("policy, window", [("none", None), ("full", None), ("local", 1), ("weighted", None), ("weighted", 2)])
+def test_only_visible_blocks_have_an_effect(pipe, records, task, policy, window):
+    effect = causal_effect(pipe, records[0], records[1], task=task, history_policy=policy, window=window, num_inference_steps=2)["effect"]
+    visible = frame_mask(policy, 5 - (task == "continuation"), task, window)
+    assert effect.shape == visible.shape
+    assert (effect[~visible] == 0).all() and (effect[visible] > 0).all()
+
+
+def test_frame_and_caption_each_have_an_effect(pipe, records):
+    for change in ("frame", "caption"):
+        assert causal_effect(pipe, records[0], records[1], change, num_inference_steps=2)["effect"][1, 0] > 0
+    with pytest.raises(ValueError, match="picture"): causal_effect(pipe, records[0], records[1], "picture")
+
+
+@pytest.mark.parametrize("task", ["visualization", "continuation"])
+def test_attention_mass_lies_on_visible_blocks(pipe, records, task):
+    mass = attention_mass(pipe, records, task, "local", 2, timesteps=(500,))
+    visible = frame_mask("local", 5 - (task == "continuation"), task, 2)
+    assert mass.shape[1:] == visible.shape
+    assert (mass[:, ~visible] < 1e-6).all() and (mass[:, visible] > 0).all()
+
+
+@given(seed=st.integers(0, 10**6))
+def test_a_look_at_a_telling_frame_is_a_hit_in_both_tasks(seed):
+    truth = make_stories(1, seed=seed)[0].truth()
+    for task, given_frames in (("visualization", 0), ("continuation", 1)):
+        for attribute in ("prop", "scarf"):
+            weights = np.zeros((5 - given_frames, 5))
+            facts = [f for f in truth["facts"] if f["attribute"] == attribute and not f["stated"] and f["sources"] and f["frame"] >= 2]
+            for fact in facts: weights[fact["frame"] - given_frames, fact["sources"][-1]] += 1
+            alone = {f["frame"] for f in facts if sum(g["frame"] == f["frame"] for g in facts) == 1}
+            rows = [row for row in look_hits([weights], [truth], task) if row["attribute"] == attribute and row["frame"] in alone]
+            assert len(rows) == len(alone) and all(row["correct"] for row in rows)
+
+
+# ---------------------------------------------------------------- runs
+
+def test_runs_are_written_once_and_not_repeated(tmp_path, records, monkeypatch):
+    cache = story_cache(story_pipeline("miniature"), records, progress=False)
+    reader = FrameReader.from_pretrained("miniature")
+    arguments = dict(folder=tmp_path, base="miniature", cache=cache, records=records[:1], reader=reader, config=FEW, histories=("true",), progress=False)
+    first = run_arm("full", 3, **arguments)
+    assert first["config"]["seed"] == 3 and first["trained"]["unet"] == 0 and first["trained"]["adapters"] > 0
+    monkeypatch.setattr(experiments, "tune_arm", None)
+    assert run_arm("full", 3, **arguments) == json.loads(json.dumps(first))
+    with pytest.raises(ValueError, match="causal-story"): run_arm("best", 3, **arguments)
+    assert not list(tmp_path.glob("*.tmp"))
+
+
+@pytest.mark.parametrize("name", sorted(ARMS))
+def test_every_arm_trains_what_it_names(records, name):
+    cache = story_cache(story_pipeline("miniature"), records, progress=False)
+    pipe, result, counts = tune_arm(ARMS[name], "miniature", cache, FEW, progress=False)
+    trained, arm = {part for part, (n, _) in counts.items() if n}, ARMS[name]
+    expected = {"story_context"} | ({"history_encoder"} if "history_text" in arm.parts else set())
+    expected |= {"adapter": {"adapters"}, "none": set()}.get(arm.method, {"unet"})
+    assert trained == expected and len(result.losses) == 2
+    assert len(draw_stories(pipe, records[:1], progress=False, num_inference_steps=1)[0]) == 5
+
+
+@pytest.mark.parametrize("reconstructed", [True, False])
+def test_reconstructed_history_is_another_one(records, reconstructed):
+    pipe = story_pipeline("miniature")
+    plain = story_cache(pipe, records, reconstructed=False, progress=False)
+    other = story_cache(pipe, records, reconstructed=reconstructed, progress=False)
+    assert torch.equal(plain["image_features"], other["image_features"]) != reconstructed
+    assert torch.equal(plain["latent_mean"], other["latent_mean"])
+
+
+@given(seed=st.integers(0, 1000))
+def test_interval_of_seeds_and_stories_holds_the_mean(seed):
+    rng = random.Random(seed)
+    runs = [[dict(story=s, frame=f, attribute="prop", correct=rng.random() < 0.6) for s in range(8) for f in range(rng.randint(2, 2))] for _ in range(3)]
+    told = seeds_and_stories(runs, resamples=200)
+    assert told["low"] <= told["mean"] <= told["high"] and (told["seeds"], told["stories"], told["n"]) == (3, 8, 16)
+
+
+def test_runs_over_other_facts_are_refused():
+    row = dict(story=0, frame=0, attribute="prop", correct=True)
+    with pytest.raises(ValueError, match="same facts"): seeds_and_stories([[row], [row | dict(frame=1)]])
+    with pytest.raises(ValueError, match="at least one"): seeds_and_stories([])
