@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['BASE_PARTS', 'TUNED_PARTS', 'STORED_SETTINGS', 'guide', 'CausalStoryOutput', 'to_pil', 'story_noise',
-           'shipped_weights', 'load_part', 'load_base', 'fingerprint', 'check_request', 'CausalStoryPipeline',
-           'story_pipeline']
+           'shipped_weights', 'load_part', 'load_base', 'fingerprint', 'check_request', 'StoryLoopMixin',
+           'TunedPartsMixin', 'StoryComponents', 'CausalStoryPipeline', 'story_pipeline']
 
 # %% ../nbs/06_pipeline.ipynb #bc46588d
 import copy
@@ -143,147 +143,9 @@ def check_request(
         raise ValueError(f"source_image has {len(images)} and source_caption {len(captions)} entries for {len(stories)} stories; give one a story")
     return stories, images, captions
 
-# %% ../nbs/06_pipeline.ipynb #8d66b521
-class CausalStoryPipeline(DiffusionPipeline):
-    "Draws stories frame by frame (paper, figure). Components are saved and loaded one folder each; adapters are one of them."
-    _optional_components = ["adapters"]
-    model_cpu_offload_seq = "text_encoder->history_encoder->story_context->unet->vae"
-
-    def __init__(self,
-        vae,                 # AutoencoderKL
-        text_encoder,        # CLIPTextModel
-        tokenizer,           # its CLIPTokenizer
-        unet,                # UNet2DConditionModel
-        scheduler,           # any diffusers scheduler
-        history_encoder,     # HistoryEncoder
-        history_tokenizer,   # its BertTokenizer
-        story_context,       # StoryContext
-        adapters=None,       # UNetAdapters, or None
-        history_policy:str="full",     # default of `__call__`
-        window:int|None=None,          # default of `__call__`
-        num_inference_steps:int=20,    # default of `__call__`
-        guidance_scale:float=2.0,      # default of `__call__`
-        context_layer:bool=True,       # False: AR-LDM's context even if layers are there
-    ):
-        super().__init__()
-        self.register_modules(vae=vae, text_encoder=text_encoder, tokenizer=tokenizer, unet=unet, scheduler=scheduler,
-                              history_encoder=history_encoder, history_tokenizer=history_tokenizer, story_context=story_context, adapters=adapters)
-        self.register_to_config(history_policy=history_policy, window=window, num_inference_steps=num_inference_steps,
-                                guidance_scale=guidance_scale, context_layer=context_layer)
-        attach_adapters(unet, adapters)
-
-    @classmethod
-    def from_pretrained(cls,
-        pretrained_model_name_or_path, # a folder that `save_pretrained` wrote, a hub id, or "miniature": the one that comes with the package
-        **options,                     # of diffusers' `from_pretrained`: components to use instead, torch_dtype ...
-    ):                                 # CausalStoryPipeline
-        "Load a tuned pipeline. Raises FileNotFoundError for what is neither a folder nor the form of a hub id."
-        name = str(pretrained_model_name_or_path)
-        if name != "miniature":
-            if not Path(name).is_dir() and not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", name):
-                raise FileNotFoundError(f"there is no folder {name}; give a folder that save_pretrained wrote, a hub id (owner/name), or 'miniature'")
-            return super().from_pretrained(name, **options)
-        if options: raise ValueError(f"'miniature' takes no further options (got {', '.join(options)}); move it afterwards with .to()")
-        return cls.from_tuned(shipped_weights("story"))
-
-    def save_tuned(self,
-        folder,          # gets a subfolder for each part that tuning changed, and tuned.json
-        half:bool=True,  # store in half precision
-    ):
-        "Save what tuning changed and not the base: a fraction of the size. Replaces the folder only when all is written."
-        folder = Path(folder)
-        aside = folder.with_name(f".tmp-{folder.name}")
-        shutil.rmtree(aside, ignore_errors=True)
-        for name in TUNED_PARTS:
-            part = getattr(self, name)
-            if part is not None: (copy.deepcopy(part).half() if half else part).save_pretrained(aside / name)
-        record = dict(base=fingerprint(self.unet), **{name: self.config[name] for name in STORED_SETTINGS})
-        (aside / "tuned.json").write_text(json.dumps(record, indent=1) + "\n")
-        shutil.rmtree(folder, ignore_errors=True)
-        os.replace(aside, folder)
-
-    @classmethod
-    def from_tuned(cls,
-        folder,            # from `save_tuned`
-        base="miniature",  # the base it was tuned on: what `load_base` takes
-    ):                     # CausalStoryPipeline
-        "A base with what tuning changed. Raises ValueError if it was tuned on another base, FileNotFoundError if a part is missing."
-        folder, parts = Path(folder), load_base(base)
-        if not (folder / "tuned.json").is_file(): raise FileNotFoundError(f"{folder / 'tuned.json'} is missing: give a folder that save_tuned wrote")
-        record = json.loads((folder / "tuned.json").read_text())
-        if record.pop("base") != fingerprint(parts["unet"]):
-            raise ValueError(f"{folder} was tuned on another base than {base}: its adapters would sit in a U-Net they do not know")
-        parts |= {name: load_part(kind, folder / name) for name, kind in TUNED_PARTS.items() if (folder / name).is_dir()}
-        return cls(**parts, **record)
-
-    @property
-    def max_length(self)->int:
-        "S, tokens a caption."
-        return self.tokenizer.model_max_length
-
-    def as_model(self)->CausalStoryModel:
-        "The same modules as the model that trains; changes to one are changes to the other."
-        return CausalStoryModel(self.vae, self.text_encoder, self.history_encoder, self.story_context, self.unet, self.scheduler,
-                                null_caption_ids(self.tokenizer, self.max_length).to(self.device),
-                                null_caption_ids(self.history_tokenizer, self.max_length).to(self.device), self.adapters)
-
-    def tokens(self,
-        tokenizer,
-        captions:list,  # B lists of n captions
-    ):                  # ids (B, n, S), mask (B, n, S) bool
-        "Captions as padded ids."
-        flat = [caption for story in captions for caption in story]
-        out = tokenizer(flat, padding="max_length", truncation=True, max_length=self.max_length, return_tensors="pt")
-        shape = (len(captions), len(captions[0]), self.max_length)
-        return out.input_ids.view(shape).to(self.device), out.attention_mask.bool().view(shape).to(self.device)
-
-    @torch.no_grad()
-    def __call__(self,
-        prompt,                          # V captions, or a list of stories of V captions each
-        task:str="visualization",        # or "continuation"
-        source_image=None,               # the given frame of a continuation (PIL), one a story
-        source_caption=None,             # its caption, one a story
-        history_policy:str|None=None,    # "none", "full", "local", "weighted"; None: the checkpoint's
-        window:int|None=None,            # of "local" and "weighted"; None: the checkpoint's, if the policy is too
-        num_inference_steps:int|None=None, # None: the checkpoint's
-        guidance_scale:float|None=None,  # None: the checkpoint's
-        generator=None,                  # one torch.Generator a story, or one for all
-        history_frames=None,             # B lists of V PIL images: draw with this history instead of what is drawn
-        history_captions=None,           # B lists of V captions: what the history says was told, if not the prompt
-        callback_on_step_end=None,       # called as callback(pipe, step, timestep, dict(latents=..., frame=i)) after every step
-        output_type:str="pil",           # "pil", "np", "pt", or "latent": clean latents (B, V, C, h, w)
-        return_dict:bool=True,
-    ):                                   # CausalStoryOutput, or its tuple
-        "Draw stories. Raises ValueError on a bad request before any computing starts."
-        stories, images, source_captions = check_request(prompt, task, source_image, source_caption, self.story_context.config.n_times)
-        policy = history_policy or self.config.history_policy
-        if history_policy in (None, self.config.history_policy) and window is None: window = self.config.window
-        visible = frame_mask(policy, len(stories[0]), task, window)
-        if policy == "weighted" and self.story_context.relevance_head is None:
-            raise ValueError("history_policy='weighted' needs a checkpoint whose story_context was made with relevance=True")
-        if output_type not in ("pil", "np", "pt", "latent"): raise ValueError(f"output_type={output_type!r}: expected 'pil', 'np', 'pt' or 'latent'")
-        for name, history in (("history_frames", history_frames), ("history_captions", history_captions)):
-            if history is not None and [len(h) for h in history] != [len(s) for s in stories]:
-                raise ValueError(f"{name} must hold one entry for every caption of every story")
-        steps = num_inference_steps or self.config.num_inference_steps
-        scale = self.config.guidance_scale if guidance_scale is None else guidance_scale
-        frames, relevance, latents = self._draw(stories, images, source_captions, task, visible, policy == "weighted", steps, scale,
-                                                generator, history_frames, history_captions or stories, callback_on_step_end)
-        output = dict(pil=frames, latent=latents).get(output_type) if output_type in ("pil", "latent") else self._as_array(frames, output_type)
-        return CausalStoryOutput(output, relevance) if return_dict else (output, relevance)
-
-    @torch.no_grad()
-    def decode(self,
-        latents:torch.Tensor, # (B, V, C, h, w), as output_type="latent" gives them
-    )->list:                  # B lists of V PIL images
-        "Clean latents as pictures."
-        pictures = to_pil(decode_latents(self.vae, latents.flatten(0, 1)))
-        return [pictures[b * latents.shape[1]:(b + 1) * latents.shape[1]] for b in range(len(latents))]
-
-    def _as_array(self, frames, output_type):
-        array = np.stack([np.stack([np.asarray(f) for f in story]) for story in frames]).astype(np.float32) / 255
-        return array if output_type == "np" else torch.from_numpy(array).permute(0, 1, 4, 2, 3)
-
+# %% ../nbs/06_pipeline.ipynb #f07ef62f
+class StoryLoopMixin:
+    "Frame by frame: denoise, decode, read what was drawn, go on."
     def _read(self, model, pictures, captions):
         "BLIP's block for one (frame, caption) pair of every story: states (B, 1, S, D) and mask (B, 1, S)."
         size = self.history_encoder.config["vision_config"]["image_size"]
@@ -335,11 +197,158 @@ class CausalStoryPipeline(DiffusionPipeline):
             if callback is not None: latents = (callback(self, step, t, dict(latents=latents, frame=frame)) or {}).get("latents", latents)
         return latents
 
-# %% ../nbs/06_pipeline.ipynb #9a85b4cd
+# %% ../nbs/06_pipeline.ipynb #6a0cb5f7
 def _stack(empty, told, B):
     "Unconditional and conditional rows in one batch of 2B."
     def join(a, b): return None if b is None else torch.cat([a.expand(B, *a.shape[1:]), b])
     return type(told)(join(empty.tokens, told.tokens), join(empty.mask, told.mask), join(empty.bias, told.bias), told.relevance)
+
+# %% ../nbs/06_pipeline.ipynb #36b2eeea
+class TunedPartsMixin:
+    "Loading and saving of `CausalStoryPipeline`: whole, or only what tuning changed."
+    @classmethod
+    def from_pretrained(cls,
+        pretrained_model_name_or_path, # a folder that `save_pretrained` wrote, a hub id, or "miniature": the one that comes with the package
+        **options,                     # of diffusers' `from_pretrained`: components to use instead, torch_dtype ...
+    ):                                 # CausalStoryPipeline
+        "Load a tuned pipeline. Raises FileNotFoundError for what is neither a folder nor the form of a hub id."
+        name = str(pretrained_model_name_or_path)
+        if name != "miniature":
+            if not Path(name).is_dir() and not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", name):
+                raise FileNotFoundError(f"there is no folder {name}; give a folder that save_pretrained wrote, a hub id (owner/name), or 'miniature'")
+            return super().from_pretrained(name, **options)
+        if options: raise ValueError(f"'miniature' takes no further options (got {', '.join(options)}); move it afterwards with .to()")
+        return cls.from_tuned(shipped_weights("story"))
+
+    def save_tuned(self,
+        folder,          # gets a subfolder for each part that tuning changed, and tuned.json
+        half:bool=True,  # store in half precision
+    ):
+        "Save what tuning changed and not the base: a fraction of the size. Replaces the folder only when all is written."
+        folder = Path(folder)
+        aside = folder.with_name(f".tmp-{folder.name}")
+        shutil.rmtree(aside, ignore_errors=True)
+        for name in TUNED_PARTS:
+            part = getattr(self, name)
+            if part is not None: (copy.deepcopy(part).half() if half else part).save_pretrained(aside / name)
+        record = dict(base=fingerprint(self.unet), **{name: self.config[name] for name in STORED_SETTINGS})
+        (aside / "tuned.json").write_text(json.dumps(record, indent=1) + "\n")
+        shutil.rmtree(folder, ignore_errors=True)
+        os.replace(aside, folder)
+
+    @classmethod
+    def from_tuned(cls,
+        folder,            # from `save_tuned`
+        base="miniature",  # the base it was tuned on: what `load_base` takes
+    ):                     # CausalStoryPipeline
+        "A base with what tuning changed. Raises ValueError if it was tuned on another base, FileNotFoundError if a part is missing."
+        folder, parts = Path(folder), load_base(base)
+        if not (folder / "tuned.json").is_file(): raise FileNotFoundError(f"{folder / 'tuned.json'} is missing: give a folder that save_tuned wrote")
+        record = json.loads((folder / "tuned.json").read_text())
+        if record.pop("base") != fingerprint(parts["unet"]):
+            raise ValueError(f"{folder} was tuned on another base than {base}: its adapters would sit in a U-Net they do not know")
+        parts |= {name: load_part(kind, folder / name) for name, kind in TUNED_PARTS.items() if (folder / name).is_dir()}
+        return cls(**parts, **record)
+
+# %% ../nbs/06_pipeline.ipynb #a299d507
+class StoryComponents(TunedPartsMixin, StoryLoopMixin, DiffusionPipeline):
+    "What a `CausalStoryPipeline` holds. Components are saved and loaded one folder each; adapters are one of them."
+    _optional_components = ["adapters"]
+    model_cpu_offload_seq = "text_encoder->history_encoder->story_context->unet->vae"
+
+    def __init__(self,
+        vae,                 # AutoencoderKL
+        text_encoder,        # CLIPTextModel
+        tokenizer,           # its CLIPTokenizer
+        unet,                # UNet2DConditionModel
+        scheduler,           # any diffusers scheduler
+        history_encoder,     # HistoryEncoder
+        history_tokenizer,   # its BertTokenizer
+        story_context,       # StoryContext
+        adapters=None,       # UNetAdapters, or None
+        history_policy:str="full",     # default of `__call__`
+        window:int|None=None,          # default of `__call__`
+        num_inference_steps:int=20,    # default of `__call__`
+        guidance_scale:float=2.0,      # default of `__call__`
+        context_layer:bool=True,       # False: AR-LDM's context even if layers are there
+    ):
+        super().__init__()
+        self.register_modules(vae=vae, text_encoder=text_encoder, tokenizer=tokenizer, unet=unet, scheduler=scheduler,
+                              history_encoder=history_encoder, history_tokenizer=history_tokenizer, story_context=story_context, adapters=adapters)
+        self.register_to_config(history_policy=history_policy, window=window, num_inference_steps=num_inference_steps,
+                                guidance_scale=guidance_scale, context_layer=context_layer)
+        attach_adapters(unet, adapters)
+
+    @property
+    def max_length(self)->int:
+        "S, tokens a caption."
+        return self.tokenizer.model_max_length
+
+    def as_model(self)->CausalStoryModel:
+        "The same modules as the model that trains; changes to one are changes to the other."
+        return CausalStoryModel(self.vae, self.text_encoder, self.history_encoder, self.story_context, self.unet, self.scheduler,
+                                null_caption_ids(self.tokenizer, self.max_length).to(self.device),
+                                null_caption_ids(self.history_tokenizer, self.max_length).to(self.device), self.adapters)
+
+    def tokens(self,
+        tokenizer,
+        captions:list,  # B lists of n captions
+    ):                  # ids (B, n, S), mask (B, n, S) bool
+        "Captions as padded ids."
+        flat = [caption for story in captions for caption in story]
+        out = tokenizer(flat, padding="max_length", truncation=True, max_length=self.max_length, return_tensors="pt")
+        shape = (len(captions), len(captions[0]), self.max_length)
+        return out.input_ids.view(shape).to(self.device), out.attention_mask.bool().view(shape).to(self.device)
+
+    @torch.no_grad()
+    def decode(self,
+        latents:torch.Tensor, # (B, V, C, h, w), as output_type="latent" gives them
+    )->list:                  # B lists of V PIL images
+        "Clean latents as pictures."
+        pictures = to_pil(decode_latents(self.vae, latents.flatten(0, 1)))
+        return [pictures[b * latents.shape[1]:(b + 1) * latents.shape[1]] for b in range(len(latents))]
+
+# %% ../nbs/06_pipeline.ipynb #26d4272c
+class CausalStoryPipeline(StoryComponents):
+    "Draws stories frame by frame (paper, figure)."
+    @torch.no_grad()
+    def __call__(self,
+        prompt,                          # V captions, or a list of stories of V captions each
+        task:str="visualization",        # or "continuation"
+        source_image=None,               # the given frame of a continuation (PIL), one a story
+        source_caption=None,             # its caption, one a story
+        history_policy:str|None=None,    # "none", "full", "local", "weighted"; None: the checkpoint's
+        window:int|None=None,            # of "local" and "weighted"; None: the checkpoint's, if the policy is too
+        num_inference_steps:int|None=None, # None: the checkpoint's
+        guidance_scale:float|None=None,  # None: the checkpoint's
+        generator=None,                  # one torch.Generator a story, or one for all
+        history_frames=None,             # B lists of V PIL images: draw with this history instead of what is drawn
+        history_captions=None,           # B lists of V captions: what the history says was told, if not the prompt
+        callback_on_step_end=None,       # called as callback(pipe, step, timestep, dict(latents=..., frame=i)) after every step
+        output_type:str="pil",           # "pil", "np", "pt", or "latent": clean latents (B, V, C, h, w)
+        return_dict:bool=True,
+    ):                                   # CausalStoryOutput, or its tuple
+        "Draw stories. Raises ValueError on a bad request before any computing starts."
+        stories, images, source_captions = check_request(prompt, task, source_image, source_caption, self.story_context.config.n_times)
+        policy = history_policy or self.config.history_policy
+        if history_policy in (None, self.config.history_policy) and window is None: window = self.config.window
+        visible = frame_mask(policy, len(stories[0]), task, window)
+        if policy == "weighted" and self.story_context.relevance_head is None:
+            raise ValueError("history_policy='weighted' needs a checkpoint whose story_context was made with relevance=True")
+        if output_type not in ("pil", "np", "pt", "latent"): raise ValueError(f"output_type={output_type!r}: expected 'pil', 'np', 'pt' or 'latent'")
+        for name, history in (("history_frames", history_frames), ("history_captions", history_captions)):
+            if history is not None and [len(h) for h in history] != [len(s) for s in stories]:
+                raise ValueError(f"{name} must hold one entry for every caption of every story")
+        steps = num_inference_steps or self.config.num_inference_steps
+        scale = self.config.guidance_scale if guidance_scale is None else guidance_scale
+        frames, relevance, latents = self._draw(stories, images, source_captions, task, visible, policy == "weighted", steps, scale,
+                                                generator, history_frames, history_captions or stories, callback_on_step_end)
+        output = dict(pil=frames, latent=latents).get(output_type) if output_type in ("pil", "latent") else self._as_array(frames, output_type)
+        return CausalStoryOutput(output, relevance) if return_dict else (output, relevance)
+
+    def _as_array(self, frames, output_type):
+        array = np.stack([np.stack([np.asarray(f) for f in story]) for story in frames]).astype(np.float32) / 255
+        return array if output_type == "np" else torch.from_numpy(array).permute(0, 1, 4, 2, 3)
 
 # %% ../nbs/06_pipeline.ipynb #fab1c316
 def story_pipeline(
