@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['OPTIONS', 'scene_targets', 'frames_tensor', 'Residual', 'FrameReader', 'reader_loss', 'train_reader', 'read_frames',
-           'reader_accuracy', 'score_facts', 'bootstrap_means', 'summarise', 'paired_difference', 'scarf_consistency',
-           'character_f1', 'frame_accuracy', 'frechet_distance', 'protocol_frames', 'frechet_inception_distance',
-           'frechet_reader_distance']
+           'reader_accuracy', 'fact_rows', 'score_facts', 'bootstrap_means', 'summarise', 'paired_difference',
+           'scarf_consistency', 'character_f1', 'frame_accuracy', 'frechet_distance', 'protocol_frames',
+           'frechet_inception_distance', 'frechet_reader_distance']
 
 # %% ../nbs/07_metrics.ipynb #b92caab8
 import random
@@ -199,23 +199,32 @@ def _is_right(said:dict, k:int, fact:dict, name:str|None)->bool:
     c = CHARACTERS.index(name)
     return bool(said["presence"][k, c]) if attribute == "character" else OPTIONS[attribute][said[attribute][k, c]] == value
 
+def fact_rows(
+    truths:list, # `Story.truth()` of each story
+    task:str="visualization", # "continuation": the given frame is not drawn, so its facts do not count
+)->list: # one dict a fact of a drawn frame, story by story: what a table may want to group by
+    "The facts that `score_facts` judges, in its order."
+    rows, given = [], int(task == "continuation")
+    for story, truth in enumerate(truths):
+        for fact in truth["facts"]:
+            if fact["frame"] < given: continue
+            sources = tuple(fact["sources"])
+            name = None if fact["actor"] is None else truth["scenes"][fact["frame"]]["actors"][fact["actor"]]["name"]
+            rows.append(dict(story=story, frame=fact["frame"], attribute=fact["attribute"], actor=fact["actor"], name=name,
+                             value=fact["value"], stated=fact["stated"], has_source=bool(sources), history_only=not fact["stated"] and bool(sources),
+                             nearest=fact["frame"] - max(sources) if sources else None, said=fact["said"]))
+    return rows
+
 def score_facts(
     reader:FrameReader, # trained
     drawn:list, # one list of PIL frames for each story
     truths:list, # their `Story.truth()`
     task:str="visualization", # "continuation": drawn frame k is story frame k + 1
-)->list: # one dict a fact of a drawn frame
+)->list: # `fact_rows`, each with `correct`
     "Read every drawn frame and judge every fact. prop, scarf and action are read off that character's place. Raises ValueError if frames and truths do not fit."
     rows = []
     for story, truth, offset, said in _story_readings(reader, drawn, truths, task):
-        for fact in truth["facts"]:
-            k, sources = fact["frame"] - offset, tuple(fact["sources"])
-            if k < 0: continue
-            name = None if fact["actor"] is None else truth["scenes"][fact["frame"]]["actors"][fact["actor"]]["name"]
-            rows.append(dict(story=story, frame=fact["frame"], attribute=fact["attribute"], actor=fact["actor"], name=name,
-                             value=fact["value"], correct=_is_right(said, k, fact, name), stated=fact["stated"],
-                             has_source=bool(sources), history_only=not fact["stated"] and bool(sources),
-                             nearest=fact["frame"] - max(sources) if sources else None, said=fact["said"]))
+        rows += [row | dict(story=story, correct=_is_right(said, row["frame"] - offset, row, row["name"])) for row in fact_rows([truth], task)]
     return rows
 
 # %% ../nbs/07_metrics.ipynb #95fa66b9

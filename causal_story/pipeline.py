@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['BASE_PARTS', 'TUNED_PARTS', 'STORED_SETTINGS', 'guide', 'CausalStoryOutput', 'to_pil', 'story_noise',
-           'shipped_weights', 'load_part', 'load_base', 'fingerprint', 'check_request', 'StoryLoopMixin',
-           'TunedPartsMixin', 'StoryComponents', 'CausalStoryPipeline', 'story_pipeline']
+           'shipped_weights', 'load_part', 'load_base', 'fingerprint', 'check_request', 'check_links', 'check_kept',
+           'StoryLoopMixin', 'TunedPartsMixin', 'StoryComponents', 'CausalStoryPipeline', 'story_pipeline']
 
 # %% ../nbs/06_pipeline.ipynb #bc46588d
 import copy
@@ -15,6 +15,7 @@ import os
 import re
 import shutil
 from dataclasses import dataclass
+from importlib.resources import files
 from pathlib import Path
 
 import numpy as np
@@ -76,7 +77,7 @@ def shipped_weights(
     name:str, # "base", "story" or "reader"
 )->Path:      # folder
     "Where the weights that come with the package lie. Raises FileNotFoundError if this installation has none."
-    folder = Path(__file__).parent / "weights" / name
+    folder = Path(str(files("causal_story"))) / "weights" / name
     if not folder.is_dir(): raise FileNotFoundError(f"{folder} is missing: this installation came without its weights; install the package again")
     return folder
 
@@ -142,6 +143,22 @@ def check_request(
     if len(images) != len(stories) or len(captions) != len(stories):
         raise ValueError(f"source_image has {len(images)} and source_caption {len(captions)} entries for {len(stories)} stories; give one a story")
     return stories, images, captions
+def check_links(
+    links,              # (V, F), True = may look
+    full:torch.Tensor,  # (V, F) bool, what lies in the past at all
+)->torch.Tensor:        # (V, F) bool
+    "Links that a user chose. Raises ValueError for a wrong shape or a look into the future."
+    links = torch.as_tensor(links).bool()
+    if links.shape != full.shape: raise ValueError(f"links has shape {tuple(links.shape)}; expected (V, F) = {tuple(full.shape)}")
+    if (links & ~full).any(): raise ValueError(f"links lets frame {int((links & ~full).any(1).nonzero()[0])} look at itself or into the future; only earlier blocks can be seen")
+    return links
+
+def check_kept(kept_frames, stories:list, output_type:str):
+    "Raise ValueError unless every story keeps equally many frames, fewer than it has, and pictures are asked for."
+    numbers = {len(frames) for frames in kept_frames}
+    if len(kept_frames) != len(stories) or len(numbers) > 1 or not max(numbers) < len(stories[0]):
+        raise ValueError(f"kept_frames must hold one list a story, equally long and shorter than the story ({len(stories[0])} frames)")
+    if output_type == "latent": raise ValueError("kept_frames are pictures: there are no latents of them, choose output_type='pil', 'np' or 'pt'")
 
 # %% ../nbs/06_pipeline.ipynb #f07ef62f
 class StoryLoopMixin:
@@ -153,24 +170,25 @@ class StoryLoopMixin:
         ids, mask = self.tokens(self.history_tokenizer, [[caption] for caption in captions])
         return model.read_history(ids, mask, frames=seen[:, None]), mask
 
-    def _draw(self, stories, images, source_captions, task, visible, weighted, steps, scale, generator, history_frames, history_captions, callback):
+    def _draw(self, stories, images, source_captions, task, visible, weighted, steps, scale, generator, history_frames, history_captions, kept_frames, callback):
         model, B, V, F = self.as_model(), len(stories), *visible.shape
         channels, side = self.unet.config.in_channels, self.unet.config.sample_size
         noise = story_noise((V, channels, side, side), B, generator, self.device).to(self.unet.dtype)
         caption_ids, caption_mask = self.tokens(self.tokenizer, stories)
         caption_states, times = model.read_captions(caption_ids, caption_mask), frame_times(V, task)
         blocks = [self._read(model, images, source_captions)] if images else []
-        drawn, rows, kept = [], [], []
-        with self.progress_bar(total=V * steps) as bar:
+        drawn, rows, kept, n_kept = [], [], [], len(kept_frames[0]) if kept_frames else 0
+        with self.progress_bar(total=(V - n_kept) * steps) as bar:
             for i in range(V):
                 history, mask = self._history(blocks, B, caption_states)
                 n = history.shape[1]
                 arguments = dict(visible=visible[i:i+1, :n].to(self.device), times=times[i:i+1], weighted=weighted, context_layer=self.config.context_layer)
                 told = model.condition(caption_states[:, i:i+1], caption_mask[:, i:i+1], history, mask, **arguments)
-                empty = model.null_condition(**arguments) if scale != 1 else None
-                latents = self._denoise(model, noise[:, i], told, empty, steps, scale, i, bar, callback)
-                kept.append(latents)
-                drawn.append(to_pil(decode_latents(self.vae, latents)))
+                if i < n_kept: drawn.append([story[i] for story in kept_frames])
+                else:
+                    empty = model.null_condition(**arguments) if scale != 1 else None
+                    kept.append(self._denoise(model, noise[:, i], told, empty, steps, scale, i, bar, callback))
+                    drawn.append(to_pil(decode_latents(self.vae, kept[-1])))
                 if weighted: rows.append(torch.nn.functional.pad(told.relevance[:, 0], (0, F - n)))
                 seen = drawn[-1] if history_frames is None else [story[i] for story in history_frames]
                 if i + 1 < V: blocks.append(self._read(model, seen, [story[i] for story in history_captions]))
@@ -324,6 +342,8 @@ class CausalStoryPipeline(StoryComponents):
         generator=None,                  # one torch.Generator a story, or one for all
         history_frames=None,             # B lists of V PIL images: draw with this history instead of what is drawn
         history_captions=None,           # B lists of V captions: what the history says was told, if not the prompt
+        kept_frames=None,                # B lists of n < V PIL images: the first n frames are these, only the later ones are drawn
+        links=None,                      # (V, F) bool: who may look at whom, instead of the policy's mask; never into the future
         callback_on_step_end=None,       # called as callback(pipe, step, timestep, dict(latents=..., frame=i)) after every step
         output_type:str="pil",           # "pil", "np", "pt", or "latent": clean latents (B, V, C, h, w)
         return_dict:bool=True,
@@ -333,16 +353,18 @@ class CausalStoryPipeline(StoryComponents):
         policy = history_policy or self.config.history_policy
         if history_policy in (None, self.config.history_policy) and window is None: window = self.config.window
         visible = frame_mask(policy, len(stories[0]), task, window)
+        if links is not None: visible = check_links(links, frame_mask("full", len(stories[0]), task))
         if policy == "weighted" and self.story_context.relevance_head is None:
             raise ValueError("history_policy='weighted' needs a checkpoint whose story_context was made with relevance=True")
         if output_type not in ("pil", "np", "pt", "latent"): raise ValueError(f"output_type={output_type!r}: expected 'pil', 'np', 'pt' or 'latent'")
         for name, history in (("history_frames", history_frames), ("history_captions", history_captions)):
             if history is not None and [len(h) for h in history] != [len(s) for s in stories]:
                 raise ValueError(f"{name} must hold one entry for every caption of every story")
+        if kept_frames is not None: check_kept(kept_frames, stories, output_type)
         steps = num_inference_steps or self.config.num_inference_steps
         scale = self.config.guidance_scale if guidance_scale is None else guidance_scale
         frames, relevance, latents = self._draw(stories, images, source_captions, task, visible, policy == "weighted", steps, scale,
-                                                generator, history_frames, history_captions or stories, callback_on_step_end)
+                                                generator, history_frames, history_captions or stories, kept_frames, callback_on_step_end)
         output = dict(pil=frames, latent=latents).get(output_type) if output_type in ("pil", "latent") else self._as_array(frames, output_type)
         return CausalStoryOutput(output, relevance) if return_dict else (output, relevance)
 

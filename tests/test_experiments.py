@@ -11,7 +11,7 @@ from transformers.utils import logging
 
 import causal_story.experiments as experiments
 from causal_story.causal_mask import frame_mask
-from causal_story.experiments import (ARMS, Arm, attention_mass, causal_effect, draw_stories, look_hits, run_arm,
+from causal_story.experiments import (ARMS, Arm, attention_mass, causal_effect, draw_stories, look_hits, run_arm, run_rows,
                                       seeds_and_stories, story_cache, story_records, tune_arm)
 from causal_story.metrics import FrameReader
 from causal_story.pipeline import BASE_PARTS, CausalStoryPipeline, load_base, load_part, shipped_weights, story_pipeline
@@ -132,13 +132,16 @@ def test_a_look_at_a_telling_frame_is_a_hit_in_both_tasks(seed):
 def test_runs_are_written_once_and_not_repeated(tmp_path, records, monkeypatch):
     cache = story_cache(story_pipeline("miniature"), records, progress=False)
     reader = FrameReader.from_pretrained("miniature")
-    arguments = dict(folder=tmp_path, base="miniature", cache=cache, records=records[:1], reader=reader, config=FEW, histories=("true",), progress=False)
+    arguments = dict(folder=tmp_path, base="miniature", cache=cache, stories=dict(n=2, split="val", seed=2), reader=reader, config=FEW, histories=("true",), progress=False)
     first = run_arm("full", 3, **arguments)
     assert first["config"]["seed"] == 3 and first["trained"]["unet"] == 0 and first["trained"]["adapters"] > 0
     monkeypatch.setattr(experiments, "tune_arm", None)
     assert run_arm("full", 3, **arguments) == json.loads(json.dumps(first))
     with pytest.raises(ValueError, match="causal-story"): run_arm("best", 3, **arguments)
     assert not list(tmp_path.glob("*.tmp"))
+    rows = run_rows(first, "true")
+    assert rows and "".join(str(int(row["correct"])) for row in rows) == first["correct"]["true"]
+    with pytest.raises(ValueError, match="other stories"): run_rows(first | dict(stories=dict(n=3, split="val", seed=2)), "true")
 
 
 @pytest.mark.parametrize("name", sorted(ARMS))
