@@ -137,10 +137,12 @@ def encode_pool(
 # %% ../nbs/09_miniature.ipynb #309f2b7d
 def measure_latents(
     vae,                # AutoencoderKL, configuration changed in place
-    means:torch.Tensor, # (N, C, h, w)
+    means:torch.Tensor, # (N, C, h, w), from `encode_pool`
+    stds:torch.Tensor,  # (N, C, h, w)
 ):                      # the same autoencoder
-    "Write mean and deviation of every latent channel into the autoencoder's configuration. Measured, not assumed."
-    vae.register_to_config(latents_mean=means.mean((0, 2, 3)).tolist(), latents_std=means.std((0, 2, 3)).tolist())
+    "Write mean and deviation of every latent channel, as it is sampled, into the autoencoder's configuration. Measured, not assumed."
+    spread = (means.var((0, 2, 3)) + stds.square().mean((0, 2, 3))).sqrt()  # of the means, and around them
+    vae.register_to_config(latents_mean=means.mean((0, 2, 3)).tolist(), latents_std=spread.tolist())
     return vae
 
 # %% ../nbs/09_miniature.ipynb #7a04cb43
@@ -490,7 +492,7 @@ def _train_stages(runs:Path, configs:dict, frames:dict, stories:int, corpus:int,
         vae, losses["autoencoder"] = train_autoencoder(pool.first(frames["autoencoder"]), configs["autoencoder"], runs / "autoencoder", **shared)
     if wanted("text_to_image"):
         means, stds = encode_pool(vae, drawn, progress=progress)
-        latents = LatentPool(measure_latents(vae, means), means, stds, drawn.scenes, captions, caption_tokenizer)
+        latents = LatentPool(measure_latents(vae, means, stds), means, stds, drawn.scenes, captions, caption_tokenizer)
         part["base"], losses["text_to_image"] = train_text_to_image(latents, configs["text_to_image"], runs / "text_to_image", **shared)
     if wanted("decoder"):
         some = pool.first(frames["decoder"])
