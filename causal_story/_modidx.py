@@ -383,6 +383,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/causal-story', 'doc_host':
                                     'causal_story.model.CausalStoryModel.read_story': ( 'model.html#causalstorymodel.read_story',
                                                                                         'causal_story/model.py'),
                                     'causal_story.model.Conditioning': ('model.html#conditioning', 'causal_story/model.py'),
+                                    'causal_story.model.Conditioning.groups': ('model.html#conditioning.groups', 'causal_story/model.py'),
+                                    'causal_story.model.Conditioning.rows': ('model.html#conditioning.rows', 'causal_story/model.py'),
                                     'causal_story.model.Conditioning.where': ('model.html#conditioning.where', 'causal_story/model.py'),
                                     'causal_story.model.StoryConditioner': ('model.html#storyconditioner', 'causal_story/model.py'),
                                     'causal_story.model.StoryConditioner.condition': ( 'model.html#storyconditioner.condition',

@@ -121,7 +121,7 @@ def attention_mass(
         for t in timesteps:
             times = torch.full(latents.shape[:2], t, device=latents.device)
             noisy = model.noise_schedule.add_noise(latents.flatten(0, 1), noise.flatten(0, 1), times.flatten()).unflatten(0, latents.shape[:2])
-            model.predict(noisy, times, conditioning)
+            model.predict(noisy, times, conditioning, trim=False)
     mass = record.mean_mass().unflatten(0, latents.shape[:2])[:, :, S:]      # (B, V, blocks*S)
     mass = mass.unflatten(2, (-1, S)).sum(-1)                                 # (B, V, blocks)
     n_blocks = batch["history_ids"].shape[1]
@@ -276,6 +276,7 @@ def run_arm(
     if path.exists(): return json.loads(path.read_text())
     config, records = TrainingConfig(**{**asdict(config), "seed": seed}), story_records(make_stories(**stories))
     pipe, result, counts = tune_arm(ARMS[name], base, cache, config, Path(folder) / "runs" / f"{name}-{seed}", progress)
+    pipe.save_tuned(Path(folder) / "tuned" / f"{name}-{seed}")
     correct = {}
     for history in histories:
         rows = score_facts(reader, draw_stories(pipe, records, true_history=history == "true", progress=progress), [r.truth for r in records])

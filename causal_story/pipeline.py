@@ -246,6 +246,7 @@ class TunedPartsMixin:
         folder = Path(folder)
         aside = folder.with_name(f".tmp-{folder.name}")
         shutil.rmtree(aside, ignore_errors=True)
+        aside.mkdir(parents=True)
         for name in TUNED_PARTS:
             part = getattr(self, name)
             if part is not None: (copy.deepcopy(part).half() if half else part).save_pretrained(aside / name)
