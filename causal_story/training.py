@@ -4,8 +4,9 @@
 
 # %% auto #0
 __all__ = ['batch_indices', 'TrainingConfig', 'learning_rate_factor', 'save_checkpoint', 'list_checkpoints', 'load_checkpoint',
-           'optimizer_tensors', 'restore_optimizer', 'run_state', 'restore_run', 'parameter_groups', 'TrainingResult',
-           'fit', 'reconstructed_history', 'cache_stories', 'task_view', 'cached_batches', 'tune']
+           'optimizer_tensors', 'restore_optimizer', 'run_state', 'restore_run', 'make_accelerator', 'parameter_groups',
+           'TrainingResult', 'fit', 'reconstructed_history', 'cache_stories', 'task_view', 'check_shares',
+           'cached_batches', 'tune']
 
 # %% ../nbs/08_training.ipynb #46141f1e
 import json
@@ -13,6 +14,7 @@ import math
 import os
 import shutil
 import time
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -96,6 +98,7 @@ def save_checkpoint(
         temporary.mkdir(parents=True)
         save_file({name: t.detach().cpu().contiguous().clone() for name, t in tensors.items()}, temporary / "state.safetensors")
         (temporary / "state.json").write_text(json.dumps({"step": step, **record}))
+        for file in temporary.iterdir(): _to_disk(file)
         shutil.rmtree(final, ignore_errors=True)
         os.replace(temporary, final)
     except BaseException:
@@ -103,6 +106,10 @@ def save_checkpoint(
         raise
     for old in list_checkpoints(folder)[:-max(1, keep)]: shutil.rmtree(old)
     return final
+
+def _to_disk(path):
+    "Wait until a file's bytes are on the disk and not only on their way: a rename may overtake them when the power fails."
+    with open(path, "rb+") as file: os.fsync(file.fileno())
 
 def list_checkpoints(folder)->list: # oldest first
     "The whole checkpoints of a run."
@@ -168,6 +175,14 @@ def restore_run(
         ema.shadow_params = [tensors[f"ema/{name}"].to(p.device) for name, p in parameters.items()]
         ema.optimization_step = step
 
+# %% ../nbs/08_training.ipynb #5e0c97d1
+def make_accelerator(
+    config:TrainingConfig, # its mixed_precision is used
+):                         # accelerate.Accelerator
+    "The handle on devices, processes and precision. Some parameters may get no gradient in a step: relevance under the policy \"full\", say."
+    from accelerate import Accelerator, DistributedDataParallelKwargs
+    return Accelerator(mixed_precision=config.mixed_precision, kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True)])
+
 # %% ../nbs/08_training.ipynb #f3249123
 def parameter_groups(
     model:nn.Module,            # its parameters with requires_grad train
@@ -211,9 +226,8 @@ def fit(
     progress:bool=True,       # show it
 )->TrainingResult:
     "Train with AdamW, warm-up, cosine, clipping and EMA. Deterministic on a CPU: stopped and resumed equals never stopped."
-    from accelerate import Accelerator
     from diffusers.training_utils import EMAModel
-    accelerator = accelerator or Accelerator(mixed_precision=config.mixed_precision)
+    accelerator = accelerator or make_accelerator(config)
     optimizer = torch.optim.AdamW(parameter_groups(model, config, lr_scales), betas=config.betas, weight_decay=config.weight_decay)
     model.to(accelerator.device)
     ema = EMAModel(list(_trained(model).values()), decay=config.ema_decay, use_ema_warmup=True, power=0.75) if config.ema_decay else None
@@ -230,6 +244,7 @@ def fit(
         due = config.checkpoint_every and (step + 1) % config.checkpoint_every == 0
         if folder and accelerator.is_main_process and (due or step + 1 == end):
             save_checkpoint(folder, step + 1, run_state(model, optimizer, ema), dict(config=asdict(config), losses=losses), config.keep_checkpoints)
+    accelerator.wait_for_everyone()
     return TrainingResult(losses, time.time() - began, max(start, end), ema)
 
 # %% ../nbs/08_training.ipynb #e0c1267b
@@ -237,14 +252,16 @@ def _step(prepared, optimizer, optimizer_, loss, batch, step, config, accelerato
     pieces = batch if config.gradient_accumulation_steps > 1 else [batch]
     factor, total = learning_rate_factor(step, config), 0.0
     for group in optimizer.param_groups: group["lr"] = group["peak"] * factor
-    for piece in pieces:
-        value = loss(prepared, piece, step)
-        if not torch.isfinite(value): raise FloatingPointError(f"the loss is {value.item()} at step {step}; lower learning_rate or look at this batch")
-        accelerator.backward(value / len(pieces))
+    for k, piece in enumerate(pieces):
+        with nullcontext() if k + 1 == len(pieces) else accelerator.no_sync(prepared):
+            value = loss(prepared, piece, step)
+            if not torch.isfinite(value): raise FloatingPointError(f"the loss is {value.item()} at step {step}; lower learning_rate or look at this batch")
+            accelerator.backward(value / len(pieces))
         total += value.item() / len(pieces)
     if config.max_grad_norm: accelerator.clip_grad_norm_(parameters, config.max_grad_norm)
     optimizer_.step()
     optimizer_.zero_grad()
+    if accelerator.num_processes > 1: total = accelerator.reduce(torch.tensor(total, device=accelerator.device), "mean").item()
     return total
 
 def _resume(model, optimizer, ema, folder, config):
@@ -305,17 +322,33 @@ def task_view(
     drawn = ("caption_ids", "caption_mask", "caption_states", "frame_valid", "latent_mean", "latent_std")
     return {name: value[:, 1:] if name in drawn else value for name, value in batch.items()}
 
+def check_shares(
+    config:TrainingConfig,
+    n_processes:int=1,
+):
+    "Raise ValueError unless the batch can be cut into equal pieces, one for each process and accumulation step."
+    pieces = n_processes * config.gradient_accumulation_steps
+    if config.batch_size % pieces:
+        raise ValueError(f"batch_size={config.batch_size} cannot be shared equally by {n_processes} processes with "
+                         f"gradient_accumulation_steps={config.gradient_accumulation_steps}: make it a multiple of {pieces}")
+
 def cached_batches(
     cache:dict,                # from `cache_stories`
     config:TrainingConfig,     # batch size and seed
     tasks:tuple=("visualization", "continuation"), # taken in turn, so that one checkpoint serves both
+    process:int=0,             # this process ...
+    n_processes:int=1,         # ... of so many
 ):
-    "batches(step) -> (task, batch) for `fit`."
-    def batch(step):
-        pairs = batch_indices(step, len(cache["caption_ids"]), config.batch_size, config.seed)
-        index, task = torch.tensor([sample for _, sample in pairs]), tasks[step % len(tasks)]
+    "batches(step) -> (task, batch) for `fit`, or a list of such pieces if gradients are accumulated."
+    check_shares(config, n_processes)
+    def piece(task, pairs):
+        index = torch.tensor([sample for _, sample in pairs])
         chosen = {name: value[index.to(value.device)] for name, value in cache.items()}
         return task, dict(task_view(chosen, task), keys=[(config.seed, epoch, sample) for epoch, sample in pairs])
+    def batch(step):
+        pairs = batch_indices(step, len(cache["caption_ids"]), config.batch_size, config.seed, process, n_processes)
+        task, parts = tasks[step % len(tasks)], config.gradient_accumulation_steps
+        return piece(task, pairs) if parts == 1 else [piece(task, pairs[k::parts]) for k in range(parts)]
     return batch
 
 def tune(
@@ -335,4 +368,6 @@ def tune(
     def loss(model, batch, step):
         task, stories = batch
         return story_loss(model, stories, policy, window, task, context_layer=context_layer, timestep_shift=timestep_shift)
-    return fit(model, loss, cached_batches(cache, config, tasks), config, **options)
+    accelerator = options.pop("accelerator", None) or make_accelerator(config)
+    batches = cached_batches(cache, config, tasks, accelerator.process_index, accelerator.num_processes)
+    return fit(model, loss, batches, config, accelerator=accelerator, **options)
