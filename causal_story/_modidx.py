@@ -65,6 +65,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/causal-story', 'doc_host':
                                    'causal_story.data.StoryDataset.close': ('data.html#storydataset.close', 'causal_story/data.py'),
                                    'causal_story.data.StoryDataset.epoch': ('data.html#storydataset.epoch', 'causal_story/data.py'),
                                    'causal_story.data.StoryDataset.set_epoch': ('data.html#storydataset.set_epoch', 'causal_story/data.py'),
+                                   'causal_story.data.StoryDataset.stored': ('data.html#storydataset.stored', 'causal_story/data.py'),
                                    'causal_story.data.StoryDataset.story': ('data.html#storydataset.story', 'causal_story/data.py'),
                                    'causal_story.data.StoryDataset.tile_counts': ( 'data.html#storydataset.tile_counts',
                                                                                    'causal_story/data.py'),

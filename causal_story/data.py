@@ -881,6 +881,10 @@ class StoryDataset(torch.utils.data.Dataset):
         except (OSError, KeyError, ValueError, RuntimeError) as error:
             raise ValueError(f"{self.path}: story {index} of split {self.split!r} cannot be read ({error})") from error
 
+    def stored(self, index:int)->StoredStory:
+        "A story as it lies in the file: captions and PNG files, nothing decoded. Raises IndexError, or ValueError naming file and story."
+        return self._stored(index)
+
     def _strips(self, stored):
         for k, blob in enumerate(stored.images):
             where = f"{self.path}: story {stored.id!r}, image{k}"
