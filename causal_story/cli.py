@@ -19,7 +19,7 @@ from .experiments import ARMS, print_lines, run_experiment, run_rows, with_and_w
 from .metrics import FrameReader
 from .miniature import PRESETS, STAGES, pretrain
 from .model import prepare_tuning, trained_by_part
-from .pipeline import CausalStoryPipeline, story_pipeline
+from .pipeline import SCHEDULERS, CausalStoryPipeline, story_pipeline, use_scheduler
 from .storyworld import make_stories
 from .training import TrainingConfig, cache_stories, tune
 
@@ -59,6 +59,7 @@ def sample_stories(
     index:list,                 # which stories of the split
     out,                        # PNG file
     seed:int=0,
+    **options,                  # of the pipeline: num_inference_steps, guidance_scale, history_policy, window
 )->Path:                        # `out`
     "Draw stories beside their truth and save the picture."
     dataset, rows, captions = StoryDataset(data, split, task), [], None
@@ -67,7 +68,7 @@ def sample_stories(
         record = dataset.story(k)
         generator = torch.Generator().manual_seed(seed + k)
         source = dict(source_image=record.frames[0], source_caption=record.captions[0]) if given else {}
-        drawn = pipe(record.captions[given:], task=task, generator=generator, **source).frames[0]
+        drawn = pipe(record.captions[given:], task=task, generator=generator, **source, **options).frames[0]
         rows += [("truth", record.frames), ("drawn", record.frames[:given] + drawn)]
         captions = record.captions
     show_story(rows=rows, captions=captions if len(index) == 1 else None).savefig(out)
@@ -99,7 +100,10 @@ def _train(a):
     print(f"wrote the tuned pipeline to {a.out}; next: causal-story sample {a.out} {a.data}")
 
 def _sample(a):
-    print(f"wrote {sample_stories(load_pipeline(a.model), a.data, a.split, a.task, a.story, a.out, a.seed)}")
+    pipe = load_pipeline(a.model)
+    if a.scheduler: use_scheduler(pipe, a.scheduler)
+    options = dict(num_inference_steps=a.num_inference_steps, guidance_scale=a.guidance_scale, history_policy=a.policy, window=a.window)
+    print(f"wrote {sample_stories(pipe, a.data, a.split, a.task, a.story, a.out, a.seed, **options)}")
 
 def _experiment(a):
     records = run_experiment(a.out, a.arms, a.seeds, a.steps, test_stories=a.stories, split=a.split, base=a.base)
@@ -148,7 +152,10 @@ def _parser()->argparse.ArgumentParser:
          ("--window", dict(type=int, help="earlier frames in view, for the policies local and weighted")), seed)
     verb("sample", _sample, "Draw stories beside their truth.", ("model", dict(help="tuned pipeline, or a base")), ("data", dict(help="HDF5 file")),
          ("--split", dict(default="test", help="split of the file")), ("--task", dict(default="visualization", choices=("visualization", "continuation"), help="what is drawn")),
-         ("--story", dict(type=int, nargs="+", default=[0], help="which stories")), ("--out", dict(default="story.png", help="picture to write")), seed)
+         ("--story", dict(type=int, nargs="+", default=[0], help="which stories")), ("--out", dict(default="story.png", help="picture to write")),
+         ("--scheduler", dict(choices=tuple(SCHEDULERS), help="instead of the model's")), ("--num-inference-steps", dict(type=int, help="instead of the model's")),
+         ("--guidance-scale", dict(type=float, help="instead of the model's")), ("--policy", dict(choices=POLICIES, help="history policy instead of the model's")),
+         ("--window", dict(type=int, help="earlier frames in view, for the policies local and weighted")), seed)
     verb("experiment", _experiment, "Tune several arms with several seeds and score them on stories. Continues an interrupted experiment.", ("out", dict(help="folder for one JSON file a run")),
          ("--arms", dict(nargs="+", default=["full", "weighted"], choices=tuple(ARMS), help="what is compared")), ("--seeds", dict(nargs="+", type=int, default=[0, 1, 2], help="one run a seed and arm")),
          ("--steps", dict(type=int, default=600, help="optimizer steps of every run")), ("--stories", dict(type=int, default=200, help="stories that are drawn")),

@@ -1,0 +1,54 @@
+"""Draws pretraining.png, captions drawn by the base at several steps of its pre-training:
+
+    python nbs/images/pretraining.py CHECKPOINTS   a folder of step-XXXXXXXX.safetensors, copies of the text_to_image
+                                                   checkpoints of a run of `causal-story pretrain`
+
+The autoencoder and the tokenizer are those that come with the package.
+"""
+import random
+import sys
+from pathlib import Path
+from textwrap import fill
+
+import matplotlib.pyplot as plt
+import torch
+from safetensors.torch import load_file
+
+from causal_story.miniature import draw_captions
+from causal_story.pipeline import story_pipeline
+from causal_story.storyworld import describe, random_scene, render
+
+
+def averaged(pipe, path):
+    "Put the moving average of a checkpoint into the pipeline."
+    tensors = {name[4:]: value for name, value in load_file(path).items() if name.startswith("ema/")}
+    for part in ("unet", "text_encoder"):
+        state = {name[len(part) + 1:]: value for name, value in tensors.items() if name.startswith(part + ".")}
+        missing, unexpected = getattr(pipe, part).load_state_dict(state, strict=False)
+        assert state and not unexpected
+    return pipe
+
+
+def main(folder):
+    pipe, rng = story_pipeline("miniature", adapter_width=0), random.Random(5)
+    pipe.set_progress_bar_config(disable=True)
+    scenes = [random_scene(rng, "test") for _ in range(6)]
+    captions = [describe(scene, rng, "test") for scene in scenes]
+    paths = sorted(Path(folder).glob("*.safetensors"))
+    rows = [("truth", [render(scene, 64) for scene in scenes])]
+    last = ("shipped", draw_captions(pipe, captions))
+    rows += [(f"{int(path.stem.split('-')[-1]):,} steps", draw_captions(averaged(pipe, path), captions)) for path in paths] + [last]
+    figure, axes = plt.subplots(len(rows), 6, figsize=(7.5, 1.28 * len(rows) + 0.4))
+    for row, (name, frames) in zip(axes, rows):
+        for ax, frame in zip(row, frames):
+            ax.imshow(frame)
+            ax.set(xticks=[], yticks=[])
+        row[0].set_ylabel(name, fontsize=9)
+    for ax, caption in zip(axes[0], captions):
+        ax.set_title(fill(caption, 22), fontsize=6.5)
+    figure.tight_layout(pad=0.3)
+    figure.savefig(Path(__file__).with_name("pretraining.png"), dpi=110)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])
