@@ -26,6 +26,7 @@ from diffusers import (AutoencoderKL, DDIMScheduler, DDPMScheduler, DiffusionPip
 from diffusers.utils import BaseOutput
 from PIL import Image
 from transformers import BertTokenizer, CLIPTextModel, CLIPTokenizer
+from transformers.utils import logging as transformers_logging
 
 from .causal_mask import frame_mask, frame_times
 from .data import CLIP_IMAGE_MEAN, CLIP_IMAGE_STD, TASKS, pixels
@@ -90,8 +91,12 @@ def load_part(
     "Load one part completely or not at all. Raises ValueError that names the folder and what was expected."
     problem = f"{folder} cannot be read as a {kind.__name__}"
     is_model = issubclass(kind, torch.nn.Module)
+    bars = transformers_logging.is_progress_bar_enabled()
+    transformers_logging.disable_progress_bar()  # a bar for a tenth of a second
     try: part = kind.from_pretrained(str(folder), **(dict(output_loading_info=True) if is_model else {}))
     except Exception as error: raise ValueError(f"{problem}: {error}") from error
+    finally:
+        if bars: transformers_logging.enable_progress_bar()
     if not is_model: return part
     part, info = part
     for fault in ("missing_keys", "mismatched_keys", "unexpected_keys"):
