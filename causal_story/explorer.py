@@ -7,7 +7,8 @@ __all__ = ['EXAMPLES', 'FIRST_SCENES', 'ORANGE', 'TEAL', 'GREY', 'RED', 'STYLE',
            'StorySettings', 'Step', 'clean_guess', 'latent_picture', 'StoryState', 'StoryDrawing', 'StoryLook',
            'StoryLooking', 'arcs_png', 'look_png', 'StorySession', 'named_changes', 'story_changes', 'recipe',
            'from_recipe', 'strip_png', 'story_gif', 'save_story', 'read_recipe', 'OneJob', 'CaptionRow',
-           'ExplorerWriting', 'FrameColumn', 'ExplorerStage', 'ExplorerPast', 'ExplorerKeeping', 'StoryExplorer']
+           'ExplorerFields', 'ExplorerWriting', 'FrameColumn', 'ExplorerStage', 'ExplorerLooking', 'ExplorerPast',
+           'ExplorerEdits', 'ExplorerKeeping', 'ExplorerWork', 'StoryExplorer']
 
 # %% ../nbs/12_explorer.ipynb #2f53d3e6
 import base64
@@ -23,6 +24,7 @@ import shutil
 import textwrap
 import threading
 import time
+import weakref
 import zipfile
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -40,7 +42,7 @@ from .data import CLIP_IMAGE_MEAN, CLIP_IMAGE_STD, TASKS, StoryRecord, atomic_pa
 from .experiments import causal_effect, story_records
 from .metrics import read_frames
 from .model import decode_latents, latent_posterior, normalise_latents, sample_generator
-from .pipeline import to_pil
+from .pipeline import check_links, to_pil
 from .storyworld import ACTIONS, CHARACTERS, PLACES, PROPS, SCARVES, SETTINGS, Actor, Scene, make_story, render
 from .unet import record_attention
 
@@ -148,7 +150,7 @@ class StoryState:
         self.links = frame_mask(self.settings.history_policy, len(self.captions) - self.given, self.settings.task, self.settings.window)
         self.pictures, self.pinned = [None] * len(self.captions), set()
         if self.given: self.pictures[0], self.pinned = self.fitted(source_image), {0}
-        self.before, self.past, self.seconds, self._busy = None, [], 0.0, threading.Lock()
+        self.before, self.past, self.seconds, self._busy = None, [], 0.0, _LOCKS.setdefault(pipe, threading.Lock())
 
     @property
     def size(self)->int:
@@ -164,6 +166,10 @@ class StoryState:
         "Whether every picture stands."
         return all(picture is not None for picture in self.pictures)
 
+    def check_complete(self):
+        "Raise ValueError while pictures are missing."
+        if not self.complete: raise ValueError("the story is not complete: draw it first")
+
     def check_position(self, position:int, first:int=0):
         "Raise ValueError for a position outside the story."
         if not first <= position < len(self.captions):
@@ -173,6 +179,8 @@ class StoryState:
 class _Stopped(Exception):
     "Raised inside the pipeline's callback to leave it."
 
+_LOCKS = weakref.WeakKeyDictionary()  # a pipeline's scheduler holds state: it draws for one at a time, however many sessions use it
+
 # %% ../nbs/12_explorer.ipynb #2afeb050
 class StoryDrawing(StoryState):
     "Drawing what is missing."
@@ -181,8 +189,8 @@ class StoryDrawing(StoryState):
         should_stop=None,    # asked after every step; True ends the drawing
         preview_every:int=4, # steps from one preview to the next
     )->bool:                 # whether the story is complete
-        "Draw all missing pictures. Raises RuntimeError if this story is being drawn already."
-        if not self._busy.acquire(blocking=False): raise RuntimeError("this story is being drawn already: stop it or wait")
+        "Draw all missing pictures. Raises RuntimeError if the pipeline is drawing already, this story or another."
+        if not self._busy.acquire(blocking=False): raise RuntimeError("the pipeline is drawing already: stop that or wait")
         started, missing = time.perf_counter(), self.pictures.count(None)
         try:
             while None in self.pictures:
@@ -263,12 +271,12 @@ class StoryLooking(StoryDrawing):
         timesteps:tuple=(250, 500, 750), # noise levels that are averaged
     )->StoryLook:
         "Relevance, attention mass and maps of the story as it stands. Raises ValueError while pictures are missing."
-        if not self.complete: raise ValueError("the story is not complete: draw it first")
+        self.check_complete()
         pipe, model, given, S = self.pipe, self.pipe.as_model(), self.given, self.pipe.max_length
         size = pipe.history_encoder.config["vision_config"]["image_size"]
         caption_ids, caption_mask = pipe.tokens(pipe.tokenizer, [self.captions[given:]])
         history_ids, history_mask = pipe.tokens(pipe.history_tokenizer, [self.captions])
-        seen = pixels(self.pictures, size, CLIP_IMAGE_MEAN, CLIP_IMAGE_STD)[None].to(pipe.device)
+        seen = pixels(self.pictures, size, CLIP_IMAGE_MEAN, CLIP_IMAGE_STD)[None].to(pipe.device, pipe.history_encoder.dtype)
         told = model.condition(model.read_captions(caption_ids, caption_mask), caption_mask, model.read_history(history_ids, history_mask, frames=seen), history_mask,
                                self.links.to(pipe.device), frame_times(len(self.links), self.settings.task), self.settings.history_policy == "weighted", pipe.config.context_layer)
         drawn = dict(frames=pixels(self.pictures[given:], self.size)[None].to(pipe.device))
@@ -280,11 +288,11 @@ class StoryLooking(StoryDrawing):
     def _attention(self, model, latents, told, timesteps):
         "Record one pass over all frames at each noise level; latents (1, V, C, h, w)."
         noise = torch.randn(latents.shape, generator=sample_generator(0, "attention")).to(latents.device)
-        with record_attention(self.pipe.unet, keep_maps=True) as record:
+        with self._busy, record_attention(self.pipe.unet, keep_maps=True) as record:
             for t in timesteps:
                 times = torch.full(latents.shape[:2], t, device=latents.device)
                 noisy = model.noise_schedule.add_noise(latents.flatten(0, 1), noise.flatten(0, 1), times.flatten()).unflatten(0, latents.shape[:2])
-                model.predict(noisy, times, told, trim=False)
+                model.predict(noisy.to(self.pipe.unet.dtype), times, told, trim=False)
         return record
 
     def effect(self,
@@ -294,16 +302,17 @@ class StoryLooking(StoryDrawing):
         other_seed:int=4,     # of the held-out story that takes each position's place
     ):                        # (V, F) tensor, or None if stopped
         "Causal effect of each position: replace it, draw every frame from the same noise, measure how far its latents move."
-        if not self.complete: raise ValueError("the story is not complete: draw it first")
+        self.check_complete()
         N, s = len(self.captions), self.settings
-        other = story_records([make_story(other_seed, "test", max(3, N))], self.size)[0]
-        record, other = (StoryRecord("", c[:N], f[:N], None) for c, f in ((self.captions, self.pictures), (other.captions, other.frames)))
+        other = story_records([make_story(other_seed, "test", min(max(3, N), 8))], self.size)[0]
+        record, other = (StoryRecord("", (c * N)[:N], (f * N)[:N], None) for c, f in ((self.captions, self.pictures), (other.captions, other.frames)))
         def callback(pipe, step, t, state):
             total = len(pipe.scheduler.timesteps)
             if on_step: on_step((state["frame"] + (step + 1) / total) / (N - self.given))
             if should_stop and should_stop(): raise _Stopped
-        try: return causal_effect(self.pipe, record, other, task=s.task, seed=s.seed, links=self.links, history_policy=s.history_policy, window=s.window,
-                                  num_inference_steps=steps or s.num_inference_steps, guidance_scale=s.guidance_scale, callback_on_step_end=callback)["effect"]
+        options = dict(links=self.links, history_policy=s.history_policy, window=s.window, num_inference_steps=steps or s.num_inference_steps, guidance_scale=s.guidance_scale)
+        try:
+            with self._busy: return causal_effect(self.pipe, record, other, task=s.task, seed=s.seed, callback_on_step_end=callback, **options)["effect"]
         except _Stopped: return None
 
 # %% ../nbs/12_explorer.ipynb #983bca33
@@ -387,7 +396,7 @@ class StorySession(StoryLooking):
     "A story that can be drawn, asked, and changed in its past. Positions count from 0; see `StoryState` for the arguments."
     def _edit(self, first:int, pinned=None, **changes):
         "Remember how things were, change attributes, and let everything from `first` on be drawn again."
-        if self._busy.locked(): raise RuntimeError("this story is being drawn: stop it or wait before changing its past")
+        self._check_idle()
         state = dict(captions=list(self.captions), pictures=list(self.pictures), links=self.links.clone(), pinned=set(self.pinned), before=self.before)
         self.past.append(state)
         if self.complete: self.before = list(self.pictures)
@@ -404,10 +413,11 @@ class StorySession(StoryLooking):
         self._edit(position + 1, self.pinned | {position}, pictures=pictures, captions=captions)
 
     def rewrite(self, position:int, caption:str, keep_picture:bool=False):
-        "Another caption at a position. `keep_picture`: the picture stays, only the words that later frames read are others."
+        "Another caption at a position. `keep_picture`: the picture stays, only the words that later frames read are others. Raises ValueError if there is none."
         self.check_position(position)
         captions = [caption if k == position else old for k, old in enumerate(self.captions)]
         keep = keep_picture or position < self.given
+        if keep and self.pictures[position] is None: raise ValueError(f"position {position} has no picture yet that could stay: draw it first")
         self._edit(position + keep, self.pinned | {position} if keep else self.pinned - {position}, captions=captions)
 
     def set_link(self, position:int, looks_at:int, allowed:bool):
@@ -425,8 +435,12 @@ class StorySession(StoryLooking):
         links[:, position] = False
         self._edit(position + 1, links=links)
 
+    def _check_idle(self):
+        if self._busy.locked(): raise RuntimeError("the pipeline is drawing: stop that or wait before changing the past")
+
     def undo(self):
         "Take the last edit back, pictures included. Raises ValueError if there is none."
+        self._check_idle()
         if not self.past: raise ValueError("nothing was changed yet: there is no edit to take back")
         for name, value in self.past.pop().items(): setattr(self, name, value)
 
@@ -481,25 +495,32 @@ def from_recipe(
     names = ("captions", "links", "pinned", *StorySettings.__dataclass_fields__)
     if missing := [name for name in ("version", *names) if name not in told]: raise ValueError(f"recipe has no {missing[0]!r}: it was not written by the explorer")
     if told["version"] != 1: raise ValueError(f"recipe has version {told['version']!r}; this code reads version 1")
+    for name, kind in (("captions", list), ("links", list), ("pinned", dict), ("num_inference_steps", int), ("guidance_scale", (int, float)), ("seed", int)):
+        if not isinstance(told[name], kind): raise ValueError(f"recipe has {name}={told[name]!r:.60}, which is of the wrong kind")
+    if not all(isinstance(caption, str) for caption in told["captions"]): raise ValueError("recipe: every caption must be a string")
+    try: return _from_checked(pipe, told, reader)
+    except (TypeError, KeyError) as error: raise ValueError(f"recipe cannot be read: {error}") from error
+
+def _from_checked(pipe, told, reader):
     pinned = {int(k): open_image(base64.b64decode(text), f"pinned picture {k}") for k, text in told["pinned"].items()}
-    settings = {name: told[name] for name in StorySettings.__dataclass_fields__}
-    story = StorySession(pipe, told["captions"], pinned.get(0), reader, **settings)
-    links = torch.as_tensor(told["links"]).bool()
-    if links.shape != story.links.shape: raise ValueError(f"recipe has links of shape {tuple(links.shape)}; these captions need {tuple(story.links.shape)}")
-    story.links, story.pinned = links, set(pinned)
+    story = StorySession(pipe, told["captions"], pinned.get(0), reader, **{name: told[name] for name in StorySettings.__dataclass_fields__})
+    story.links = check_links(told["links"], frame_mask("full", len(story.links), story.settings.task))
     for k, picture in pinned.items():
         story.check_position(k)
-        story.pictures[k] = picture
+        story.pictures[k] = story.fitted(picture)
+    story.pinned |= set(pinned)
     return story
 
 # %% ../nbs/12_explorer.ipynb #051a8d3d
 def strip_png(story:StorySession)->bytes:
     "The story as one picture with its captions, the recipe in the text chunk `causal-story`."
+    story.check_complete()
     figure = show_story(story.pictures, story.captions, given=story.given)
     return _png(figure, metadata={"causal-story": json.dumps(recipe(story))})
 
 def story_gif(story:StorySession, scale:int=4, seconds:float=1.2)->bytes:
     "The frames one after the other, for ever; the recipe is the comment."
+    story.check_complete()
     large = [picture.resize((picture.width * scale,) * 2, Image.Resampling.LANCZOS) for picture in story.pictures]
     buffer = io.BytesIO()
     large[0].save(buffer, "GIF", save_all=True, append_images=large[1:], duration=int(seconds * 1000), loop=0, comment=json.dumps(recipe(story)).encode())
@@ -511,7 +532,7 @@ def save_story(
 )->Path:            # folder: stories.jsonl and img/ (own stories), story.png, story.gif, recipe.json
     "Keep a drawn story. Raises ValueError while pictures are missing, FileExistsError if the folder is there."
     folder = Path(folder)
-    if not story.complete: raise ValueError("the story is not complete: draw it before you keep it")
+    story.check_complete()
     if folder.exists(): raise FileExistsError(f"{folder} exists already: choose another name")
     aside = folder.with_name(f".{folder.name}.{os.getpid()}.partial")
     shutil.rmtree(aside, ignore_errors=True)
@@ -619,9 +640,9 @@ def _uploaded(change):
     "The bytes of the file that was just chosen, or None."
     return bytes(change["new"][0]["content"]) if change["new"] else None
 
-# %% ../nbs/12_explorer.ipynb #714d25ad
-class ExplorerWriting:
-    "Captions and settings."
+# %% ../nbs/12_explorer.ipynb #0d065ad7
+class ExplorerFields:
+    "The fields for captions and settings."
     def _build_writing(self):
         config = self.pipe.config
         self.rows, self.rows_box = [], widgets.VBox()
@@ -645,6 +666,9 @@ class ExplorerWriting:
         left = widgets.VBox([widgets.HBox([self.example, self.random_story, self.shorter, self.longer]), self.rows_box, widgets.HTML(f"<div class='story-small'>its world: {words}</div>")], layout=widgets.Layout(flex="1 1 420px", min_width="320px"))
         return widgets.HBox([left, self.settings_box], layout=widgets.Layout(flex_flow="row wrap"))
 
+# %% ../nbs/12_explorer.ipynb #28348057
+class ExplorerWriting(ExplorerFields):
+    "What happens in the fields, and the session that follows from them."
     def write(self, captions, given=None):
         "Put captions into the fields, and a given picture beside them if there is one."
         captions = list(captions)[:8]
@@ -725,7 +749,7 @@ class FrameColumn:
 
 # %% ../nbs/12_explorer.ipynb #1f8d0612
 class ExplorerStage:
-    "Frames, arcs, and where a frame looked."
+    "The frames, and what stands around them."
     def _build_stage(self):
         self.columns, self.frames_box = [], widgets.HBox(layout=widgets.Layout(align_items="flex-start"))
         self.arcs = widgets.Image(format="png")
@@ -758,6 +782,9 @@ class ExplorerStage:
         self.show_arcs()
         self.show_look()
 
+# %% ../nbs/12_explorer.ipynb #c9820197
+class ExplorerLooking(ExplorerStage):
+    "Arcs, and where a selected frame looked."
     def values(self):
         "The (V, F) matrix that is asked for, or None if it is not known; rows of pinned positions are empty, for they were not drawn."
         story, asked = self.session, self.question.value
@@ -806,7 +833,7 @@ class ExplorerStage:
 
 # %% ../nbs/12_explorer.ipynb #4ef2e44c
 class ExplorerPast:
-    "Edits of the selected position."
+    "The fields for edits of the selected position."
     def _build_past(self):
         self.past_title, self.new_caption = widgets.HTML(), widgets.Text(layout=widgets.Layout(width="100%"))
         self.keep_picture = widgets.Checkbox(False, description="but its picture stays", indent=False, layout=widgets.Layout(width="170px"))
@@ -846,6 +873,9 @@ class ExplorerPast:
         old, self.links_box.children = self.links_box.children, buttons or [widgets.HTML("no frame comes after it")]
         for part in old: part.close()
 
+# %% ../nbs/12_explorer.ipynb #0ef3cd57
+class ExplorerEdits(ExplorerPast):
+    "What the fields of `ExplorerPast` do."
     def edit(self, change):
         "Make one change of the past, unless something is being drawn; shows what will be drawn again."
         if self.job.busy: return self.say("wait until the drawing is done, or stop it")
@@ -897,11 +927,13 @@ class ExplorerKeeping:
         if content is None or self.job.busy: return
         try: story = from_recipe(self.pipe, read_recipe(content), self.reader)
         except ValueError as error: return self.say(str(error), wrong=True)
-        s = story.settings
-        self.task.value, self.policy.value, self.window.value = s.task, s.history_policy, s.window or 0
-        self.steps.value, self.guidance.value, self.seed.value = s.num_inference_steps, s.guidance_scale, s.seed
+        self._show_settings(story.settings)
         self.write(story.captions, story.pictures[0] if story.given else None)
         self._take(story)
+
+    def _show_settings(self, s):
+        self.task.value, self.policy.value, self.window.value = s.task, s.history_policy, s.window or 0
+        self.steps.value, self.guidance.value, self.seed.value = s.num_inference_steps, s.guidance_scale, s.seed
 
 # %% ../nbs/12_explorer.ipynb #5f9f78ae
 STYLE = """<style>
@@ -920,32 +952,9 @@ STYLE = """<style>
 body[data-voila] .jp-Cell:not(:has(.story-explorer)) {display:none} body[data-voila] .jp-InputArea, body[data-voila] .jp-InputPrompt, body[data-voila] .jp-OutputPrompt {display:none}
 </style>"""
 
-# %% ../nbs/12_explorer.ipynb #5831c8ad
-class StoryExplorer(ExplorerWriting, ExplorerStage, ExplorerPast, ExplorerKeeping):
-    "The app: write a story, draw it, see who looked at whom, change its past. Leave it as the last line of a cell."
-    def __init__(self,
-        pipe,                   # CausalStoryPipeline
-        reader=None,            # FrameReader, to name what changed
-        preview_every:int=4,    # denoising steps from one preview to the next
-    ):
-        self.pipe, self.reader, self.preview_every = pipe, reader, preview_every
-        self.known, self.job, self.given = known_words(pipe.history_tokenizer), OneJob(), render(next(iter(FIRST_SCENES.values())), 64, seed=3)
-        self.session = self.look = self.effect = self.selected = None
-        pipe.set_progress_bar_config(disable=True)
-        head = widgets.HTML(STYLE + "<div class='story-head'><b>The story explorer</b><br>Write a story and draw it. Click a frame to see what it looked at. Change its past, and watch its future.</div>")
-        self.draw_button, self.stop_button, self.go_on_button = _button("Draw", "paint-brush", "success"), _button("Stop", "stop", "danger"), _button("Go on", "play")
-        self.progress, self.status = widgets.FloatProgress(min=0, max=1, layout=widgets.Layout(width="180px")), widgets.HTML()
-        for button, handler in ((self.draw_button, lambda _: self.draw()), (self.stop_button, lambda _: self.job.stop()), (self.go_on_button, lambda _: self.redraw())): button.on_click(handler)
-        bar = widgets.HBox([self.draw_button, self.stop_button, self.go_on_button, self.progress, self.status], layout=widgets.Layout(margin="6px 0"))
-        writing, self.stage, past, self.keeping = self._build_writing(), self._build_stage(), self._build_past(), self._build_keeping()
-        below = widgets.HBox([past, widgets.VBox([self.look_title, self.look_image])], layout=widgets.Layout(flex_flow="row wrap", margin="8px 0"))
-        self.widget = widgets.VBox([head, writing, bar, self.stage, below, self.keeping])
-        self.widget.add_class("story-explorer")
-        self.write(next(iter(EXAMPLES.values())))
-        self._enable()
-
-    def _repr_mimebundle_(self, **options): return self.widget._repr_mimebundle_(**options)
-
+# %% ../nbs/12_explorer.ipynb #99733719
+class ExplorerWork:
+    "Starting, stopping, and telling about it."
     def say(self, text:str, wrong:bool=False):
         "A line beside the buttons."
         self.status.value = f"<span class='{'story-wrong' if wrong else ''}'>{html.escape(text)}</span>"
@@ -997,7 +1006,35 @@ class StoryExplorer(ExplorerWriting, ExplorerStage, ExplorerPast, ExplorerKeepin
             self.columns[step.position].show(step.picture)
             self.columns[step.position].state(step.position == self.selected, drawing=not step.finished)
         if not self.session.draw(on_step, should_stop, self.preview_every):
-            return self.say(f"stopped after {self.session.seconds:.1f} s; Go on draws the rest") or self.show_session()
+            self.show_session()
+            return self.say(f"stopped after {self.session.seconds:.1f} s; Go on draws the rest")
         self.look = self.session.look()
         self.show_session()
-        self.say(f"{n} frames in {self.session.seconds:.1f} s, the first preview after {first[0]:.1f} s" if n else "as you wish")
+        if self.question.value == "causal effect": self._effect_job(should_stop)
+        self.say(f"{n} frames in {self.session.seconds:.1f} s, the first preview after {first[0]:.1f} s" if n else "nothing comes after it, nothing had to be drawn")
+
+# %% ../nbs/12_explorer.ipynb #a1350230
+class StoryExplorer(ExplorerWriting, ExplorerLooking, ExplorerEdits, ExplorerKeeping, ExplorerWork):
+    "The app: write a story, draw it, see who looked at whom, change its past. Leave it as the last line of a cell."
+    def __init__(self,
+        pipe,                   # CausalStoryPipeline
+        reader=None,            # FrameReader, to name what changed
+        preview_every:int=4,    # denoising steps from one preview to the next
+    ):
+        self.pipe, self.reader, self.preview_every = pipe, reader, preview_every
+        self.known, self.job, self.given = known_words(pipe.history_tokenizer), OneJob(), render(next(iter(FIRST_SCENES.values())), 64, seed=3)
+        self.session = self.look = self.effect = self.selected = None
+        pipe.set_progress_bar_config(disable=True)
+        head = widgets.HTML(STYLE + "<div class='story-head'><b>The story explorer</b><br>Write a story and draw it. Click a frame to see what it looked at. Change its past, and watch its future.</div>")
+        self.draw_button, self.stop_button, self.go_on_button = _button("Draw", "paint-brush", "success"), _button("Stop", "stop", "danger"), _button("Go on", "play")
+        self.progress, self.status = widgets.FloatProgress(min=0, max=1, layout=widgets.Layout(width="180px")), widgets.HTML()
+        for button, handler in ((self.draw_button, lambda _: self.draw()), (self.stop_button, lambda _: self.job.stop()), (self.go_on_button, lambda _: self.redraw())): button.on_click(handler)
+        bar = widgets.HBox([self.draw_button, self.stop_button, self.go_on_button, self.progress, self.status], layout=widgets.Layout(margin="6px 0"))
+        writing, self.stage, past, self.keeping = self._build_writing(), self._build_stage(), self._build_past(), self._build_keeping()
+        below = widgets.HBox([past, widgets.VBox([self.look_title, self.look_image])], layout=widgets.Layout(flex_flow="row wrap", margin="8px 0"))
+        self.widget = widgets.VBox([head, writing, bar, self.stage, below, self.keeping])
+        self.widget.add_class("story-explorer")
+        self.write(next(iter(EXAMPLES.values())))
+        self._enable()
+
+    def _repr_mimebundle_(self, **options): return self.widget._repr_mimebundle_(**options)
