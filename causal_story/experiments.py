@@ -204,6 +204,7 @@ class Arm:
     width:int = 32                # of adapters, or rank of LoRA
     parts:tuple = ("story_context", "history_text") # what else trains
     learning_rate:float = 1e-3    # peak
+    timestep_shift:float = 1.0    # above 1: more noisy timesteps, see `draw_randomness`
 
 ARMS = {
     "none": Arm("none"),
@@ -212,6 +213,7 @@ ARMS = {
     "local-2": Arm("local", window=2),
     "weighted": Arm(),
     "weighted-window-2": Arm(window=2),
+    "weighted-noisy": Arm(timestep_shift=3.0),
     "causal-story": Arm(),
     "ar-ldm": Arm("full", context_layers=0, method="full", learning_rate=3e-4),
     "no-context-layer": Arm(context_layers=0),
@@ -247,7 +249,7 @@ def tune_arm(
     pipe = story_pipeline(base, arm.width if arm.method == "adapter" else 0, arm.context_layers, config.seed, arm.policy, arm.window)
     model = prepare_tuning(pipe.as_model(), arm.method, arm.width, arm.parts)
     settings = TrainingConfig(**{**asdict(config), "learning_rate": arm.learning_rate})
-    result = tune(model, cache, settings, arm.policy, arm.window, context_layer=arm.context_layers > 0, folder=folder, progress=progress)
+    result = tune(model, cache, settings, arm.policy, arm.window, context_layer=arm.context_layers > 0, timestep_shift=arm.timestep_shift, folder=folder, progress=progress)
     counts = trained_by_part(model)
     result.use_ema(model).eval()
     pipe.set_progress_bar_config(disable=True)
