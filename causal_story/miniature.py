@@ -362,7 +362,7 @@ SAVED_PARTS = ("vae", "text_encoder", "tokenizer", "unet", "scheduler", "history
 PRESETS = dict(
     quick=dict(steps=dict(autoencoder=2400, decoder=1600, text_to_image=2600, history=500, reader=1200), stories=400,
                frames=dict(autoencoder=8000, decoder=8000, text_to_image=8000, history=8000, reader=8000)),
-    shipped=dict(steps=dict(autoencoder=3200, decoder=4000, text_to_image=4000, history=1200, reader=2400), stories=1000,
+    shipped=dict(steps=dict(autoencoder=3200, decoder=4000, text_to_image=4000, history=900, reader=2400), stories=1000,
                  frames=dict(autoencoder=16000, decoder=16000, text_to_image=16000, history=16000, reader=16000)))
 
 def stage_configs(
