@@ -369,14 +369,21 @@ def page(request, tmp_path):
         with sync_playwright() as playwright:
             browser = playwright.chromium.launch(executable_path=find_browser(), args=FLAGS)
             page = browser.new_page(viewport=dict(width=1180, height=1640))
-            page.set_default_timeout(60_000)
+            page.set_default_timeout(120_000)
             page.kind = request.param
             open_explorer(page, port, server, tmp_path / "server.log")
             yield page
             browser.close()
     finally:
-        os.killpg(server.pid, signal.SIGTERM)
-        server.wait(20)
+        end(server)
+
+
+def end(server):
+    "End a server and its kernels, politely if possible."
+    for number in (signal.SIGTERM, signal.SIGKILL):
+        os.killpg(server.pid, number)
+        try: return server.wait(20)
+        except subprocess.TimeoutExpired: pass
 
 
 def open_explorer(page, port, server, log):
@@ -386,10 +393,10 @@ def open_explorer(page, port, server, log):
         with socket.socket() as s:
             if s.connect_ex(("127.0.0.1", port)) == 0: break
         time.sleep(0.1)
-    if page.kind == "voila": page.goto(f"http://127.0.0.1:{port}/", timeout=300_000)
+    if page.kind == "voila": page.goto(f"http://127.0.0.1:{port}/", wait_until="commit", timeout=300_000)
     else:
-        page.goto(f"http://127.0.0.1:{port}/lab/tree/12_explorer.ipynb?reset")
-        page.locator(".jp-Notebook .jp-Cell").first.wait_for(timeout=120_000)
+        page.goto(f"http://127.0.0.1:{port}/lab/tree/12_explorer.ipynb?reset", wait_until="commit")
+        page.locator(".jp-Notebook .jp-Cell").first.wait_for()
         page.get_by_text("Run", exact=True).first.click()
         page.get_by_text("Run All Cells", exact=True).click()
     page.locator(".story-explorer").wait_for(timeout=300_000)
