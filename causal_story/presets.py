@@ -20,6 +20,7 @@ import json
 import pickle
 import re
 import shutil
+import zipfile
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -269,12 +270,12 @@ def read_lightning(
 )->dict:  # name -> tensor
     "The weights in a checkpoint; no code of the file is run. Raises ValueError if it needs code, is damaged or holds no weights."
     if not Path(path).is_file(): raise FileNotFoundError(f"{path}: no such checkpoint")
-    try: content = torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        asks = re.search(r"(?:GLOBAL|global|Unsupported class) (\S+)", str(error))
-        raise ValueError(f"{path}: refused, because opening it would run code{f' ({asks[1]})' if asks else ''}. Where you trust it, load it once and save "
+    try: content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path)) # mapped: read when used
+    except Exception as error:
+        asks = re.search(r"(?:GLOBAL|Unsupported class) ([\w.]+)", str(error)) if isinstance(error, pickle.UnpicklingError) else None
+        if asks is None: raise ValueError(f"{path}: damaged, or not a checkpoint ({str(error).splitlines()[0][:200]})") from error
+        raise ValueError(f"{path}: refused, because opening it would run code ({asks[1]}). Where you trust it, load it once and save "
                          "only its weights: torch.save({'state_dict': checkpoint['state_dict']}, 'weights.ckpt')") from None
-    except Exception as error: raise ValueError(f"{path}: damaged, or not a checkpoint ({error})") from error
     weights = content.get("state_dict", content) if isinstance(content, dict) else {}
     weights = {name: value for name, value in weights.items() if torch.is_tensor(value)}
     if not weights: raise ValueError(f"{path}: there are no weights in it (expected 'state_dict', as Lightning writes it)")
@@ -494,8 +495,8 @@ def check_disk(
 @torch.no_grad()
 def _tile_rows(model, collator, settings, tiles)->dict:
     "What the frozen networks say about n tiles: name -> (n, ...)."
-    device, shapes = next(model.parameters()).device, {}
-    with torch.no_grad(): posterior = model.vae.encode(pixels(tiles, collator.frame_size).to(device, model.vae.dtype)).latent_dist
+    device = next(model.parameters()).device
+    posterior = model.vae.encode(pixels(tiles, collator.frame_size).to(device, model.vae.dtype)).latent_dist
     rows = dict(latent_mean=posterior.mean.contiguous(), latent_std=posterior.std.contiguous())
     if "vision" in settings:
         seen = pixels(tiles, collator.history_size, collator.image_mean, collator.image_std).to(device, model.history_encoder.dtype)

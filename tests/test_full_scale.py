@@ -208,7 +208,7 @@ def test_files_that_are_no_checkpoints(world, tmp_path):
     (tmp_path / "half.ckpt").write_bytes(b"PK\x03\x04 half a file")
     torch.save(dict(epoch=3), tmp_path / "empty.ckpt")
     torch.save(dict(state_dict={"backbone.weight": torch.zeros(2)}), tmp_path / "other.ckpt")
-    with pytest.raises(ValueError, match="half.ckpt"): read_lightning(tmp_path / "half.ckpt")
+    with pytest.raises(ValueError, match="half.ckpt: damaged"): read_lightning(tmp_path / "half.ckpt")
     with pytest.raises(ValueError, match="no weights"): read_lightning(tmp_path / "empty.ckpt")
     with pytest.raises(ValueError, match="not one of its 1 weights"): import_arldm_checkpoint(tmp_path / "other.ckpt", fresh_arldm(world))
     with pytest.raises(FileNotFoundError, match="no such checkpoint"): read_lightning(tmp_path / "none.ckpt")
