@@ -720,6 +720,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/causal-story', 'doc_host':
                                       'causal_story.presets.cached_story_batch': ( 'full_scale.html#cached_story_batch',
                                                                                    'causal_story/presets.py'),
                                       'causal_story.presets.check_disk': ('full_scale.html#check_disk', 'causal_story/presets.py'),
+                                      'causal_story.presets.draw_stories': ('full_scale.html#draw_stories', 'causal_story/presets.py'),
                                       'causal_story.presets.find_preset': ('full_scale.html#find_preset', 'causal_story/presets.py'),
                                       'causal_story.presets.full_scale_pipeline': ( 'full_scale.html#full_scale_pipeline',
                                                                                     'causal_story/presets.py'),

@@ -9,8 +9,8 @@ __all__ = ['FULL_SCALE', 'STABLE_DIFFUSION_HUB', 'BLIP_HUB', 'STORY_DATA', 'Pres
            'ImportReport', 'import_arldm_checkpoint', 'arldm_state', 'prepare_preset', 'what_is_frozen', 'weights_hash',
            'cache_settings', 'cache_path', 'StoryContents', 'scan_stories', 'cache_bytes', 'check_disk', 'write_cache',
            'FeatureCache', 'open_cache', 'StoryBatches', 'cached_story_batch', 'shared_loss', 'train_full_scale',
-           'story_collator', 'full_size_parts', 'FlopCount', 'tflop', 'training_tflop', 'sampling_costs',
-           'sampling_tflop', 'saved_bytes', 'training_memory']
+           'story_collator', 'draw_stories', 'full_size_parts', 'FlopCount', 'tflop', 'training_tflop',
+           'sampling_costs', 'sampling_tflop', 'saved_bytes', 'training_memory']
 
 # %% ../nbs/14_full_scale.ipynb #1b945368
 import copy
@@ -36,10 +36,10 @@ from tqdm.auto import tqdm
 from transformers import (BertTokenizer, BlipConfig, BlipForImageTextRetrieval, BlipTextConfig, BlipVisionConfig, CLIPTextConfig,
                           CLIPTextModel, CLIPTokenizer)
 
-from .data import PatientFile, StoryCollator, StoryDataset, atomic_path, choose_tile, count_tiles, cut_tile, open_image, pixels, split_task
+from .data import PatientFile, StoryCollator, StoryDataset, atomic_path, choose_tile, count_tiles, cut_tile, open_image, pixels, split_task, stack_tiles
 from .encoders import (HistoryEncoder, StoryContext, StoryLayer, add_blip_tokens, add_words, encode_captions, lengthen_positions,
                                    tiny_text_encoder, tiny_tokenizers)
-from .model import PARTS, prepare_tuning, story_loss
+from .model import PARTS, prepare_tuning, sample_generator, story_loss
 from .pipeline import CausalStoryPipeline
 from .training import batch_indices, check_shares, fit, make_accelerator, reconstructed_history
 from .unet import STABLE_DIFFUSION_15, UNetAdapters, add_adapters, tiny_unet
@@ -754,6 +754,30 @@ def story_collator(
     "Batches of the sizes that a pipeline's parts were made for."
     return StoryCollator(pipe.tokenizer, pipe.history_tokenizer, pipe.unet.config.sample_size * 2 ** (len(pipe.vae.config.block_out_channels) - 1),
                          pipe.history_encoder.config["vision_config"]["image_size"], pipe.max_length, task)
+
+# %% ../nbs/14_full_scale.ipynb #df3e540d
+def draw_stories(
+    pipe:CausalStoryPipeline,
+    dataset,                   # StoryDataset
+    out,                       # folder; story 17 becomes 00000017.png: its drawn frames, one below the other
+    task:str="visualization",
+    indices=None,              # which stories; None: all
+    process:int=0,             # this process ...
+    n_processes:int=1,         # ... of so many
+    seed:int=0,                # of the noise
+    progress:bool=True,
+    **options,                 # of the pipeline's call
+)->list:                       # the stories that this call has drawn
+    "Draw this process's share of the stories that are not in `out` yet."
+    out, given = Path(out), int(task == "continuation")
+    indices = list(range(len(dataset)) if indices is None else indices)[process::n_processes]
+    missing = [index for index in indices if not (out / f"{index:08d}.png").exists()]
+    for index in tqdm(missing, desc="drawing stories", unit="story", disable=not progress):
+        story = dataset.story(index, tile=0)
+        source = dict(source_image=story.frames[0], source_caption=story.captions[0]) if given else {}
+        frames = pipe(story.captions[given:], task, generator=sample_generator(seed, "draw", index), **source, **options).frames[0]
+        with atomic_path(out / f"{index:08d}.png") as partial: stack_tiles(frames).save(partial, "PNG")
+    return missing
 
 # %% ../nbs/14_full_scale.ipynb #75f9b49c
 def full_size_parts(

@@ -11,11 +11,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from causal_story import presets
-from causal_story.data import StoryDataset, convert_folder, write_folder
-from causal_story.presets import (FULL_SCALE, FeatureCache, StoryBatches, arldm_name, arldm_state, cache_path, cache_settings, find_preset,
+from causal_story.data import StoryDataset, convert_folder, count_tiles, write_folder
+from causal_story.presets import (FULL_SCALE, FeatureCache, StoryBatches, arldm_name, arldm_state, cache_path, cache_settings, draw_stories,
+                                  find_preset,
                                   full_scale_pipeline, import_arldm_checkpoint, open_cache, prepare_preset, read_lightning, scan_stories,
                                   shared_loss, story_collator, train_full_scale, write_cache, write_tiny_folders)
 from causal_story.storyworld import make_stories
@@ -285,6 +287,21 @@ def test_nothing_is_kept_of_an_autoencoder_that_trains(world):
     model, dataset, collator = parts_of_training(world)
     model.vae.requires_grad_(True)
     with pytest.raises(ValueError, match="autoencoder trains"): cache_settings(model, dataset, collator)
+
+
+# ---------------------------------------------------------------- drawing, shared out
+
+@pytest.mark.parametrize("task", ["visualization", "continuation"])
+def test_every_story_is_drawn_once_and_alike_by_whom_it_is(world, tmp_path, task):
+    pipe, dataset = small(world), StoryDataset(world.data, "train")
+    pipe.set_progress_bar_config(disable=True)
+    draw = lambda name, **options: draw_stories(pipe, dataset, tmp_path / name, task, num_inference_steps=1, progress=False, **options)
+    shares = [draw("two", process=p, n_processes=2) for p in (1, 0)]
+    assert sorted(sum(shares, [])) == draw("one") == list(range(6)) and draw("two") == []
+    for index in range(6):
+        one, two = (tmp_path / name / f"{index:08d}.png" for name in ("one", "two"))
+        assert one.read_bytes() == two.read_bytes()
+        assert count_tiles(Image.open(one)) == (5 if index < 3 else 3) - (task == "continuation")
 
 
 # ---------------------------------------------------------------- several processes, kill -9
