@@ -357,7 +357,7 @@ def test_a_killed_run_ends_with_the_same_bits(world, tmp_path):
     python(world, """
         import random, signal, time
         chance = random.Random(4)
-        for attempt in range(4):
+        for attempt in range(3):
             steps, delay = chance.randint(1, 3), chance.random() * 0.2
             read, write = os.pipe()
             child = os.fork()
