@@ -409,5 +409,6 @@ def use_scheduler(
 )->CausalStoryPipeline:
     "Draw with another scheduler, on the base's noise schedule. Raises ValueError for an unknown name."
     if name not in SCHEDULERS: raise ValueError(f"scheduler {name!r} is unknown: choose one of {', '.join(SCHEDULERS)}")
-    pipe.scheduler = SCHEDULERS[name].from_config(pipe.scheduler.config)
+    options = dict(skip_prk_steps=True) if name == "pndm" else {}  # as Stable Diffusion uses it
+    pipe.scheduler = SCHEDULERS[name].from_config(pipe.scheduler.config, **options)
     return pipe

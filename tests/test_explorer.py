@@ -3,6 +3,7 @@ import importlib.util
 import io
 import json
 import os
+import re
 import shutil
 import signal
 import socket
@@ -397,9 +398,15 @@ def open_explorer(page, port, server, log):
     else:
         page.goto(f"http://127.0.0.1:{port}/lab/tree/12_explorer.ipynb?reset", wait_until="commit")
         page.locator(".jp-Notebook .jp-Cell").first.wait_for()
-        page.get_by_text("Run", exact=True).first.click()
-        page.get_by_text("Run All Cells", exact=True).click()
-    page.locator(".story-explorer").wait_for(timeout=300_000)
+        started = page.locator(".jp-InputPrompt", has_text=re.compile(r"\[(\*|\d+)\]"))
+        for _ in range(20):                                  # the menu is there before its commands do anything
+            page.get_by_text("Run", exact=True).first.click()
+            page.get_by_text("Run All Cells", exact=True).click()
+            page.wait_for_timeout(3000)
+            if started.count(): break
+            page.keyboard.press("Escape")
+    try: page.locator(".story-explorer").wait_for(timeout=300_000)
+    except Exception as error: raise AssertionError(f"no explorer on the page:\n{page.locator('body').inner_text()[-3000:]}\n{log.read_text()[-3000:]}") from error
 
 
 def button(page, icon): return page.locator(f".story-explorer button:has(.fa-{icon})")
