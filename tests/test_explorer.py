@@ -369,7 +369,7 @@ def page(request, tmp_path):
     try:
         with sync_playwright() as playwright:
             browser = playwright.chromium.launch(executable_path=find_browser(), args=FLAGS)
-            page = browser.new_page(viewport=dict(width=1180, height=1640))
+            page = browser.new_page(viewport=dict(width=1180 if request.param == "voila" else 1500, height=1640))
             page.set_default_timeout(120_000)
             page.kind = request.param
             open_explorer(page, port, server, tmp_path / "server.log")
