@@ -293,6 +293,7 @@ def run_arm(
     os.replace(aside, path)
     return record
 
+# %% ../nbs/10_does_it_help.ipynb #a24fbb7e
 def run_rows(
     record:dict,          # from `run_arm`, or read from its file
     history:str="true",   # or "drawn"

@@ -313,6 +313,7 @@ def cache_stories(
                                  caption_states=model.read_captions(batch["caption_ids"], batch["caption_mask"])))
     return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
 
+# %% ../nbs/08_training.ipynb #f57c03c6
 def task_view(
     batch:dict, # cached stories, laid out for visualization
     task:str,   # "visualization" or "continuation"
@@ -351,6 +352,7 @@ def cached_batches(
         return piece(task, pairs) if parts == 1 else [piece(task, pairs[k::parts]) for k in range(parts)]
     return batch
 
+# %% ../nbs/08_training.ipynb #8e3919df
 def tune(
     model,                     # CausalStoryModel after `prepare_tuning`
     cache:dict,                # from `cache_stories`
