@@ -164,7 +164,7 @@ def test_looks_and_effect_lie_on_links(pipe, task, policy, window):
     story = drawn(pipe, source_image=OTHER if task == "continuation" else None, task=task, history_policy=policy, window=window)
     look, effect, visible = story.look(), story.effect(), frame_mask(policy, 4 - story.given, task, window)
     assert look.mass.shape == effect.shape == visible.shape and (look.relevance is not None) == (policy == "weighted")
-    assert (look.mass[~visible] < 1e-6).all() and (effect[~visible] == 0).all() and (effect[visible] > 0).all()
+    assert (look.mass[~visible] < 1e-6).all() and (effect[~visible] < 1e-3).all() and (effect[visible] > 0).all()
     assert story.effect(should_stop=lambda: True) is None
     assert Image.open(io.BytesIO(arcs_png(None, visible, visible, 100))).size == (400, 130)
 
