@@ -261,6 +261,7 @@ def machine()->str:
     where = torch.cuda.get_device_name() if torch.cuda.is_available() else f"{platform.machine()} CPU"
     return f"{where}, {torch.get_num_threads()} threads, torch {torch.__version__.split('+')[0]}"
 
+# %% ../nbs/10_does_it_help.ipynb #dc895145
 def run_arm(
     name:str,                  # key of `ARMS`
     seed:int,

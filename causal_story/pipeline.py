@@ -256,7 +256,10 @@ class TunedPartsMixin:
         aside.mkdir(parents=True)
         for name in TUNED_PARTS:
             part = getattr(self, name)
-            if part is not None: (copy.deepcopy(part).half() if half else part).save_pretrained(aside / name)
+            if part is None: continue
+            part = copy.deepcopy(part)
+            part.register_to_config(_name_or_path="")  # where it came from belongs to this machine
+            (part.half() if half else part).save_pretrained(aside / name)
         record = dict(base=fingerprint(self.unet), **{name: self.config[name] for name in STORED_SETTINGS})
         (aside / "tuned.json").write_text(json.dumps(record, indent=1) + "\n")
         shutil.rmtree(folder, ignore_errors=True)
