@@ -779,7 +779,7 @@ class ExplorerStage:
             column.show(shown, story.captions[k])
             column.state(k == self.selected, story.pictures[k] is None, k in story.pinned)
             column.compare(story.before[k] if comparing and story.complete else None, changes[k])
-            column.note.layout.min_height = f"{26 * max(map(len, changes))}px"  # so that what was before stands in one line
+            column.note.layout.min_height = f"{21 * max(map(len, changes)) + 4}px"  # so that what was before stands in one line
         self.show_arcs()
         self.show_look()
 

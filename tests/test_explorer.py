@@ -449,6 +449,7 @@ def test_a_story_is_written_drawn_and_its_past_changed(page, tmp_path):
 
     page.locator(".story-click").nth(1).click()
     wait_for(page, "Frame 1: which words")
+    page.mouse.move(2, 2)                                    # a frame under the mouse is tinted
     page.wait_for_timeout(500)
     target = Path(os.environ.get("STORY_SCREENSHOT") or tmp_path / "explorer.png")  # STORY_SCREENSHOT=nbs/images/explorer.png makes the README's picture
     page.locator(".story-explorer").screenshot(path=str(target))
