@@ -97,7 +97,7 @@ def test_only_visible_blocks_have_an_effect(pipe, records, task, policy, window)
     effect = causal_effect(pipe, records[0], records[1], task=task, history_policy=policy, window=window, num_inference_steps=2)["effect"]
     visible = frame_mask(policy, 5 - (task == "continuation"), task, window)
     assert effect.shape == visible.shape
-    assert (effect[~visible] == 0).all() and (effect[visible] > 0).all()
+    assert (effect[~visible] < 1e-3).all() and (effect[visible] > 1e-3).all()  # versions share a batch: rounding
 
 
 def test_frame_and_caption_each_have_an_effect(pipe, records):
