@@ -22,7 +22,7 @@ from causal_story.model import decode_latents, normalise_latents, tiny_vae
 from causal_story.storyworld import CHARACTERS, Actor, Scene, describe, held_out, make_stories, random_scene
 from causal_story.training import TrainingConfig
 
-STEPS = dict(autoencoder=3, decoder=2, text_to_image=2, history=2, reader=2)
+STEPS = dict(autoencoder=3, decoder=2, captions=2, text_to_image=2, history=2, reader=2)
 SMALL = dict(frames=dict(autoencoder=10, decoder=8, text_to_image=6, history=8, reader=8), stories=1, corpus=30, progress=False)
 
 
@@ -87,7 +87,7 @@ def test_measured_latents_are_in_the_saved_configuration(finished):
     assert_close(latents.var((0, 2, 3)) + spread.square().mean((0, 2, 3)), torch.ones(8), atol=1e-3, rtol=0)
 
 
-@pytest.mark.parametrize("function", ["train_decoder", "train_text_to_image", "train_history_encoder", "_move_into_place"])
+@pytest.mark.parametrize("function", ["train_decoder", "train_caption_encoder", "train_text_to_image", "train_history_encoder", "_move_into_place"])
 def test_interrupted_and_continued_equals_never_stopped(finished, tmp_path, monkeypatch, function):
     folder, losses = finished
 
@@ -103,7 +103,7 @@ def test_interrupted_and_continued_equals_never_stopped(finished, tmp_path, monk
 
 def test_stages_run_side_by_side_give_the_same_weights(finished, tmp_path):
     folder, losses = finished
-    for stage in ("reader", "decoder", "history", "text_to_image"):
+    for stage in ("reader", "decoder", "history", "captions", "text_to_image"):
         assert pretrain(tmp_path, STEPS, configs=settings(), only=stage, **SMALL)[stage] == losses[stage]
         assert {path.name for path in tmp_path.iterdir()} == {"runs"}
     pretrain(tmp_path, STEPS, configs=settings(), **SMALL)
@@ -125,6 +125,28 @@ def test_decoder_stage_leaves_the_encoder_alone():
     miniature.train_decoder(vae, pool, means, stds, config, None, Accelerator(), progress=False)
     moved = {name.split(".")[0] for name, value in vae.state_dict().items() if not torch.equal(value, before[name])}
     assert moved == {"decoder", "post_quant_conv"}
+
+
+def test_text_to_image_leaves_the_caption_encoder_alone(finished, tmp_path):
+    tokenizer, _ = tiny_tokenizers(caption_corpus(SMALL["corpus"]), 36, characters=CHARACTERS)
+    reader, _ = miniature.train_caption_encoder(tokenizer, settings()["captions"], tmp_path, Accelerator(), progress=False)
+    saved = CLIPTextModel.from_pretrained(finished[0] / "text_encoder").state_dict()
+    assert all(torch.equal(value, saved[name]) for name, value in reader.text_encoder.state_dict().items())
+
+
+def test_left_out_facts_are_no_questions():
+    scenes = [random_scene(random.Random(k)) for k in range(6)]
+    said = [("setting", "prop", "scarf"), (), ("prop",), ("scarf",), ("setting",), ("setting", "scarf")]
+    targets, whole = miniature.stated_targets(scenes, said), scene_targets(scenes)
+    for n, say in enumerate(said):
+        for name in ("setting", "prop", "scarf"):
+            assert torch.equal(targets[name][n], whole[name][n]) == (name in say)
+        assert all(torch.equal(targets[name][n], whole[name][n]) for name in ("presence", "action"))
+    logits = {name: torch.randn(*value.shape, 5) if name != "presence" else torch.randn(value.shape) for name, value in targets.items()}
+    before = miniature.reader_loss(lambda _: logits, dict(frames=None, **targets))
+    logits["setting"][1] += torch.arange(5.)
+    logits["scarf"][2] *= 9
+    assert_close(miniature.reader_loss(lambda _: logits, dict(frames=None, **targets)), before)
 
 
 def test_accuracy_of_captions_counts_both_characters():
