@@ -1,4 +1,4 @@
-"What 11_command_line need not show: every verb explains itself, wrong requests are one line, sampling options reach the pipeline."
+"What 14_command_line need not show: every verb explains itself, wrong requests are one line, sampling options reach the pipeline."
 import pytest
 from transformers.utils import logging
 
