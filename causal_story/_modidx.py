@@ -934,6 +934,13 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/causal-story', 'doc_host':
                                    'causal_story.unet.UNetAdapters.__getitem__': ( 'unet.html#unetadapters.__getitem__',
                                                                                    'causal_story/unet.py'),
                                    'causal_story.unet.UNetAdapters.__init__': ('unet.html#unetadapters.__init__', 'causal_story/unet.py'),
+                                   'causal_story.unet.RememberingLayer': ('unet.html#rememberinglayer', 'causal_story/unet.py'),
+                                   'causal_story.unet.RememberingLayer.__call__': ( 'unet.html#rememberinglayer.__call__',
+                                                                                    'causal_story/unet.py'),
+                                   'causal_story.unet.RememberingLayer.__deepcopy__': ( 'unet.html#rememberinglayer.__deepcopy__',
+                                                                                        'causal_story/unet.py'),
+                                   'causal_story.unet.RememberingLayer.__init__': ( 'unet.html#rememberinglayer.__init__',
+                                                                                    'causal_story/unet.py'),
                                    'causal_story.unet.UNetAdapters.for_unet': ('unet.html#unetadapters.for_unet', 'causal_story/unet.py'),
                                    'causal_story.unet.UNetTuning': ('unet.html#unettuning', 'causal_story/unet.py'),
                                    'causal_story.unet.UNetTuning.load_state_dict': ( 'unet.html#unettuning.load_state_dict',
@@ -952,3 +959,4 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/causal-story', 'doc_host':
                                    'causal_story.unet.record_attention': ('unet.html#record_attention', 'causal_story/unet.py'),
                                    'causal_story.unet.site_channels': ('unet.html#site_channels', 'causal_story/unet.py'),
                                    'causal_story.unet.tiny_unet': ('unet.html#tiny_unet', 'causal_story/unet.py')}}}
+                                   'causal_story.unet.cached_context': ('unet.html#cached_context', 'causal_story/unet.py'),

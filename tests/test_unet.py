@@ -12,7 +12,7 @@ from torch import nn
 from torch.testing import assert_close
 
 from causal_story.unet import (STABLE_DIFFUSION_15, TUNING_METHODS, AttentionRecord, BottleneckAdapter,
-                               CrossAttnAdapterProcessor, UNetAdapters, add_adapters, attach_adapters,
+                               CrossAttnAdapterProcessor, UNetAdapters, add_adapters, attach_adapters, cached_context,
                                cross_attention_sites, parameter_table, record_attention, site_channels, tiny_unet)
 
 N, T, D = 3, 7, 64
@@ -323,3 +323,116 @@ def test_adapter_is_the_formula():
     x = torch.randn(2, 4, 6)
     inside = nn.functional.gelu(x @ adapter.down.weight.T + adapter.down.bias)
     assert_close(adapter(x), x + inside @ adapter.up.weight.T + adapter.up.bias)
+
+
+# ---------------------------------------------------------------- keys and values computed once
+
+def projections(unet):
+    return [layer for attn in cross_attention_sites(unet).values() for layer in (attn.to_k, attn.to_v)]
+
+
+class Counting:
+    "A layer's `forward` that counts its calls."
+    def __init__(self, layer): self.forward, self.calls = layer.forward, 0
+    def __call__(self, x): self.calls += 1; return self.forward(x)
+
+
+@pytest.mark.parametrize("method", [None, *TUNING_METHODS])
+def test_remembering_changes_no_bit(base, inputs, method):
+    unet = copy.deepcopy(base) if method is None else enliven(add_adapters(copy.deepcopy(base), 4, method)).unet
+    mask = torch.ones(N, T, dtype=torch.bool); mask[1, 3:] = False
+    kinds, names = dict(unet.attn_processors), list(unet.state_dict())
+    with torch.no_grad():
+        expected = predict(unet, inputs, mask=mask)
+        with cached_context(unet) as same:
+            assert same is unet and list(unet.state_dict()) == names
+            for _ in range(3): assert torch.equal(predict(unet, inputs, mask=mask), expected)
+        assert torch.equal(predict(unet, inputs, mask=mask), expected)
+    assert dict(unet.attn_processors) == kinds and not any("forward" in vars(module) for module in unet.modules())
+
+
+@pytest.mark.parametrize("ours", [True, False])
+def test_every_projection_runs_once_a_context(base, inputs, ours):
+    unet = copy.deepcopy(base)
+    if ours: add_adapters(unet, 4)
+    counters = []
+    for layer in projections(unet):
+        counters.append(Counting(layer)); layer.forward = counters[-1]
+    other = dict(inputs, encoder_hidden_states=inputs["encoder_hidden_states"][:, :4].clone())
+    with torch.no_grad(), cached_context(unet):
+        for _ in range(3): predict(unet, inputs); predict(unet, other)
+        assert {c.calls for c in counters} == {2}
+    assert [layer.forward for layer in projections(unet)] == counters, "what stood there before stands there again"
+    with torch.no_grad(): predict(unet, inputs); predict(unet, inputs)
+    assert {c.calls for c in counters} == {4}
+
+
+@settings(max_examples=20, deadline=None)
+@given(acts=st.lists(st.sampled_from(("call", "other", "write", "weight", "swap", "half", "result", "grad", "copy")), min_size=1, max_size=8))
+def test_no_answer_is_stale_whatever_happens_in_between(acts):
+    torch.manual_seed(0)
+    attn = Attention(query_dim=8, cross_attention_dim=6, heads=2, dim_head=4).eval()
+    unet, pixels, contexts = nn.ModuleDict(dict(attn2=attn)), torch.randn(2, 5, 8), [torch.randn(2, 3, 6), torch.randn(2, 3, 6)]
+    def check(module, context):
+        fresh = Attention(query_dim=8, cross_attention_dim=6, heads=2, dim_head=4).eval()
+        fresh.load_state_dict(module.state_dict())
+        for _ in range(2): assert torch.equal(module(pixels, encoder_hidden_states=context), fresh(pixels, encoder_hidden_states=context))
+    with torch.no_grad(), cached_context(unet):
+        for act in ["call", *acts]:
+            if act == "write": contexts[0][:, 1] += 1
+            if act == "weight": attn.to_k.weight.mul_(1.5)
+            if act == "swap": attn.to_v.weight = nn.Parameter(torch.randn_like(attn.to_v.weight))
+            if act == "result": attn.to_v(contexts[0]).add_(1)
+            if act == "half":
+                with torch.autocast("cpu", torch.bfloat16): check(attn, contexts[0])
+            elif act == "grad":
+                with torch.enable_grad(): check(attn, contexts[0])
+            elif act == "copy":
+                twin = copy.deepcopy(attn); twin.to_k.weight.add_(1); check(twin, contexts[0])
+            check(attn, contexts[act == "other"])
+
+
+def test_fresh_contexts_leave_nothing_behind(base, inputs):
+    unet = copy.deepcopy(base)
+    with torch.no_grad(), cached_context(unet):
+        for _ in range(3): predict(unet, dict(inputs, encoder_hidden_states=inputs["encoder_hidden_states"].clone()))
+        assert all(len(layer.forward.known) == 0 for layer in projections(unet))
+        predict(unet, inputs)
+        assert all(len(layer.forward.known) == 1 for layer in projections(unet))
+
+
+def test_blocks_nest_and_end_after_an_error(base, inputs):
+    unet = copy.deepcopy(base)
+    with torch.no_grad(), pytest.raises(KeyError), cached_context(unet):
+        expected = predict(unet, inputs)
+        outer = [layer.forward for layer in projections(unet)]
+        with cached_context(unet): assert torch.equal(predict(unet, inputs), expected)
+        assert [layer.forward for layer in projections(unet)] == outer
+        raise KeyError("interrupted")
+    assert not any("forward" in vars(module) for module in unet.modules())
+
+
+@pytest.mark.parametrize("method", ["adapter", "lora", "full"])
+def test_training_inside_is_training_outside(base, inputs, method):
+    def gradients(tuning):
+        predict(tuning.unet, inputs).square().mean().backward()
+        return {name: p.grad for name, p in tuning.named_parameters()}
+    tunings = []
+    for _ in range(2): torch.manual_seed(0); tunings.append(enliven(add_adapters(copy.deepcopy(base), 4, method)))
+    expected = gradients(tunings[0])
+    with cached_context(tunings[1].unet) as unet:
+        with torch.no_grad(): predict(unet, inputs)
+        found = gradients(tunings[1])
+    assert found.keys() == expected.keys() and all(torch.equal(found[name], expected[name]) for name in expected)
+
+
+def test_inference_mode_is_served_without_memory(base, inputs):
+    unet = copy.deepcopy(base)
+    with torch.no_grad(): expected = predict(unet, inputs)
+    with torch.inference_mode(), cached_context(unet):
+        assert torch.equal(predict(unet, inputs), expected)
+        assert all(len(layer.forward.known) == 0 for layer in projections(unet))
+
+
+def test_there_must_be_a_context():
+    with pytest.raises(ValueError, match="no cross-attention"), cached_context(nn.ModuleDict()): pass
