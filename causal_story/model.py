@@ -80,14 +80,20 @@ class Conditioning:
         everyone = torch.arange(self.mask.shape[:2].numel(), device=self.mask.device)
         return everyone, self.tokens.flatten(0, 1), self.mask.flatten(0, 1), None if self.bias is None else self.bias.flatten(0, 1)
 
-    def groups(self):
-        "The same rows without tokens they do not see: rows that see little apart from rows that see much (those without condition)."
+    def groups(self,
+        trim:bool=True,              # leave out tokens that a row does not see: the same prediction up to rounding, sooner
+        dtype:torch.dtype|None=None, # of the tokens; None: as they are
+    )->list:                         # of such quadruples; the first of each says which rows it holds
+        "What the U-Net is called with: rows that see little apart from rows that see much (those without condition)."
         everyone, tokens, mask, bias = self.rows()
-        seen = mask.sum(-1)
+        tokens = tokens.to(dtype or tokens.dtype)
+        if not trim: return [(everyone, tokens, mask, bias)]
+        seen, out = mask.sum(-1), []
         few = seen <= (seen.min() + seen.max()) / 2
         for chosen in [everyone[few], everyone[~few]] if 2 * seen.min() < seen.max() else [everyone]:
             packed, visible, places = pack_tokens(tokens[chosen], mask[chosen])
-            yield chosen, packed, visible, None if bias is None else bias[chosen].gather(1, places)
+            out.append((chosen, packed, visible, None if bias is None else bias[chosen].gather(1, places)))
+        return out
 
 # %% ../nbs/05_model.ipynb #d7a9cf07
 class StoryReaders(nn.Module):
@@ -176,13 +182,13 @@ class CausalStoryModel(StoryConditioner):
     def predict(self,
         noisy:torch.Tensor,         # (B, V, C, h, w)
         timesteps:torch.Tensor,     # (B, V) long
-        conditioning:Conditioning,
-        trim:bool=True,             # leave out tokens that a row does not see: the same prediction up to rounding, sooner
+        conditioning:Conditioning|list, # or its `groups()`, made once where many steps share them
+        trim:bool=True,             # leave out tokens that a row does not see (`groups` already made: ignored)
     )->torch.Tensor:                # (B, V, C, h, w)
         "The U-Net's prediction for every frame; in training all frames of a story at once, given their true history."
         rows, times = noisy.flatten(0, 1), timesteps.flatten()
-        parts, order = [], []
-        for chosen, tokens, mask, bias in conditioning.groups() if trim else [conditioning.rows()]:
+        groups, parts, order = conditioning if isinstance(conditioning, list) else conditioning.groups(trim), [], []
+        for chosen, tokens, mask, bias in groups:
             options = {} if bias is None else dict(cross_attention_kwargs=dict(context_bias=bias))
             parts.append(self.unet(rows[chosen], times[chosen], tokens.to(noisy.dtype), encoder_attention_mask=mask, **options).sample)
             order.append(chosen)
