@@ -5,12 +5,13 @@
 # %% auto #0
 __all__ = ['ATTRIBUTES', 'STAGES', 'SAVED_PARTS', 'QUICK', 'PRESETS', 'FramePool', 'make_pool', 'reconstruction_error',
            'autoencoder_loss', 'pool_batches', 'psnr', 'encode_pool', 'measure_latents', 'decoder_loss',
-           'decoder_batches', 'only_decoder', 'training_caption', 'caption_corpus', 'tokenize', 'CaptionReader',
-           'caption_loss', 'stated_targets', 'caption_batches', 'spread_words', 'reading_accuracy', 'TextToImage',
-           'LatentPool', 'pretraining_schedule', 'text_to_image_loss', 'altered', 'HistoryPretrainer', 'history_loss',
-           'history_batches', 'stage_configs', 'with_stories', 'shifted', 'train_autoencoder', 'train_decoder',
-           'train_caption_encoder', 'train_text_to_image', 'train_history_encoder', 'train_frame_reader', 'pretrain',
-           'draw_captions', 'caption_accuracy', 'base_figures', 'print_figures', 'patches_of_words']
+           'decoder_batches', 'only_decoder', 'training_caption', 'caption_corpus', 'tokenize', 'FactHeads',
+           'CaptionReader', 'caption_loss', 'stated_targets', 'caption_batches', 'spread_words', 'reading_accuracy',
+           'TextToImage', 'LatentPool', 'pretraining_schedule', 'text_to_image_loss', 'altered', 'HistoryPretrainer',
+           'history_loss', 'history_batches', 'stage_configs', 'with_stories', 'shifted', 'train_autoencoder',
+           'train_decoder', 'train_caption_encoder', 'train_text_to_image', 'train_history_encoder',
+           'train_frame_reader', 'pretrain', 'draw_captions', 'caption_accuracy', 'base_figures', 'print_figures',
+           'patches_of_words']
 
 # %% ../nbs/09_miniature.ipynb #6b098e98
 import json
@@ -213,25 +214,32 @@ def tokenize(
     return out.input_ids.to(device), out.attention_mask.bool().to(device)
 
 # %% ../nbs/09_miniature.ipynb #f6ab8007
+class FactHeads(nn.Module):
+    "Questions to one vector: setting, who is there, and for each character prop, scarf and action."
+    def __init__(self, width:int):
+        super().__init__()
+        self.setting, self.presence = nn.Linear(width, len(SETTINGS)), nn.Linear(width, len(CHARACTERS))
+        self.heads = nn.ModuleDict({name: nn.Linear(width, len(CHARACTERS) * len(options)) for name, options in OPTIONS.items()})
+
+    def forward(self, x): # (N, width)
+        "The logits of a `FrameReader`."
+        return dict(setting=self.setting(x), presence=self.presence(x), **{name: head(x).unflatten(-1, (len(CHARACTERS), -1)) for name, head in self.heads.items()})
+
 class CaptionReader(nn.Module):
     "A caption encoder with questions: which facts does the caption state, which word was each token?"
     def __init__(self, text_encoder):
         super().__init__()
         self.text_encoder, width = text_encoder, text_encoder.config.hidden_size
-        self.setting, self.presence = nn.Linear(width, len(SETTINGS)), nn.Linear(width, len(CHARACTERS))
-        self.heads = nn.ModuleDict({name: nn.Linear(width, len(CHARACTERS) * len(options)) for name, options in OPTIONS.items()})
-        self.word = nn.Linear(width, width)
+        self.facts, self.word = FactHeads(width), nn.Linear(width, width)
 
     def forward(self,
         ids:torch.Tensor,  # (N, S) long
         mask:torch.Tensor, # (N, S) bool, True = a token
-    )->tuple:              # facts: the logits of a `FrameReader`; words (N, S, vocabulary)
+    )->tuple:              # logits of facts, and of words (N, S, vocabulary)
         "Facts from the last token's state, words from each."
         states = encode_captions(self.text_encoder, ids, mask)
         last = states[torch.arange(len(ids)), mask.sum(1) - 1]
-        facts = dict(setting=self.setting(last), presence=self.presence(last),
-                     **{name: head(last).unflatten(-1, (len(CHARACTERS), -1)) for name, head in self.heads.items()})
-        return facts, self.word(states) @ self.text_encoder.get_input_embeddings().weight.T
+        return self.facts(last), self.word(states) @ self.text_encoder.get_input_embeddings().weight.T
 
 # %% ../nbs/09_miniature.ipynb #d0aee5f6
 def caption_loss(
@@ -380,7 +388,7 @@ def altered(
 
 # %% ../nbs/09_miniature.ipynb #8618da2d
 class HistoryPretrainer(nn.Module):
-    "BLIP's three objectives on one encoder: contrastive (ITC), matching (ITM), language modelling (LM)."
+    "BLIP's three objectives on one encoder: contrastive (ITC), matching (ITM), language modelling (LM); and a fourth, facts."
     def __init__(self,
         history_encoder, # HistoryEncoder
         width:int=128,   # D
@@ -389,14 +397,19 @@ class HistoryPretrainer(nn.Module):
         self.encoder = history_encoder
         self.image_head, self.text_head = nn.Linear(width, 64), nn.Linear(width, 64)
         self.match_head, self.word_bias = nn.Linear(width, 2), nn.Parameter(torch.zeros(history_encoder.get_input_embeddings().num_embeddings))
-        self.word_head = nn.Linear(width, width)
+        self.word_head, self.fact_heads = nn.Linear(width, width), FactHeads(width)
         self.temperature = nn.Parameter(torch.tensor(2.6))
 
-    def forward(self, pixels, ids, mask, wrong_ids, wrong_mask):
-        "(ITC, ITM, LM) losses of N frames with their true captions and captions in which one fact is wrong."
+    def forward(self, pixels, ids, mask, wrong_ids, wrong_mask, short_ids, short_mask, targets):
+        "(ITC, ITM, LM, facts) losses of N frames with true captions, captions in which one fact is wrong, and captions that say little."
         features = self.encoder.image_features(pixels)
         return (self.contrastive(features, ids, mask), self.matching(features, ids, mask, wrong_ids, wrong_mask),
-                self.language(features, ids, mask))
+                self.language(features, ids, mask), self.seen(features, short_ids, short_mask, targets))
+
+    def seen(self, features, ids, mask, targets):
+        "Everything that the picture shows, from the first state, whatever the caption leaves out."
+        said = self.fact_heads(self.encoder(input_ids=ids, attention_mask=mask, image_features=features)[:, 0])
+        return reader_loss(lambda _: said, dict(frames=None, **targets))
 
     def contrastive(self, features, ids, mask):
         "Picture and caption, read apart, find each other among the N of the batch."
@@ -423,7 +436,7 @@ def history_loss(
     batch, # as `history_batches` gives
     step:int,
 )->torch.Tensor:
-    "Sum of BLIP's three losses, as in its pre-training."
+    "Sum of the four losses."
     return sum(model(*batch))
 
 def history_batches(
@@ -434,8 +447,9 @@ def history_batches(
     std=CLIP_IMAGE_STD,
     max_length:int=36,    # S
     device="cpu",
-):                        # batches(step) -> pixels (N, 3, h, w), ids, mask, wrong ids, wrong mask (N, S)
-    "Frames, true captions, and captions in which one fact is wrong, for `history_loss`."
+    captions=None,        # N captions or None; a frame's own caption, where there is one, is its short one
+):                        # batches(step) -> pixels (N, 3, h, w), ids and mask (N, S) of true, wrong, short captions, targets
+    "Frames, true captions, captions in which one fact is wrong, captions that say little: for `history_loss`."
     mean, std = torch.tensor(mean).view(3, 1, 1), torch.tensor(std).view(3, 1, 1)
     def batch(step):
         index = [sample for _, sample in batch_indices(step, len(pool), config.batch_size, config.seed)]
@@ -443,13 +457,15 @@ def history_batches(
         pixels = (pool.frames[index].float() / 255 - mean) / std
         right = tokenize(tokenizer, [describe(pool.scenes[i], rng) for i in index], max_length)
         wrong = tokenize(tokenizer, [describe(altered(pool.scenes[i], rng), rng) for i in index], max_length)
-        return [t.to(device) for t in (pixels, *right, *wrong)]
+        short = [captions and captions[i] or training_caption(pool.scenes[i], rng, complete=0) for i in index]
+        targets = scene_targets([pool.scenes[i] for i in index])
+        return [t.to(device) for t in (pixels, *right, *wrong, *tokenize(tokenizer, short, max_length))] + [{name: t.to(device) for name, t in targets.items()}]
     return batch
 
 # %% ../nbs/09_miniature.ipynb #488b91e7
 STAGES = ("autoencoder", "decoder", "captions", "text_to_image", "history", "reader")
 SAVED_PARTS = ("vae", "text_encoder", "tokenizer", "unet", "scheduler", "history_encoder", "history_tokenizer", "reader")
-QUICK = dict(steps=dict(autoencoder=3200, decoder=4000, captions=1500, text_to_image=9000, history=900, reader=2400), stories=1000,
+QUICK = dict(steps=dict(autoencoder=3200, decoder=4000, captions=1500, text_to_image=9000, history=3000, reader=2400), stories=1000,
              frames=dict.fromkeys([stage for stage in STAGES if stage != "captions"], 16000))
 PRESETS = dict(quick=QUICK, shipped=QUICK)
 
@@ -523,11 +539,11 @@ def train_text_to_image(text_encoder, latents:LatentPool, config:TrainingConfig,
                  description="text to image", progress=progress)
     return result.use_ema(model).eval(), result.losses
 
-def train_history_encoder(pool:FramePool, tokenizer, config:TrainingConfig, folder, accelerator, progress:bool=True):
+def train_history_encoder(pool:FramePool, captions, tokenizer, config:TrainingConfig, folder, accelerator, progress:bool=True):
     "Stage 6: a HistoryEncoder in evaluation mode, and the losses. Continues the run in `folder`."
     torch.manual_seed(config.seed)
     model = HistoryPretrainer(tiny_history_encoder(tokenizer, image_size=pool.frames.shape[-1])).train()
-    batches = history_batches(pool, tokenizer, config, device=accelerator.device)
+    batches = history_batches(pool, tokenizer, config, device=accelerator.device, captions=captions)
     result = fit(model, history_loss, batches, config, folder, accelerator, description="history encoder", progress=progress)
     return result.use_ema(model).encoder.eval(), result.losses
 
@@ -596,7 +612,8 @@ def _train_stages(runs:Path, configs:dict, frames:dict, stories:int, corpus:int,
         some = pool.first(frames["decoder"])
         part["vae"], losses["decoder"] = train_decoder(vae, some, *encode_pool(vae, some, progress=progress), configs["decoder"], runs / "decoder", **shared)
     if wanted("history"):
-        part["history"], losses["history"] = train_history_encoder(pool.first(frames["history"]), history_tokenizer, configs["history"], runs / "history", **shared)
+        told = with_stories(pool.first(frames["history"]), make_stories(stories, seed=seed + 77))
+        part["history"], losses["history"] = train_history_encoder(*told, history_tokenizer, configs["history"], runs / "history", **shared)
     if wanted("reader"):
         part["reader"], losses["reader"] = train_frame_reader(pool.first(frames["reader"]), configs["reader"], runs / "reader", **shared)
     if only: return None, losses

@@ -32,6 +32,22 @@ def root()->Path:
     return Path(__file__).resolve().parent.parent
 
 
+@pytest.fixture(scope="session")
+def as_if_tuned():
+    "A function that makes a shipped pipeline whose context layer and adapters do something, without any tuning."
+    import torch
+    from causal_story.pipeline import story_pipeline
+
+    def make(**options):
+        pipe, generator = story_pipeline("miniature", **options), torch.Generator().manual_seed(0)
+        pipe.set_progress_bar_config(disable=True)
+        with torch.no_grad():
+            for part in (pipe.story_context.projection, pipe.story_context.relevance_head.query, *[b.up for b in pipe.adapters.bottlenecks.values()]):
+                part.weight.normal_(std=0.05, generator=generator)
+        return pipe
+    return make
+
+
 def pytest_terminal_summary(terminalreporter):
     "Print how long each notebook took."
     reports = [report for outcome in ("passed", "failed") for report in terminalreporter.stats.get(outcome, [])]

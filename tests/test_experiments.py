@@ -29,14 +29,8 @@ def no_bars():
 
 
 @pytest.fixture(scope="module")
-def pipe():
-    pipe = story_pipeline("miniature")
-    pipe.set_progress_bar_config(disable=True)
-    with torch.no_grad():  # as if tuned: context layer and adapters do something
-        generator = torch.Generator().manual_seed(0)
-        for part in (pipe.story_context.projection, pipe.story_context.relevance_head.query, *[b.up for b in pipe.adapters.bottlenecks.values()]):
-            part.weight.normal_(std=0.05, generator=generator)
-    return pipe
+def pipe(as_if_tuned):
+    return as_if_tuned()
 
 
 @pytest.fixture(scope="module")
