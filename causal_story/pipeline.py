@@ -322,7 +322,7 @@ class StoryComponents(TunedPartsMixin, StoryLoopMixin, DiffusionPipeline):
         num_inference_steps:int=20,    # default of `__call__`
         guidance_scale:float=2.0,      # default of `__call__`
         context_layer:bool=True,       # False: AR-LDM's context even if layers are there
-        guidance_interval:tuple=(0.0, 1.0), # default of `__call__`
+        guidance_interval:tuple|list=(0.0, 1.0), # default of `__call__`
     ):
         super().__init__()
         self.register_modules(vae=vae, text_encoder=text_encoder, tokenizer=tokenizer, unet=unet, scheduler=scheduler,
