@@ -1,13 +1,26 @@
-"What 14_command_line need not show: every verb explains itself, wrong requests are one line, sampling options reach the pipeline."
+"What 14_command_line need not show: settings from everywhere, runs that are stopped, folders that are not ours, judges that are handed in."
+import json
+import shutil
+import sys
+import types
+
 import pytest
+import torch
+import yaml
+from PIL import Image
+from safetensors.torch import load_file
+from transformers import CLIPConfig, CLIPModel
 from transformers.utils import logging
 
 import causal_story.cli as cli
-from causal_story.cli import main
-from causal_story.data import convert_folder, write_folder
+from causal_story.cli import DrawnStories, draw_folder, main, read_metrics
+from causal_story.data import StoryDataset, convert_folder, write_folder
+from causal_story.encoders import tiny_tokenizers
+from causal_story.presets import write_tiny_folders
 from causal_story.storyworld import make_stories
 
-VERBS = ("prepare", "pretrain", "train", "sample", "experiment", "demo")
+pytestmark = pytest.mark.filterwarnings("ignore:.*torch.jit")
+VERBS = ("prepare", "pretrain", "cache", "train", "sample", "evaluate", "experiment", "demo")
 
 
 @pytest.fixture(scope="module")
@@ -24,29 +37,158 @@ def no_bars():
     logging.enable_progress_bar()
 
 
+def said(capsys)->str:
+    "The last line of standard error."
+    return capsys.readouterr().err.strip().splitlines()[-1]
+
+
+# ---------------------------------------------------------------- words, flags, files
+
 @pytest.mark.parametrize("verb", VERBS)
 def test_every_verb_explains_itself(verb, capsys):
     with pytest.raises(SystemExit) as end: main([verb, "--help"])
     assert end.value.code == 0
-    said = capsys.readouterr().out
-    assert "show this help" in said and len(said.splitlines()) > 5
+    text = capsys.readouterr().out
+    assert "show this help" in text and len(text.splitlines()) > 5
+    assert f"example:\n  causal-story {verb} " in text and "KEY=VALUE" in text
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_the_examples_in_the_help_are_understood(verb):
+    example = cli._VERBS[verb][2].split()
+    assert example[:2] == ["causal-story", verb]
+    cli._read_words(cli._parsers()[1][verb], example[2:])
 
 
 @pytest.mark.parametrize("words, named", [
     (["pretrain", "{0}/base", "--steps", "unet=3"], "unet=3"),
     (["pretrain", "{0}/base", "--steps", "decoder=0"], "decoder=0"),
-    (["train", "{0}/nowhere", "{0}/data.h5", "{0}/out"], "nowhere"),
+    (["train", "{0}/nowhere", "{1}", "{0}/out"], "nowhere"),
     (["train", "miniature", "{0}/nowhere.h5", "{0}/out"], "nowhere.h5"),
-    (["sample", "{0}/nowhere", "{0}/data.h5"], "nowhere"),
+    (["train", "miniature", "{1}"], "OUT is missing"),
+    (["train", "miniature", "{1}", "{0}/out", "steps=many"], "steps='many': expected a whole number"),
+    (["train", "miniature", "{1}", "{0}/out", "steps=2.5"], "steps=2.5: expected a whole number"),
+    (["train", "miniature", "{1}", "{0}/out", "half=3"], "half=3: expected true or false"),
+    (["train", "miniature", "{1}", "{0}/out", "betas=[0.9]"], "expected a list of 2"),
+    (["train", "miniature", "{1}", "{0}/out", "policy=lokal"], "choose one of none, full, local, weighted"),
+    (["train", "miniature", "{1}", "{0}/out", "steps=null"], "leave it out to get the default, 750"),
+    (["train", "miniature", "{1}", "{0}/out", "bach_size=3"], "did you mean 'batch_size'?"),
+    (["train", "miniature", "{1}", "{0}/out", "--config", "{0}/nowhere.yaml"], "nowhere.yaml"),
+    (["train", "nobody/nothing", "{1}", "{0}/out", "--preset", "ar-ldm", "blip=nobody/nothing"], "as a folder on this computer"),
+    (["train", "miniature", "{1}", "{0}/out", "--preset", "ar-ldm", "width=3"], "--width belongs to the preset ar-ldm"),
+    (["sample", "{0}/nowhere", "{1}"], "nowhere"),
+    (["sample", "nobody/nothing", "{1}"], "give model as a folder on this computer"),
     (["sample", "miniature", "{0}/nowhere.h5"], "nowhere.h5"),
+    (["sample", "miniature", "{1}", "--story", "2"], "there is no story 2; split 'test' has 0 to 1"),
+    (["evaluate", "{0}/nowhere", "{1}"], "nowhere"),
+    (["evaluate", "{0}", "{1}"], "holds no drawn story"),
+    (["cache", "{0}/nowhere", "{1}", "blip={0}"], "cannot be read as a Blip"),
     (["prepare", "folder", "{0}/nowhere", "{0}/out.h5"], "nowhere"),
+    (["prepare", "folder", "{0}", "{1}"], "is there already"),
 ])
-def test_wrong_requests_are_one_line_that_names_what_is_wrong(words, named, tmp_path, capsys):
-    assert main([word.format(tmp_path) for word in words]) == 1
-    said = capsys.readouterr().err.strip().splitlines()[-1]
-    assert said.startswith(f"causal-story {words[0]}:") and named in said
-    assert not list(tmp_path.rglob("*.h5"))
+def test_wrong_requests_are_one_line_that_names_what_is_wrong(words, named, data, tmp_path, capsys):
+    before = data.read_bytes()
+    assert main([word.format(tmp_path, data) for word in words]) == 1
+    line = said(capsys)
+    assert line.startswith(f"causal-story {words[0]}:") and named in line
+    assert not list(tmp_path.iterdir()) and data.read_bytes() == before
 
+
+@pytest.mark.parametrize("text, named", [("steps: [1\nseed: 2", "line 2: not YAML"), ("- steps", "key: value"), ("stepps: 3", "did you mean 'steps'?"), ("seed: true", "seed=True: expected a whole number")])
+def test_a_bad_file_of_settings_is_named(text, named, data, tmp_path, capsys):
+    (tmp_path / "run.yaml").write_text(text)
+    assert main(["train", "miniature", str(data), str(tmp_path / "out"), "--config", str(tmp_path / "run.yaml")]) == 1
+    line = said(capsys)
+    assert named in line and "run.yaml" in line and not (tmp_path / "out").exists()
+
+
+def read(*words): return vars(cli._read_words(cli._parsers()[1]["train"], [str(word) for word in words]))
+
+
+def test_words_and_flags_win_over_the_file_and_the_file_over_defaults(tmp_path):
+    path = tmp_path / "run.yaml"
+    path.write_text("base: b\ndata: d.h5\nout: o\nsteps: 7\nlearning-rate: 5e-4\nseed: 3\nwords: [milo, kiki]\nhalf: true\n")
+    a = read("--config", path, "steps=8", "--seed", 4, "words=[otto]")
+    assert (a["base"], a["data"], a["out"], a["steps"], a["seed"], a["learning_rate"], a["words"], a["half"]) == ("b", "d.h5", "o", 8, 4, 5e-4, ["otto"], True)
+    assert a["batch_size"] == 8 and a["betas"] == [0.9, 0.99]
+    assert read("x", "steps=2", "y", "--config", path, "z")["data"] == "y"
+
+
+def test_flags_stand_where_one_likes():
+    for words in (["b", "d", "o", "--steps", 2], ["--steps", 2, "b", "d", "o"], ["b", "--steps", 2, "d", "o"], ["b", "d", "o", "steps=2"], ["steps=2", "out=o", "b", "d"]):
+        a = read(*words)
+        assert (a["base"], a["data"], a["out"], a["steps"]) == ("b", "d", "o", 2)
+    assert read("b", "./d=e.h5", "o")["data"] == "./d=e.h5"
+    assert read("b", "--blip", "a=b", "d", "o")["blip"] == "a=b"
+
+
+# ---------------------------------------------------------------- a run
+
+TRAIN = ["batch_size=2", "steps=4", "warmup_steps=1", "checkpoint_every=2"]
+
+
+def weights(folder): return {path.parent.name: load_file(path) for part in ("adapters", "story_context", "history_encoder") for path in (folder / part).glob("*.safetensors")}
+
+
+def test_stopped_looked_at_and_continued_equals_left_alone(data, tmp_path, monkeypatch):
+    alone, stopped = str(tmp_path / "alone"), str(tmp_path / "stopped")
+    assert main(["train", "miniature", str(data), alone, *TRAIN]) == 0
+    write = cli.MetricsLog.__call__
+    def stop(log, step, loss, model):
+        write(log, step, loss, model)
+        if step == 2: raise KeyboardInterrupt
+    monkeypatch.setattr(cli.MetricsLog, "__call__", stop)
+    words = ["train", "miniature", str(data), stopped, *TRAIN, "sample_every=1", "sample_steps=1"]
+    assert main(words) == 130
+    monkeypatch.setattr(cli.MetricsLog, "__call__", write)
+    run = tmp_path / "stopped" / "run"
+    assert [row["step"] for row in read_metrics(run / "metrics.csv")] == [1, 2, 3]
+    assert main(["train", "--config", str(run / "settings.yaml")]) == 0
+    rows, others = (read_metrics(tmp_path / name / "run" / "metrics.csv") for name in ("stopped", "alone"))
+    assert [row["step"] for row in rows] == [1, 2, 3, 4] and [row["loss"] for row in rows] == [row["loss"] for row in others]
+    assert sorted(path.name for path in (run / "samples").iterdir()) == [f"step-{k:08d}.png" for k in (1, 2, 3, 4)]
+    a, b = weights(tmp_path / "alone"), weights(tmp_path / "stopped")
+    assert len(a) == 3 and all(torch.equal(value, b[part][name]) for part in a for name, value in a[part].items())
+    assert set(yaml.safe_load((run / "versions.yaml").read_text())[-1]) == {"python", "torch", "diffusers", "transformers", "causal_story"}
+
+
+def test_a_run_is_not_continued_under_other_settings_and_other_folders_are_left_alone(data, tmp_path, capsys):
+    run = tmp_path / "out" / "run"
+    cli.start_run(run, dict(steps=3, out="o"))
+    kept = (run / "settings.yaml").read_bytes()
+    with pytest.raises(ValueError, match="steps was 3, now 4"): cli.start_run(run, dict(steps=4, out="o"))
+    assert (run / "settings.yaml").read_bytes() == kept
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.txt").write_text("all of it")
+    assert main(["train", "miniature", str(data), str(tmp_path / "mine")]) == 1
+    assert "name another folder" in said(capsys)
+    assert [path.name for path in (tmp_path / "mine").iterdir()] == ["thesis.txt"]
+
+
+def test_other_versions_are_written_down_when_a_run_goes_on(tmp_path, monkeypatch):
+    cli.start_run(tmp_path, dict(steps=3))
+    monkeypatch.setattr(cli, "package_versions", lambda: dict(torch="9"))
+    for _ in range(2): cli.start_run(tmp_path, dict(steps=3))
+    assert [row["torch"] for row in yaml.safe_load((tmp_path / "versions.yaml").read_text())] == [torch.__version__, "9"]
+
+
+def test_metrics_survive_a_cut_line_and_reach_tensorboard(tmp_path, monkeypatch):
+    seen = []
+    class Writer:
+        def __init__(self, folder, purge_step): seen.append(purge_step)
+        def add_scalar(self, name, value, step): seen.append((name, step))
+        def close(self): seen.append("closed")
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", types.SimpleNamespace(SummaryWriter=Writer))
+    (tmp_path / "metrics.csv").write_text("step,loss,learning_rate,seconds\n1,0.5,1e-3,2.0\n2,0.4,1e-3,3.0\n3,0.3,1e-")
+    log = cli.MetricsLog(tmp_path, cli.TrainingConfig())
+    log(2, 0.25, None)
+    log.close()
+    rows = read_metrics(tmp_path / "metrics.csv")
+    assert [(row["step"], row["loss"]) for row in rows] == [(1, 0.5), (2, 0.4), (3, 0.25)] and rows[-1]["seconds"] >= 3
+    assert seen == [3, ("loss", 3), ("learning_rate", 3), "closed"]
+
+
+# ---------------------------------------------------------------- drawing
 
 def test_sampling_options_reach_the_pipeline(data, tmp_path, monkeypatch):
     seen = {}
@@ -60,3 +202,148 @@ def test_sampling_options_reach_the_pipeline(data, tmp_path, monkeypatch):
     assert main([str(word) for word in words]) == 1
     assert (seen["num_inference_steps"], seen["guidance_scale"], seen["history_policy"], seen["window"], seen["task"]) == (3, 1.5, "local", 2, "continuation")
     assert seen["source_image"].size == (64, 64)
+
+
+class Copyist:
+    "Draws the truth, and notes which generators it was given."
+    def __init__(self, dataset): self.told, self.states = {tuple(s.captions): s.frames for s in map(dataset.story, range(len(dataset)))}, {}
+    def __call__(self, stories, task, generator, source_image=None, source_caption=None):
+        whole = stories if source_caption is None else [[first, *rest] for first, rest in zip(source_caption, stories)]
+        self.states |= {story[0]: g.initial_seed() for story, g in zip(whole, generator)}
+        return types.SimpleNamespace(frames=[self.told[tuple(story)][len(story) - len(rest):] for story, rest in zip(whole, stories)])
+
+
+@pytest.fixture(scope="module")
+def mixed(tmp_path_factory):
+    "Five stories of two lengths."
+    folder = tmp_path_factory.mktemp("mixed")
+    stories = [make_stories(1, "test", seed=k, n_frames=3 + 2 * (k % 2))[0] for k in range(5)]
+    write_folder(dict(test=stories), folder / "raw", size=64)
+    return StoryDataset(convert_folder(folder / "raw", folder / "stories.h5", progress=False), "test")
+
+
+@pytest.mark.parametrize("task", ["visualization", "continuation"])
+def test_processes_share_a_drawing_that_does_not_depend_on_them(mixed, tmp_path, task):
+    one, two = Copyist(mixed), Copyist(mixed)
+    assert draw_folder(one, mixed, tmp_path / "one", task, batch_size=4) == [0, 1, 2, 3, 4]
+    (tmp_path / "two" / ".00000001.partial").mkdir(parents=True)   # a killed process was here
+    shares = [draw_folder(two, mixed, tmp_path / "two", task, batch_size=2, process=p, n_processes=2) for p in (0, 1)]
+    assert shares == [[0, 2, 4], [1, 3]] and one.states == two.states
+    assert draw_folder(two, mixed, tmp_path / "two", task) == []
+    names = lambda folder: sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
+    assert names(tmp_path / "one") == names(tmp_path / "two")
+    drawn, first = DrawnStories(tmp_path / "two"), int(task == "continuation")
+    for k in range(5):
+        record = mixed.story(k)
+        assert [frame.tobytes() for frame in drawn.frames(k, record, task)] == [frame.tobytes() for frame in record.frames[first:]]
+        assert (tmp_path / "two" / f"{k:08d}" / f"frame-{len(record.frames) - 1}.png").exists()
+
+
+def test_a_folder_holds_one_drawing(tmp_path):
+    cli.claim_folder(tmp_path / "drawn", dict(seed=0, task="visualization"))
+    cli.claim_folder(tmp_path / "drawn", dict(seed=0, task="visualization"))
+    with pytest.raises(ValueError, match="seed was 0, now 1"): cli.claim_folder(tmp_path / "drawn", dict(seed=1, task="visualization"))
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.txt").write_text("all of it")
+    with pytest.raises(FileExistsError, match="holds no drawn stories"): cli.claim_folder(tmp_path / "mine", dict(seed=0))
+
+
+# ---------------------------------------------------------------- judging
+
+@pytest.fixture(scope="module")
+def truth(mixed, tmp_path_factory):
+    "The truth as another program may leave it: no drawn.json, names of its own."
+    folder = tmp_path_factory.mktemp("truth")
+    for k in range(5):
+        (folder / str(k)).mkdir()
+        for n, frame in enumerate(mixed.story(k).frames): frame.save(folder / str(k) / f"{n}.png")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def judges(mixed, tmp_path_factory):
+    "Networks that a user might hand in: a classifier, features, CLIP."
+    folder = tmp_path_factory.mktemp("judges")
+    torch.manual_seed(0)
+    pool = torch.nn.Sequential(torch.nn.AdaptiveAvgPool2d(4), torch.nn.Flatten(), torch.nn.Linear(48, 5))
+    torch.jit.trace(pool.eval(), torch.zeros(1, 3, 299, 299)).save(str(folder / "network.pt"))
+    tokenizer, _ = tiny_tokenizers([caption for k in range(5) for caption in mixed.story(k).captions], max_length=24)
+    shape = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2)
+    text = dict(shape, vocab_size=len(tokenizer), max_position_embeddings=24, eos_token_id=tokenizer.eos_token_id, bos_token_id=tokenizer.bos_token_id, pad_token_id=tokenizer.pad_token_id)
+    CLIPModel(CLIPConfig(text_config=text, vision_config=dict(shape, image_size=32, patch_size=8), projection_dim=16)).save_pretrained(folder / "clip")
+    tokenizer.save_pretrained(folder / "clip")
+    return folder
+
+
+def test_the_truth_is_judged_perfect_by_every_judge(mixed, truth, judges, tmp_path, capsys):
+    words = ["evaluate", truth, mixed.path, "--classifier", judges / "network.pt", "--inception", judges / "network.pt", "--clip", judges / "clip", "--out", tmp_path / "scores.json"]
+    assert main([str(word) for word in words]) == 0
+    assert "5 of 5 stories of split 'test'" in capsys.readouterr().out
+    record = json.loads((tmp_path / "scores.json").read_text())
+    scores = {line["name"]: line for line in record["scores"]}
+    assert {line["n"] for name, line in scores.items() if "facts" not in name} == {19}
+    perfect = {name: line["value"] for name, line in scores.items() if "FID" in name or "your classifier" in name}
+    assert len(perfect) == 5 and all(abs(value - ("F1" in name or "accuracy" in name)) < 1e-3 for name, value in perfect.items())
+    assert scores["facts drawn right"]["value"] > 0.95 and {"FID, AR-LDM's protocol (over 64 pixels)", "FID, standard protocol"} <= set(scores)
+    assert record["reference_tile"] == 0 and record["versions"]["torch"] == torch.__version__
+    assert main([str(word) for word in words]) == 1 and "is there already" in said(capsys)
+
+
+def test_clip_score_by_hand(mixed, judges):
+    judge, record = cli.ClipJudge(judges / "clip"), mixed.story(0)
+    judge.add(record, record.frames, "visualization")
+    for caption, frame, row in zip(record.captions, record.frames, judge.rows, strict=True):
+        words = judge.tokenizer(caption, return_tensors="pt")
+        with torch.no_grad(): out = judge.model(**words, pixel_values=cli.pixels([frame], 32, cli.CLIP_IMAGE_MEAN, cli.CLIP_IMAGE_STD))
+        a, b = (x[0] / x[0].norm() for x in (out.image_embeds, out.text_embeds))
+        assert row["correct"] == pytest.approx(100 * max(0, float(a @ b)), abs=1e-3)
+
+
+@pytest.mark.parametrize("damage, named", [
+    (lambda folder: (folder / "1" / "2.png").unlink(), "story 1, visualization, has 5 frames"),
+    (lambda folder: (folder / "0" / "0.png").write_bytes(b"no picture"), "0.png: cannot be read"),
+    (lambda folder: Image.new("RGB", (64, 32)).save(folder / "0" / "0.png"), "frames are square"),
+    (lambda folder: (folder / "0" / "story.json").write_text('{"captions": ["Somebody else."]}'), "other captions"),
+    (lambda folder: (folder / "drawn.json").write_text('{"task": '), "drawn.json: not a whole JSON file"),
+    (lambda folder: (folder / "drawn.json").write_text('{"split": "val"}'), "there is no split 'val'"),
+    (lambda folder: (folder / "7").mkdir(), "there is no story 7"),
+])
+def test_stories_that_do_not_fit_are_named(mixed, truth, tmp_path, damage, named, capsys):
+    shutil.copytree(truth, tmp_path / "drawn")
+    damage(tmp_path / "drawn")
+    assert main(["evaluate", str(tmp_path / "drawn"), mixed.path, "--out", str(tmp_path / "scores.json")]) == 1
+    assert named in said(capsys) and not (tmp_path / "scores.json").exists()
+
+
+@pytest.mark.parametrize("words, named", [(["--inception", "{0}/nowhere.pt"], "nowhere.pt"), (["--classifier", "{0}/bad.pt"], "not a TorchScript file"), (["--clip", "{0}"], "CLIPModel"),
+                                          (["--reader", "none"], "nothing to judge with")])
+def test_judges_that_cannot_judge_are_named(mixed, truth, tmp_path, words, named, capsys):
+    (tmp_path / "bad.pt").write_bytes(b"no network")
+    assert main(["evaluate", str(truth), mixed.path, *(word.format(tmp_path) for word in words)]) == 1
+    assert named in said(capsys)
+
+
+def test_a_model_draws_and_is_judged(data, tmp_path, capsys):
+    words = ["evaluate", "miniature", str(data), "stories=1", "task=continuation", "num_inference_steps=1", f"folder={tmp_path / 'drawn'}"]
+    assert main(words) == 0
+    out = capsys.readouterr().out
+    assert "1 of 2 stories of split 'test', continuation" in out and "facts drawn right" in out
+    assert main(["evaluate", str(tmp_path / "drawn"), str(data)]) == 0   # the folder knows its task
+    assert [line for line in capsys.readouterr().out.splitlines() if "facts" in line] == [line for line in out.splitlines() if "facts" in line]
+
+
+# ---------------------------------------------------------------- full size
+
+def test_presets_train_from_the_cache_that_the_command_made(data, tmp_path, capsys):
+    sd, blip = write_tiny_folders(tmp_path / "published", [caption for story in make_stories(2) for caption in story.captions])
+    tiny = ["preset=ar-ldm", f"blip={blip}", "image_size=32", "max_length=24"]
+    assert main(["sample", str(sd), str(data)]) == 1 and "--preset causal-story makes one of it" in said(capsys)
+    tiny[0] = "preset=causal-story"
+    assert main(["cache", str(sd), str(data), *tiny]) == 0
+    caches = list(data.parent.glob("*.features.h5"))
+    made = caches[0].stat().st_mtime_ns
+    assert main(["train", str(sd), str(data), str(tmp_path / "out"), *tiny, "steps=1", "batch_size=2"]) == 0
+    assert list(data.parent.glob("*.features.h5")) == caches and caches[0].stat().st_mtime_ns == made
+    kept = yaml.safe_load((tmp_path / "out" / "run" / "settings.yaml").read_text())
+    assert kept["learning_rate"] == 1e-4 and kept["method"] is None and kept["preset"] == "causal-story"
+    assert main(["train", "--config", str(tmp_path / "out" / "run" / "settings.yaml")]) == 0   # nothing is left to do
