@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['FREE_SETTINGS', 'as_setting', 'read_settings', 'read_yaml', 'package_versions', 'start_run', 'MetricsLog',
            'read_metrics', 'SamplePictures', 'load_pipeline', 'new_pipeline', 'train_stories', 'sample_stories',
-           'story_of', 'draw_folder', 'claim_folder', 'DrawnStories', 'read_json', 'read_picture', 'score',
+           'story_of', 'draw_folder', 'read_json', 'read_picture', 'claim_folder', 'DrawnStories', 'score',
            'WorldJudge', 'distance', 'ClassifierJudge', 'InceptionJudge', 'in_range', 'ClipJudge', 'read_network',
            'evaluate_stories', 'print_scores', 'best_device', 'main']
 
@@ -72,7 +72,7 @@ def as_setting(
     if isinstance(action.nargs, int) and len(values) != action.nargs: raise ValueError(f"{said}: expected a list of {action.nargs}")
     return [one(v) for v in values]
 
-# %% ../nbs/14_command_line.ipynb #0819bd27
+# %% ../nbs/14_command_line.ipynb #256f3b4b
 def read_settings(
     actions:dict,  # key -> argparse action: the settings that there are
     config=None,   # YAML file: one mapping
@@ -96,6 +96,7 @@ def read_settings(
         except yaml.YAMLError: raise ValueError(f"{word}: the value cannot be read") from None
     return found
 
+# %% ../nbs/14_command_line.ipynb #523edd19
 def read_yaml(
     path, # YAML file
 )->dict:
@@ -108,18 +109,21 @@ def read_yaml(
     if not isinstance(content or {}, dict): raise ValueError(f"{path}: expected lines of the form `key: value`")
     return content or {}
 
-# %% ../nbs/14_command_line.ipynb #7a591b11
+# %% ../nbs/14_command_line.ipynb #7f874d03
 FREE_SETTINGS = ("out", "checkpoint_every", "keep_checkpoints", "sample_every", "sample_steps")
 
+# %% ../nbs/14_command_line.ipynb #a424caa3
 def package_versions()->dict:
     "What computed: versions of Python and of the packages that decide about numbers."
     import causal_story, diffusers, transformers
     packages = dict(torch=torch, diffusers=diffusers, transformers=transformers, causal_story=causal_story)
     return dict(python=platform.python_version(), **{name: str(package.__version__) for name, package in packages.items()})
 
+# %% ../nbs/14_command_line.ipynb #2e227077
 def _write_yaml(path, content):
     with atomic_path(path) as partial: partial.write_text(yaml.safe_dump(content, sort_keys=False), encoding="utf-8")
 
+# %% ../nbs/14_command_line.ipynb #1ee0ed57
 def start_run(
     folder,              # run folder
     settings:dict,       # all of them
@@ -134,7 +138,7 @@ def start_run(
     _write_yaml(path, settings)
     if not seen or seen[-1] != package_versions(): _write_yaml(versions, seen + [package_versions()])
 
-# %% ../nbs/14_command_line.ipynb #d97a7914
+# %% ../nbs/14_command_line.ipynb #1f912f4d
 class MetricsLog:
     "Callback of `fit`: a row a step in metrics.csv, and in TensorBoard's log if that is installed."
     columns = ("step", "loss", "learning_rate", "seconds")
@@ -169,6 +173,7 @@ class MetricsLog:
         for log in (self.file, self.board):
             if log is not None: log.close()
 
+# %% ../nbs/14_command_line.ipynb #a9821ba3
 def read_metrics(
     path, # metrics.csv
 )->list:  # one dict a row; a last row that was cut short is left out
@@ -204,7 +209,7 @@ class SamplePictures:
             for module in training: module.training = True
             self.pipe.set_progress_bar_config(**{"disable": False, **bars})
 
-# %% ../nbs/14_command_line.ipynb #dcb0668a
+# %% ../nbs/14_command_line.ipynb #1ba48cce
 def load_pipeline(
     folder, # a tuned pipeline (has model_index.json), "miniature" (the shipped one), a base, or a hub id
 )->CausalStoryPipeline:
@@ -218,6 +223,7 @@ def load_pipeline(
     if kind == "CausalStoryPipeline": return CausalStoryPipeline.from_pretrained(path)
     raise ValueError(f"{path} holds a {kind}, no CausalStoryPipeline" + ("; --preset causal-story makes one of it" if "StableDiffusion" in str(kind) else ""))
 
+# %% ../nbs/14_command_line.ipynb #078028cf
 def new_pipeline(
     base,                       # folder of a base, "miniature"; with a preset: Stable Diffusion, folder or hub id
     preset=None,                # of FULL_SCALE
@@ -233,7 +239,7 @@ def new_pipeline(
     if preset: return full_scale_pipeline(preset, base, blip, dataset, tuple(words), max_length, image_size, window, seed)
     return story_pipeline(base, width, seed=seed, history_policy=policy, window=window)
 
-# %% ../nbs/14_command_line.ipynb #098d38e8
+# %% ../nbs/14_command_line.ipynb #676fdee4
 def train_stories(
     pipe:CausalStoryPipeline,   # changed in place
     data,                       # HDF5 file with a split "train"
@@ -256,6 +262,7 @@ def train_stories(
     result.use_ema(model).eval()
     return result
 
+# %% ../nbs/14_command_line.ipynb #f7e77fad
 def sample_stories(
     pipe:CausalStoryPipeline,
     data, split:str, task:str,
@@ -275,12 +282,13 @@ def sample_stories(
         drawn = pipe(record.captions[given:], task=task, generator=generator, **source, **options).frames[0]
         rows += [("truth", record.frames), ("drawn", record.frames[:given] + drawn)]
         captions = record.captions
-    figure = show_story(rows=rows, captions=captions if len(index) == 1 else None)
+    figure = show_story(rows=rows, captions=captions if len(index) == 1 else None, given=int(given))
     with atomic_path(out) as partial: figure.savefig(partial, format="png")
     plt.close(figure)
     dataset.close()
     return Path(out)
 
+# %% ../nbs/14_command_line.ipynb #e35ba9ee
 def story_of(
     dataset, # StoryDataset
     k:int,   # which
@@ -289,7 +297,7 @@ def story_of(
     if not 0 <= k < len(dataset): raise ValueError(f"{dataset.path}: there is no story {k}; split {dataset.split!r} has 0 to {len(dataset) - 1}")
     return dataset.story(k, tile=0)
 
-# %% ../nbs/14_command_line.ipynb #4b8ea4f5
+# %% ../nbs/14_command_line.ipynb #d663af8e
 def draw_folder(
     pipe:CausalStoryPipeline,
     dataset,                   # StoryDataset
@@ -317,6 +325,7 @@ def draw_folder(
             bar.update(len(records))
     return missing
 
+# %% ../nbs/14_command_line.ipynb #6272797f
 def _write_story(folder, record, frames, given):
     aside = folder.with_name(f".{folder.name}.partial")
     shutil.rmtree(aside, ignore_errors=True)
@@ -325,6 +334,21 @@ def _write_story(folder, record, frames, given):
     (aside / "story.json").write_text(json.dumps(dict(id=record.id, captions=record.captions), indent=1), encoding="utf-8")
     os.replace(aside, folder)
 
+# %% ../nbs/14_command_line.ipynb #c08a4f4b
+def read_json(path)->dict:
+    "A JSON file. Raises ValueError that names it."
+    try: return json.loads(Path(path).read_text(encoding="utf-8"))
+    except ValueError as error: raise ValueError(f"{path}: not a whole JSON file ({error})") from None
+
+# %% ../nbs/14_command_line.ipynb #b6edb422
+def read_picture(path)->Image.Image:
+    "A square picture, RGB. Raises ValueError that names it."
+    try: picture = Image.open(path).convert("RGB")
+    except (OSError, SyntaxError) as error: raise ValueError(f"{path}: cannot be read as a picture ({error})") from None
+    if picture.width != picture.height: raise ValueError(f"{path}: {picture.width}x{picture.height} pixels; frames are square")
+    return picture
+
+# %% ../nbs/14_command_line.ipynb #fed77366
 def claim_folder(
     out,         # folder of drawn stories
     about:dict,  # how they are drawn
@@ -339,7 +363,7 @@ def claim_folder(
         if out.exists() and (not out.is_dir() or any(out.iterdir())): raise FileExistsError(f"{out} is there and holds no drawn stories: name another folder")
         with atomic_path(path) as partial: partial.write_text(json.dumps(about, indent=1), encoding="utf-8")
 
-# %% ../nbs/14_command_line.ipynb #9d448e37
+# %% ../nbs/14_command_line.ipynb #6fdbe1ff
 class DrawnStories:
     "A folder of drawn stories, ours or another program's: subfolders 0, 1, 2 ... with a PNG a frame. Nothing is read before it is asked for."
     def __init__(self, folder): # with a subfolder a story
@@ -362,19 +386,7 @@ class DrawnStories:
         if len(names) != wanted: raise ValueError(f"{folder} holds {len(names)} pictures; story {k}, {task}, has {wanted} frames to draw")
         return [read_picture(path) for path in names]
 
-def read_json(path)->dict:
-    "A JSON file. Raises ValueError that names it."
-    try: return json.loads(Path(path).read_text(encoding="utf-8"))
-    except ValueError as error: raise ValueError(f"{path}: not a whole JSON file ({error})") from None
-
-def read_picture(path)->Image.Image:
-    "A square picture, RGB. Raises ValueError that names it."
-    try: picture = Image.open(path).convert("RGB")
-    except (OSError, SyntaxError) as error: raise ValueError(f"{path}: cannot be read as a picture ({error})") from None
-    if picture.width != picture.height: raise ValueError(f"{path}: {picture.width}x{picture.height} pixels; frames are square")
-    return picture
-
-# %% ../nbs/14_command_line.ipynb #89dbe329
+# %% ../nbs/14_command_line.ipynb #8040531f
 def score(
     name:str,                    # of the score
     rows:list,                   # dicts with story and correct (any number)
@@ -385,6 +397,7 @@ def score(
     line = summarise(rows)[0]
     return [dict(name=name, value=line["accuracy"], low=line["low"], high=line["high"], n=line["n"])]
 
+# %% ../nbs/14_command_line.ipynb #ea45fbce
 class WorldJudge:
     "The frame reader on stories of the world: facts, characters, and a distance on its features."
     def __init__(self, reader): # FrameReader
@@ -408,12 +421,13 @@ class WorldJudge:
                 dict(name="frame accuracy (frame reader)", value=frame_accuracy(seen, there), n=len(seen)),
                 *distance("Fréchet distance on the frame reader's features (not an FID)", *self.features)]
 
+# %% ../nbs/14_command_line.ipynb #47697495
 def distance(name:str, real:list, drawn:list)->list:
     "A Fréchet distance of features (rounding below zero cut off), or nothing where there are fewer than two frames."
     real, drawn = torch.cat(real), torch.cat(drawn)
     return [dict(name=name, value=max(0.0, frechet_distance(real, drawn)), n=len(drawn))] if len(drawn) > 1 else []
 
-# %% ../nbs/14_command_line.ipynb #1f29f6e7
+# %% ../nbs/14_command_line.ipynb #45e2e08e
 class ClassifierJudge:
     "A character classifier on drawn and on true frames."
     def __init__(self,
@@ -436,6 +450,7 @@ class ClassifierJudge:
         return [dict(name=f"{name} (your classifier, against what it sees in the true frames)", value=function(seen, there), n=len(seen))
                 for name, function in (("character F1", character_f1), ("frame accuracy", frame_accuracy))]
 
+# %% ../nbs/14_command_line.ipynb #8c6c1697
 class InceptionJudge:
     "FID in both protocols, on the features of a network that is handed in."
     def __init__(self,
@@ -459,6 +474,7 @@ class InceptionJudge:
         names = dict(arldm="FID, AR-LDM's protocol (over 64 pixels)", standard="FID, standard protocol")
         return [line for protocol, kept in self.features.items() for line in distance(names[protocol], *kept)]
 
+# %% ../nbs/14_command_line.ipynb #9e731534
 def in_range(
     frames:torch.Tensor, # any shape, in [-1, 1]
     value_range,         # (low, high)
@@ -467,7 +483,7 @@ def in_range(
     low, high = value_range
     return (frames + 1) / 2 * (high - low) + low
 
-# %% ../nbs/14_command_line.ipynb #9cf4dc5d
+# %% ../nbs/14_command_line.ipynb #fdc17740
 class ClipJudge:
     "CLIP score (Hessel et al. 2021, without their factor 2.5) of every frame with its caption; captions are cut to CLIP's length."
     def __init__(self,
@@ -491,6 +507,7 @@ class ClipJudge:
         "What was found."
         return score("CLIP score, 100 max(0, cos)", self.rows)
 
+# %% ../nbs/14_command_line.ipynb #cb9bac8e
 def read_network(
     path,          # TorchScript file
     argument:str,  # named in the error
@@ -501,33 +518,37 @@ def read_network(
     try: return torch.jit.load(str(path), map_location=device).eval()
     except RuntimeError as error: raise ValueError(f"{argument}={str(path)!r}: not a TorchScript file ({str(error).splitlines()[0][:100]})") from None
 
+# %% ../nbs/14_command_line.ipynb #20e7bf7c
 def evaluate_stories(
     drawn:DrawnStories,
     dataset,        # StoryDataset that they were drawn from
     judges:list,    # objects with add(record, frames, task) and scores()
     task:str="visualization",
     index=None,     # which stories; None: all that are drawn
+    progress:bool=True,
 )->list:            # dicts: name, value, n, and low, high where there is an interval
     "Show every drawn story, with its truth, to every judge. Raises ValueError naming a story that does not fit."
     index = sorted(drawn.paths) if index is None else list(index)
-    for k in tqdm(index, desc="judging stories", unit="story"):
+    for k in tqdm(index, desc="judging stories", unit="story", disable=not progress):
         record = story_of(dataset, k)
         frames = drawn.frames(k, record, task)
         for judge in judges: judge.add(record, frames, task)
     return [line for judge in judges for line in judge.scores()]
 
+# %% ../nbs/14_command_line.ipynb #c7cf33d5
 def print_scores(scores:list):
     "One line a score."
     for line in scores:
         interval = f"   95 % interval [{line['low']:.3f}, {line['high']:.3f}]" if "low" in line else ""
         print(f"{line['name']}: {line['value']:.3f}{interval}   n = {line['n']}")
 
-# %% ../nbs/14_command_line.ipynb #060d4d64
+# %% ../nbs/14_command_line.ipynb #3a939f60
 def _prepare(a):
     if Path(a.out).exists(): raise FileExistsError(f"{a.out} is there already: remove it, or name another file")
     convert = dict(flintstones=convert_flintstones, pororo=convert_pororo, folder=convert_folder)[a.kind]
     print(f"wrote {convert(a.raw, a.out)}")
 
+# %% ../nbs/14_command_line.ipynb #63a60e6d
 def _pretrain(a):
     preset = dict(PRESETS[a.preset])
     preset["steps"] = preset["steps"] | dict(_stage_steps(words) for words in a.steps)
@@ -535,16 +556,19 @@ def _pretrain(a):
     if a.only: print(f"stage {a.only} is done ({len(losses[a.only])} steps); without --only the other stages follow and the base is written")
     else: print(f"wrote the base to {a.out}; next: causal-story train {a.out} DATA.h5 OUT")
 
+# %% ../nbs/14_command_line.ipynb #769e2b67
 def _stage_steps(words:str):
     "(stage, steps) of STAGE=N."
     stage, _, number = words.partition("=")
     if stage not in STAGES or not number.isdigit() or int(number) < 1: raise ValueError(f"--steps {words}: expected STAGE=N with a stage of {', '.join(STAGES)}")
     return stage, int(number)
 
+# %% ../nbs/14_command_line.ipynb #cf8da7a7
 def _full_size(a)->dict:
     "The settings that presets have in common."
     return dict(preset=a.preset, blip=a.blip, dataset=a.dataset, words=a.words, max_length=a.max_length, image_size=a.image_size)
 
+# %% ../nbs/14_command_line.ipynb #f3b0eba2
 def _cache(a):
     dataset, a.preset = StoryDataset(a.data, a.split), a.preset or "causal-story"
     pipe = new_pipeline(a.base, **_full_size(a)).to(best_device(a.device))
@@ -554,11 +578,12 @@ def _cache(a):
     open_cache(model, dataset, story_collator(pipe), a.half, batch_size=a.batch_size).file.close()
     print(f"{'already there:' if there else 'wrote'} {path} ({path.stat().st_size / 1e6:,.1f} MB); `train` with the same settings finds it")
 
+# %% ../nbs/14_command_line.ipynb #fe3ef51a
 def best_device(name=None)->str:
     "The device that was asked for, or the fastest there is."
     return name or ("cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu")
 
-# %% ../nbs/14_command_line.ipynb #b5784485
+# %% ../nbs/14_command_line.ipynb #244cf94f
 def _train(a):
     run, config, settings = Path(a.out) / "run", _training_config(a), {key: value for key, value in vars(a).items() if key not in ("run", "config")}
     _check_out(Path(a.out))
@@ -579,6 +604,7 @@ def _train(a):
         pipe.save_pretrained(a.out)
         print(f"wrote the tuned pipeline to {a.out}; next: causal-story sample {a.out} {a.data}")
 
+# %% ../nbs/14_command_line.ipynb #1b48e27b
 def _training_config(a)->TrainingConfig:
     "Fill in what depends on the preset, in `a` as well, so that settings.yaml says what was used."
     if a.preset:
@@ -588,13 +614,14 @@ def _training_config(a)->TrainingConfig:
     if a.learning_rate is None: a.learning_rate = {None: 1e-3, "causal-story": 1e-4}.get(a.preset, 1e-5)
     return TrainingConfig(**{field.name: getattr(a, field.name) for field in fields(TrainingConfig)})
 
+# %% ../nbs/14_command_line.ipynb #fa34989b
 def _check_out(out:Path):
     "A folder for a run is new, empty, or holds a run."
     if not out.exists() or (out.is_dir() and not any(out.iterdir())): return
     if not out.is_dir() or not ((out / "run" / "settings.yaml").exists() or list_checkpoints(out / "run")):
         raise FileExistsError(f"{out} is there and holds no run of `train`: name another folder")
 
-# %% ../nbs/14_command_line.ipynb #df295d84
+# %% ../nbs/14_command_line.ipynb #f0aed625
 def _drawing(a):
     "(model, options of its call), as `sample` and `evaluate` ask."
     if a.preset: pipe = new_pipeline(a.model, **_full_size(a))
@@ -604,6 +631,7 @@ def _drawing(a):
     if a.device or torch.cuda.is_available(): pipe.to(best_device(a.device))
     return pipe, dict(num_inference_steps=a.num_inference_steps, guidance_scale=a.guidance_scale, history_policy=a.policy, window=a.window)
 
+# %% ../nbs/14_command_line.ipynb #395f4ca5
 def _draw_folder(a, folder, dataset, task, index):
     "Draw into a folder, this process's share; True in the process that goes on."
     from accelerate import PartialState
@@ -615,6 +643,7 @@ def _draw_folder(a, folder, dataset, task, index):
     state.wait_for_everyone()
     return state.is_main_process
 
+# %% ../nbs/14_command_line.ipynb #76135be3
 def _sample(a):
     dataset = StoryDataset(a.data, a.split, a.task)
     for k in a.story or []: story_of(dataset, k)
@@ -624,6 +653,7 @@ def _sample(a):
     pipe, options = _drawing(a)
     print(f"wrote {sample_stories(pipe, a.data, a.split, a.task, a.story or [0], a.out, a.seed, **options)}")
 
+# %% ../nbs/14_command_line.ipynb #29aeed38
 def _evaluate(a):
     if a.out and Path(a.out).exists(): raise FileExistsError(f"{a.out} is there already: remove it, or name another file")
     drawn = None if _is_model(a.model) else DrawnStories(a.model)
@@ -645,17 +675,20 @@ def _evaluate(a):
         with atomic_path(a.out) as partial: partial.write_text(json.dumps(record, indent=1, ensure_ascii=False), encoding="utf-8")
         print(f"wrote {a.out}")
 
+# %% ../nbs/14_command_line.ipynb #2f7e0747
 def _is_model(name)->bool:
     "A model to draw with, not a folder of drawn stories."
     path = Path(name)
     return str(name) == "miniature" or (path / "model_index.json").exists() or (path / "unet").is_dir() or (not path.exists() and not path.is_absolute() and str(name).count("/") == 1)
 
+# %% ../nbs/14_command_line.ipynb #b241fbdb
 def _agreed(a, drawn, name, default):
     "A setting that the drawn folder may know already."
     asked, known = getattr(a, name), drawn and drawn.about.get(name)
     if asked and known and asked != known: raise ValueError(f"{drawn.folder} was drawn with {name} {known!r}, and --{name} says {asked!r}")
     return asked or known or default
 
+# %% ../nbs/14_command_line.ipynb #e9e6175c
 def _judges(a, truth:bool)->list:
     device, judges = best_device(a.device), []
     if a.reader not in (None, "none") or (a.reader is None and truth):
@@ -667,13 +700,14 @@ def _judges(a, truth:bool)->list:
     if not judges: raise ValueError("nothing to judge with: our frame reader needs stories of the world (and no --reader none); give --classifier, --inception or --clip")
     return judges
 
-# %% ../nbs/14_command_line.ipynb #12cde7a5
+# %% ../nbs/14_command_line.ipynb #192fa158
 def _experiment(a):
     records = run_experiment(a.out, a.arms, a.seeds, a.steps, test_stories=a.stories, split=a.split, base=a.base)
     for record in records:
         shares = {history: sum(rows) / len(rows) for history in record["correct"] if (rows := [row["correct"] for row in run_rows(record, history) if row["history_only"]])}
         print(f"{record['arm']:24} seed {record['seed']}   " + "   ".join(f"{history} history {share:.3f}" for history, share in shares.items()))
 
+# %% ../nbs/14_command_line.ipynb #ca2db923
 def _demo(a):
     pipe = story_pipeline(a.base)
     with tempfile.TemporaryDirectory() as folder:
@@ -691,30 +725,44 @@ def _demo(a):
         print_lines(with_and_without_history(pipe, [dataset.story(k) for k in range(len(dataset))], FrameReader.from_pretrained("miniature"))["lines"])
         dataset.close()
 
-# %% ../nbs/14_command_line.ipynb #ec440416
+# %% ../nbs/14_command_line.ipynb #90539d33
 _SEED = ("--seed", dict(type=int, default=0, help="seed of weights, data order and noise"))
 _DEVICE = ("--device", dict(help="cuda, mps or cpu; left out: the fastest there is"))
 _WINDOW = ("--window", dict(type=int, help="earlier frames in view, for the policies local and weighted"))
 _DATA = ("data", dict(help="HDF5 file that `prepare` wrote"))
+
+# %% ../nbs/14_command_line.ipynb #9bf8f043
 _FULL = ("full size (notebook 11)", ("--preset", dict(choices=tuple(FULL_SCALE), help=f"a full-size model; the base is then Stable Diffusion, a folder or a hub id such as {STABLE_DIFFUSION_HUB}")),
          ("--blip", dict(default=BLIP_HUB, help="BLIP's retrieval model, folder or hub id")), ("--dataset", dict(choices=tuple(STORY_DATA), help="whose characters become new words")),
          ("--words", dict(nargs="+", default=[], help="names of your own characters")), ("--max-length", dict(type=int, help="tokens a caption; left out: the data set's, else 77")),
          ("--image-size", dict(type=int, default=224, help="pixels a side of the frames that BLIP reads")))
+
+# %% ../nbs/14_command_line.ipynb #638a69f0
 _DRAW = ("drawing", ("--scheduler", dict(choices=tuple(SCHEDULERS), help="instead of the model's")), ("--num-inference-steps", dict(type=int, help="instead of the model's")),
          ("--guidance-scale", dict(type=float, help="instead of the model's")), ("--policy", dict(choices=POLICIES, help="history policy instead of the model's")), _WINDOW, _SEED, _DEVICE,
          ("--batch-size", dict(type=int, default=8, help="stories at once, into a folder")), ("--checkpoint", dict(help="with --preset: AR-LDM's .ckpt, put into the model")))
+
+# %% ../nbs/14_command_line.ipynb #f4132dc5
 _LOOP = ("optimisation", ("--steps", dict(type=int, default=750, help="optimizer steps")), ("--batch-size", dict(type=int, default=8, help="stories a step, over all processes")),
          ("--learning-rate", dict(type=float, help="peak; left out: 1e-3, with a preset 1e-4 (causal-story) or 1e-5")), ("--warmup-steps", dict(type=int, default=40, help="linear warm-up")),
          ("--final-lr", dict(type=float, default=0.02, help="share of the peak that is left at the end")), ("--weight-decay", dict(type=float, default=1e-4, help="of AdamW")),
          ("--betas", dict(type=float, nargs=2, default=[0.9, 0.99], help="of AdamW")), ("--max-grad-norm", dict(type=float, default=1.0, help="gradient clipping")),
          ("--gradient-accumulation-steps", dict(type=int, default=1, help="backward passes a step")), ("--ema-decay", dict(type=float, default=0.99, help="moving average of the weights; 0 = none")),
          ("--mixed-precision", dict(default="no", choices=("no", "fp16", "bf16"), help="of activations")), _SEED)
+
+# %% ../nbs/14_command_line.ipynb #e9afbf1a
 _RUN = ("run folder (OUT/run)", ("--checkpoint-every", dict(type=int, default=100, help="steps; 0 = only at the end")), ("--keep-checkpoints", dict(type=int, default=2, help="older ones are removed")),
         ("--sample-every", dict(type=int, default=0, help="draw a story every so many steps; 0 = never")), ("--sample-steps", dict(type=int, help="solver steps of that drawing; left out: the model's")))
+
+# %% ../nbs/14_command_line.ipynb #9c079cc4
 _TUNED = ("what trains", ("--method", dict(choices=("adapter", "attention", "full", "none"), help="in the U-Net; left out: adapter")), ("--width", dict(type=int, help="of the adapters; left out: 32")),
           ("--policy", dict(choices=POLICIES, help="history policy; left out: weighted")), _WINDOW)
+
+# %% ../nbs/14_command_line.ipynb #71ef771e
 _CACHED = (("--half", dict(action="store_true", help="with a preset: keep features in half precision")), ("--no-cache", dict(action="store_true", help="with a preset: compute features at every step")),
            ("--gradient-checkpointing", dict(action="store_true", help="with a preset: less memory, a third more computing")))
+
+# %% ../nbs/14_command_line.ipynb #9661554b
 _JUDGES = ("judges", ("--reader", dict(help="our frame reader: a folder, miniature or none; left out: miniature, if these are stories of the world")),
            ("--classifier", dict(help="TorchScript file: (V, 3, size, size) to one logit a character")), ("--classifier-size", dict(type=int, default=299, help="pixels a side that it expects")),
            ("--inception", dict(help="TorchScript file: (V, 3, 299, 299) to features; then FID in both protocols")),
@@ -755,12 +803,14 @@ _VERBS = {
              ("--test-stories", dict(type=int, default=40, help="held-out stories that are drawn and read")), ("--out", dict(default="story.png", help="picture to write"))),
 }
 
-# %% ../nbs/14_command_line.ipynb #fd5045d5
+# %% ../nbs/14_command_line.ipynb #0a2d9399
 class _Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
     def _get_help_string(self, action): return action.help if action.default is None or action.default is False or action.default == [] else super()._get_help_string(action)
 
+# %% ../nbs/14_command_line.ipynb #a1a8af67
 _RULE = "Every setting above is a flag, a word KEY=VALUE and a key of the YAML file that --config names;\nwords and flags win over the file: --learning-rate 1e-4, learning_rate=1e-4, learning_rate: 1e-4."
 
+# %% ../nbs/14_command_line.ipynb #420a7b5a
 _SIGNS = {int: "N", float: "X"}
 
 def _add_settings(parser, settings):
@@ -770,6 +820,7 @@ def _add_settings(parser, settings):
         elif first.startswith("--"): parser.add_argument(first, **({} if {"choices", "action"} & rest[0].keys() else dict(metavar=_SIGNS.get(rest[0].get("type"), "NAME"))) | rest[0])
         else: parser.add_argument(first, nargs="?", **rest[0])
 
+# %% ../nbs/14_command_line.ipynb #c33423bf
 def _parsers():
     "(the whole parser, verb -> its own)."
     parser = argparse.ArgumentParser("causal-story", description="Story visualization with local causal attention and adapters.", epilog="causal-story VERB --help explains a verb, with an example.")
@@ -784,6 +835,7 @@ def _parsers():
         found[name].set_defaults(run=run)
     return parser, found
 
+# %% ../nbs/14_command_line.ipynb #9757296b
 def _split_words(words, actions):
     "(KEY=VALUE words, the others). What follows a flag is that flag's value."
     settings, rest, flag = [], [], None
@@ -794,6 +846,7 @@ def _split_words(words, actions):
         rest.append(word)
     return settings, rest
 
+# %% ../nbs/14_command_line.ipynb #6a395063
 def _read_words(parser, words):
     "The settings that a verb runs with: defaults, then the file, then words and flags."
     actions = {action.dest: action for action in parser._actions if action.dest not in ("help", "config")}
