@@ -305,6 +305,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/causal-story', 'doc_host':
                                                                                   'causal_story/experiments.py'),
                                           'causal_story.experiments.plot_looks': ( 'does_it_help.html#plot_looks',
                                                                                    'causal_story/experiments.py'),
+                                          'causal_story.experiments.print_groups': ( 'does_it_help.html#print_groups',
+                                                                                     'causal_story/experiments.py'),
                                           'causal_story.experiments.print_lines': ( 'does_it_help.html#print_lines',
                                                                                     'causal_story/experiments.py'),
                                           'causal_story.experiments.run_arm': ('does_it_help.html#run_arm', 'causal_story/experiments.py'),
