@@ -580,8 +580,8 @@ def _cache(a):
 
 # %% ../nbs/14_command_line.ipynb #fe3ef51a
 def best_device(name=None)->str:
-    "The device that was asked for, or the fastest there is."
-    return name or ("cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu")
+    "The device that was asked for, or the fastest there is; with several processes on one computer, each its own GPU."
+    return name or (f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu")
 
 # %% ../nbs/14_command_line.ipynb #244cf94f
 def _train(a):
@@ -634,10 +634,9 @@ def _drawing(a):
 # %% ../nbs/14_command_line.ipynb #395f4ca5
 def _draw_folder(a, folder, dataset, task, index):
     "Draw into a folder, this process's share; True in the process that goes on."
-    from accelerate import PartialState
     pipe, options = _drawing(a)
     pipe.set_progress_bar_config(disable=True)
-    state, about = PartialState(), dict(model=str(a.model), scheduler=a.scheduler, preset=a.preset, checkpoint=a.checkpoint, data=Path(a.data).name, split=dataset.split, task=task, seed=a.seed)
+    state, about = make_accelerator(TrainingConfig()), dict(model=str(a.model), scheduler=a.scheduler, preset=a.preset, checkpoint=a.checkpoint, data=Path(a.data).name, split=dataset.split, task=task, seed=a.seed)
     with state.main_process_first(): claim_folder(folder, about | options)
     draw_folder(pipe, dataset, folder, task, index, a.seed, a.batch_size, state.process_index, state.num_processes, **options)
     state.wait_for_everyone()

@@ -1,8 +1,11 @@
 "What 14_command_line need not show: settings from everywhere, runs that are stopped, folders that are not ours, judges that are handed in."
 import json
+import os
 import shutil
+import subprocess
 import sys
 import types
+from pathlib import Path
 
 import pytest
 import torch
@@ -237,6 +240,17 @@ def test_processes_share_a_drawing_that_does_not_depend_on_them(mixed, tmp_path,
         record = mixed.story(k)
         assert [frame.tobytes() for frame in drawn.frames(k, record, task)] == [frame.tobytes() for frame in record.frames[first:]]
         assert (tmp_path / "two" / f"{k:08d}" / f"frame-{len(record.frames) - 1}.png").exists()
+
+
+def test_two_real_processes_share_a_folder(data, tmp_path):
+    environment = os.environ | dict(OMP_NUM_THREADS="1", ACCELERATE_USE_CPU="true", PYTHONPATH=str(Path(cli.__file__).parent.parent))
+    (tmp_path / "draw.py").write_text("import sys\nfrom causal_story.cli import main\nsys.exit(main())\n")
+    words = ["sample", "miniature", str(data), "--folder", "drawn", "num_inference_steps=1", "batch_size=1"]
+    done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "draw.py", *words], env=environment,
+                          cwd=tmp_path, text=True, capture_output=True, timeout=600, stdin=subprocess.DEVNULL)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stdout.count("wrote 2 stories to drawn") == 1 and done.stderr.count("1/1") >= 2
+    assert sorted(path.name for path in (tmp_path / "drawn").iterdir()) == ["00000000", "00000001", "drawn.json"]
 
 
 def test_a_folder_holds_one_drawing(tmp_path):
