@@ -204,7 +204,7 @@ class SamplePictures:
         model.eval()
         self.pipe.set_progress_bar_config(disable=True)
         try:
-            with torch.random.fork_rng(): sample_stories(self.pipe, self.data, self.split, "visualization", [0], self.folder / f"step-{step + 1:08d}.png", self.seed, **self.options)
+            with torch.random.fork_rng([self.pipe.device] if self.pipe.device.type == "cuda" else []): sample_stories(self.pipe, self.data, self.split, "visualization", [0], self.folder / f"step-{step + 1:08d}.png", self.seed, **self.options)
         finally:
             for module in training: module.training = True
             self.pipe.set_progress_bar_config(**{"disable": False, **bars})
@@ -237,7 +237,8 @@ def new_pipeline(
 )->CausalStoryPipeline:
     "An untuned model on a base: the miniature's size, or, with a preset, full size (notebook 11)."
     if preset: return full_scale_pipeline(preset, base, blip, dataset, tuple(words), max_length, image_size, window, seed)
-    return story_pipeline(base, width, seed=seed, history_policy=policy, window=window)
+    try: return story_pipeline(base, width, seed=seed, history_policy=policy, window=window)
+    except FileNotFoundError as error: raise FileNotFoundError(f"{error}. For Stable Diffusion, a folder or a hub id, say --preset causal-story") from None
 
 # %% ../nbs/14_command_line.ipynb #676fdee4
 def train_stories(
@@ -277,7 +278,7 @@ def sample_stories(
     given = task == "continuation"
     for k in index:
         record = story_of(dataset, k)
-        generator = torch.Generator().manual_seed(seed + k)
+        generator = sample_generator(seed, "draw", k)
         source = dict(source_image=record.frames[0], source_caption=record.captions[0]) if given else {}
         drawn = pipe(record.captions[given:], task=task, generator=generator, **source, **options).frames[0]
         rows += [("truth", record.frames), ("drawn", record.frames[:given] + drawn)]
@@ -564,8 +565,12 @@ def _stage_steps(words:str):
     return stage, int(number)
 
 # %% ../nbs/14_command_line.ipynb #cf8da7a7
+_FULL_ONLY = dict(blip=BLIP_HUB, dataset=None, words=[], max_length=None, image_size=224, half=False, no_cache=False, gradient_checkpointing=False, checkpoint=None)
+
 def _full_size(a)->dict:
-    "The settings that presets have in common."
+    "The settings that presets have in common. Raises ValueError for one that would be ignored without a preset."
+    for name, default in _FULL_ONLY.items():
+        if not a.preset and getattr(a, name, default) != default: raise ValueError(f"--{name.replace('_', '-')} is for full size: say --preset too")
     return dict(preset=a.preset, blip=a.blip, dataset=a.dataset, words=a.words, max_length=a.max_length, image_size=a.image_size)
 
 # %% ../nbs/14_command_line.ipynb #f3b0eba2
@@ -624,8 +629,8 @@ def _check_out(out:Path):
 # %% ../nbs/14_command_line.ipynb #f0aed625
 def _drawing(a):
     "(model, options of its call), as `sample` and `evaluate` ask."
-    if a.preset: pipe = new_pipeline(a.model, **_full_size(a))
-    else: pipe = load_pipeline(a.model)
+    full = _full_size(a)
+    pipe = new_pipeline(a.model, **full) if a.preset else load_pipeline(a.model)
     if a.checkpoint: print(import_arldm_checkpoint(a.checkpoint, pipe, a.dataset, tuple(a.words)))
     if a.scheduler: use_scheduler(pipe, a.scheduler)
     if a.device or torch.cuda.is_available(): pipe.to(best_device(a.device))

@@ -19,6 +19,7 @@ import causal_story.cli as cli
 from causal_story.cli import DrawnStories, draw_folder, main, read_metrics
 from causal_story.data import StoryDataset, convert_folder, write_folder
 from causal_story.encoders import tiny_tokenizers
+from causal_story.model import sample_generator
 from causal_story.presets import write_tiny_folders
 from causal_story.storyworld import make_stories
 
@@ -79,7 +80,10 @@ def test_the_examples_in_the_help_are_understood(verb):
     (["train", "miniature", "{1}", "{0}/out", "--config", "{0}/nowhere.yaml"], "nowhere.yaml"),
     (["train", "nobody/nothing", "{1}", "{0}/out", "--preset", "ar-ldm", "blip=nobody/nothing"], "as a folder on this computer"),
     (["train", "miniature", "{1}", "{0}/out", "--preset", "ar-ldm", "width=3"], "--width belongs to the preset ar-ldm"),
+    (["train", "miniature", "{1}", "{0}/out", "half=true"], "--half is for full size: say --preset too"),
+    (["train", "{0}/nowhere", "{1}", "{0}/out"], "say --preset causal-story"),
     (["sample", "{0}/nowhere", "{1}"], "nowhere"),
+    (["sample", "miniature", "{1}", "--checkpoint", "{0}/arldm.ckpt"], "--checkpoint is for full size"),
     (["sample", "nobody/nothing", "{1}"], "give model as a folder on this computer"),
     (["sample", "miniature", "{0}/nowhere.h5"], "nowhere.h5"),
     (["sample", "miniature", "{1}", "--story", "2"], "there is no story 2; split 'test' has 0 to 1"),
@@ -198,6 +202,7 @@ def test_sampling_options_reach_the_pipeline(data, tmp_path, monkeypatch):
     class Pipe:
         scheduler = None
         def __call__(self, captions, **options):
+            assert options["generator"].initial_seed() == sample_generator(0, "draw", 0).initial_seed()
             seen.update(options)
             raise ValueError("that will do")
     monkeypatch.setattr(cli, "load_pipeline", lambda folder: Pipe())
