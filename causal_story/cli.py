@@ -811,6 +811,13 @@ _VERBS = {
 class _Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
     def _get_help_string(self, action): return action.help if action.default is None or action.default is False or action.default == [] else super()._get_help_string(action)
 
+class _Parser(argparse.ArgumentParser):
+    def error(self, message):
+        "One line like every other mistake; an unknown flag gets its nearest neighbour."
+        flag = re.search(r"unrecognized arguments: (--[\w-]+)", message)
+        near = difflib.get_close_matches(flag[1], self._option_string_actions, 1) if flag else []
+        raise ValueError(message + (f"; did you mean {near[0]}?" if near else ""))
+
 # %% ../nbs/14_command_line.ipynb #a1a8af67
 _RULE = "Every setting above is a flag, a word KEY=VALUE and a key of the YAML file that --config names;\nwords and flags win over the file: --learning-rate 1e-4, learning_rate=1e-4, learning_rate: 1e-4."
 
@@ -827,7 +834,7 @@ def _add_settings(parser, settings):
 # %% ../nbs/14_command_line.ipynb #c33423bf
 def _parsers():
     "(the whole parser, verb -> its own)."
-    parser = argparse.ArgumentParser("causal-story", description="Story visualization with local causal attention and adapters.", epilog="causal-story VERB --help explains a verb, with an example.")
+    parser = _Parser("causal-story", description="Story visualization with local causal attention and adapters.", epilog="causal-story VERB --help explains a verb, with an example.")
     parser.add_argument("--version", action="version", version=str(package_versions()["causal_story"]))
     verbs, found = parser.add_subparsers(dest="verb", required=True, metavar="VERB"), {}
     for name, (run, text, example, *settings) in _VERBS.items():
@@ -845,7 +852,7 @@ def _split_words(words, actions):
     settings, rest, flag = [], [], None
     for word in words:
         if word.startswith("--"): flag = None if "=" in word else actions.get(word[2:].replace("-", "_"))
-        elif re.match(r"[A-Za-z][\w-]*=", word) and (flag is None or flag.nargs == 0): settings.append(word); continue
+        elif re.match(r"[A-Za-z][\w-]*=", word) and (flag is None or flag.nargs == 0 or (flag.nargs in ("+", "*") and not flag.metavar == "STAGE=N")): settings.append(word); continue
         elif flag is not None and flag.nargs in (None, "?"): rest.append(word); flag = None; continue
         rest.append(word)
     return settings, rest
@@ -868,14 +875,15 @@ def main(
 )->int:        # exit code
     "The command `causal-story`. Errors of the request are one line on standard error and exit code 1; Ctrl-C is 130."
     argv, (parser, verbs) = [str(word) for word in (sys.argv[1:] if argv is None else argv)], _parsers()
-    if not argv or argv[0] not in verbs: parser.parse_args(argv)
+    verb = argv[0] if argv else "--help"
     try:
-        a = _read_words(verbs[argv[0]], argv[1:])
+        if verb not in verbs: parser.parse_args([verb])
+        a = _read_words(verbs[verb], argv[1:])
         a.run(a)
     except (ValueError, OSError, FloatingPointError) as error:
-        print(f"causal-story {argv[0]}: {' '.join(str(error).split())}", file=sys.stderr)
+        print(f"causal-story {verb}: {' '.join(str(error).split())}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        print(f"causal-story {argv[0]}: stopped; what can be continued goes on with the same command", file=sys.stderr)
+        print(f"causal-story {verb}: stopped; what can be continued goes on with the same command", file=sys.stderr)
         return 130
     return 0

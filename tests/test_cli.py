@@ -70,6 +70,10 @@ def test_the_examples_in_the_help_are_understood(verb):
     (["train", "{0}/nowhere", "{1}", "{0}/out"], "nowhere"),
     (["train", "miniature", "{0}/nowhere.h5", "{0}/out"], "nowhere.h5"),
     (["train", "miniature", "{1}"], "OUT is missing"),
+    (["train", "miniature", "{1}", "{0}/out", "--steps", "many"], "invalid int value: 'many'"),
+    (["train", "miniature", "{1}", "{0}/out", "--bach-size", "3"], "did you mean --batch-size?"),
+    (["train", "miniature", "{1}", "{0}/out", "one-more"], "unrecognized arguments: one-more"),
+    (["trian", "miniature", "{1}", "{0}/out"], "'train'"),
     (["train", "miniature", "{1}", "{0}/out", "steps=many"], "steps='many': expected a whole number"),
     (["train", "miniature", "{1}", "{0}/out", "steps=2.5"], "steps=2.5: expected a whole number"),
     (["train", "miniature", "{1}", "{0}/out", "half=3"], "half=3: expected true or false"),
@@ -127,6 +131,18 @@ def test_flags_stand_where_one_likes():
         assert (a["base"], a["data"], a["out"], a["steps"]) == ("b", "d", "o", 2)
     assert read("b", "./d=e.h5", "o")["data"] == "./d=e.h5"
     assert read("b", "--blip", "a=b", "d", "o")["blip"] == "a=b"
+    a = read("b", "d", "o", "--words", "milo", "kiki", "steps=3", "--half", "seed=2")
+    assert (a["words"], a["steps"], a["half"], a["seed"]) == (["milo", "kiki"], 3, True, 2)
+    a = cli._read_words(cli._parsers()[1]["pretrain"], ["base", "--steps", "decoder=2", "history=3", "--seed", "4", "half=true"])
+    assert (a.out, a.steps, a.seed, a.half) == ("base", ["decoder=2", "history=3"], 4, True)
+
+
+def test_a_run_says_what_settings_it_had_in_words_that_are_understood(tmp_path):
+    a = read("b", "d.h5", "o", "--window", 2, "words=[milo]", "betas=[0.8, 0.9]", "ema_decay=0")
+    settings = {name: value for name, value in a.items() if name not in ("run", "config")}
+    cli.start_run(tmp_path, settings)
+    again = read("--config", tmp_path / "settings.yaml")
+    assert {name: again[name] for name in settings} == settings
 
 
 # ---------------------------------------------------------------- a run
