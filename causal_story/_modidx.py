@@ -50,6 +50,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/causal-story', 'doc_host':
                                   'causal_story.cli._Help': ('command_line.html#_help', 'causal_story/cli.py'),
                                   'causal_story.cli._Help._get_help_string': ( 'command_line.html#_help._get_help_string',
                                                                                'causal_story/cli.py'),
+                                  'causal_story.cli._Parser': ('command_line.html#_parser', 'causal_story/cli.py'),
+                                  'causal_story.cli._Parser.error': ('command_line.html#_parser.error', 'causal_story/cli.py'),
                                   'causal_story.cli._add_settings': ('command_line.html#_add_settings', 'causal_story/cli.py'),
                                   'causal_story.cli._agreed': ('command_line.html#_agreed', 'causal_story/cli.py'),
                                   'causal_story.cli._cache': ('command_line.html#_cache', 'causal_story/cli.py'),

@@ -42,7 +42,7 @@ from .encoders import (HistoryEncoder, StoryContext, StoryLayer, add_blip_tokens
 from .model import PARTS, prepare_tuning, sample_generator, story_loss
 from .pipeline import CausalStoryPipeline
 from .training import batch_indices, check_shares, fit, make_accelerator, reconstructed_history
-from .unet import STABLE_DIFFUSION_15, UNetAdapters, add_adapters, tiny_unet
+from .unet import STABLE_DIFFUSION_15, UNetAdapters, add_adapters, cross_attention_sites, tiny_unet
 
 # %% ../nbs/11_full_scale.ipynb #05090a19
 @dataclass(frozen=True)
@@ -862,26 +862,30 @@ def training_tflop(
 def sampling_costs(
     parts:dict,          # from `full_size_parts`
     max_length:int=91,   # S
-)->dict:                 # TFLOP of one U-Net call on one frame ("base", "token"), of one decoded frame, of one block read, of one caption
-    "What drawing is made of, counted on the meta device."
+)->dict:                 # TFLOP: "base" of a U-Net call on one frame, "attend" and "project" of a context token, "decode" of a frame, "block" and "caption" read
+    "What drawing is made of, counted on the meta device; `project` (keys and values of a token) from the widths of the layers."
     add_adapters(parts["unet"], method="none")
     counts = {n: tflop(_runs_on_meta(parts, FULL_SCALE["ar-ldm"], n, max_length)["U-Net"]) for n in (100, 600)}
     token, runs = (counts[600] - counts[100]) / 500, _runs_on_meta(parts, FULL_SCALE["ar-ldm"], 1, max_length)
     decode = tflop(lambda: parts["vae"].decode(torch.zeros(1, 4, 64, 64, device="meta")))
-    return dict(base=counts[100] - 100 * token, token=token, decode=decode, block=tflop(runs["history"]) + tflop(runs["pictures"]), caption=tflop(runs["captions"]))
+    layers = [layer for site in cross_attention_sites(parts["unet"]).values() for layer in (site.to_k, site.to_v)]
+    project = sum(2 * layer.in_features * layer.out_features for layer in layers) / 1e12
+    return dict(base=counts[100] - 100 * token, attend=token - project, project=project, decode=decode, block=tflop(runs["history"]) + tflop(runs["pictures"]), caption=tflop(runs["captions"]))
 
 def sampling_tflop(
     costs:dict,          # from `sampling_costs`
     steps:int,           # of the solver
     n_frames:int=5,      # V
     max_length:int=91,   # S
-    seen:int|None=None,  # tokens of a caption that are no padding, where what a frame cannot see is left out; None: nothing is left out
-)->dict:                 # part -> TFLOP of one story, with guidance
+    seen:int|None=None,  # tokens of a caption that are no padding, where unseen tokens are left out and keys and values kept; None: the plain loop
+    guided:int|None=None,# steps with guidance; None: all
+)->dict:                 # part -> TFLOP of one story
     "What drawing a story computes. In the empty condition padding is visible, so it is shorter only by the blocks that lie ahead."
-    everything = [(1 + n_frames) * max_length] * n_frames
+    everything, guided = [(1 + n_frames) * max_length] * n_frames, steps if guided is None else guided
     told = everything if seen is None else [(1 + i) * seen for i in range(n_frames)]
     empty = everything if seen is None else [(1 + i) * max_length for i in range(n_frames)]
-    return {"U-Net": steps * sum(costs["base"] + costs["token"] * n for n in told + empty), "autoencoder": n_frames * costs["decode"],
+    def calls(tokens, times): return sum(times * (costs["base"] + costs["attend"] * n) + (times if seen is None else min(times, 1)) * costs["project"] * n for n in tokens)
+    return {"U-Net": calls(told, steps) + calls(empty, guided), "autoencoder": n_frames * costs["decode"],
             "reading": n_frames * costs["block"] + (n_frames + 1) * costs["caption"]}
 
 # %% ../nbs/11_full_scale.ipynb #a1b85724
