@@ -661,6 +661,7 @@ def _sample(a):
 def _evaluate(a):
     if a.out and Path(a.out).exists(): raise FileExistsError(f"{a.out} is there already: remove it, or name another file")
     drawn = None if _is_model(a.model) else DrawnStories(a.model)
+    if drawn is not None and os.environ.get("RANK", "0") != "0": return   # several processes draw, one judges
     task, split = (_agreed(a, drawn, name, default) for name, default in (("task", "visualization"), ("split", "test")))
     dataset = StoryDataset(a.data, split, task)
     judges = _judges(a, story_of(dataset, 0).truth is not None)
