@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['FREE_SETTINGS', 'as_setting', 'read_settings', 'read_yaml', 'package_versions', 'start_run', 'MetricsLog',
-           'read_metrics', 'SamplePictures', 'load_pipeline', 'new_pipeline', 'train_stories', 'sample_stories',
-           'story_of', 'draw_folder', 'read_json', 'read_picture', 'claim_folder', 'DrawnStories', 'score',
-           'WorldJudge', 'distance', 'ClassifierJudge', 'InceptionJudge', 'in_range', 'ClipJudge', 'read_network',
-           'evaluate_stories', 'print_scores', 'best_device', 'main']
+           'read_metrics', 'SamplePictures', 'load_pipeline', 'new_pipeline', 'sample_stories', 'story_of',
+           'draw_folder', 'read_json', 'read_picture', 'claim_folder', 'DrawnStories', 'score', 'WorldJudge',
+           'distance', 'ClassifierJudge', 'InceptionJudge', 'in_range', 'ClipJudge', 'read_network', 'evaluate_stories',
+           'print_scores', 'best_device', 'main']
 
 # %% ../nbs/14_command_line.ipynb #9c913b0a
 import argparse
@@ -33,18 +33,18 @@ from tqdm.auto import tqdm
 from transformers import CLIPModel, CLIPTokenizer
 
 from .causal_mask import POLICIES
-from .data import (CLIP_IMAGE_MEAN, CLIP_IMAGE_STD, StoryCollator, StoryDataset, atomic_path, convert_flintstones, convert_folder,
+from .data import (CLIP_IMAGE_MEAN, CLIP_IMAGE_STD, StoryDataset, atomic_path, convert_flintstones, convert_folder,
                                convert_pororo, open_stories, pixels, show_story, write_folder)
-from .experiments import ARMS, print_lines, run_experiment, run_rows, with_and_without_history
+from .experiments import ARMS, print_lines, run_experiment, run_rows, train_stories, with_and_without_history
 from .metrics import (FrameReader, character_f1, frame_accuracy, frames_tensor, frechet_distance, protocol_frames, read_frames,
                                   score_facts, scene_targets, summarise)
 from .miniature import PRESETS, STAGES, pretrain
-from .model import prepare_tuning, sample_generator, trained_by_part
+from .model import sample_generator
 from .pipeline import SCHEDULERS, CausalStoryPipeline, story_pipeline, use_scheduler
 from .presets import (BLIP_HUB, FULL_SCALE, STABLE_DIFFUSION_HUB, STORY_DATA, cache_path, cache_settings, full_scale_pipeline,
                                   import_arldm_checkpoint, local_folder, open_cache, prepare_preset, read_part, story_collator, train_full_scale)
 from .storyworld import make_stories
-from .training import TrainingConfig, cache_stories, learning_rate_factor, list_checkpoints, make_accelerator, tune
+from .training import TrainingConfig, learning_rate_factor, list_checkpoints, make_accelerator
 
 # %% ../nbs/14_command_line.ipynb #63dd2d1e
 _EXPECTED = {int: "a whole number", float: "a number", str: "a word"}
@@ -239,29 +239,6 @@ def new_pipeline(
     if preset: return full_scale_pipeline(preset, base, blip, dataset, tuple(words), max_length, image_size, window, seed)
     try: return story_pipeline(base, width, seed=seed, history_policy=policy, window=window)
     except FileNotFoundError as error: raise FileNotFoundError(f"{error}. For Stable Diffusion, a folder or a hub id, say --preset causal-story") from None
-
-# %% ../nbs/14_command_line.ipynb #676fdee4
-def train_stories(
-    pipe:CausalStoryPipeline,   # changed in place
-    data,                       # HDF5 file with a split "train"
-    config:TrainingConfig,
-    folder=None,                # run folder; an interrupted run there is continued
-    method:str="adapter",       # see `prepare_tuning`
-    width:int=32,               # of new adapters
-    progress:bool=True,
-    **options,                  # of `fit`: callbacks, accelerator ...
-):                              # TrainingResult
-    "Tune on the training stories of a file, for both tasks, with the pipeline's history policy."
-    model = prepare_tuning(pipe.as_model(), method, width)
-    collator = StoryCollator(pipe.tokenizer, pipe.history_tokenizer, frame_size=pipe.vae.config.sample_size, max_length=pipe.max_length,
-                             history_size=pipe.history_encoder.config["vision_config"]["image_size"])
-    cache = cache_stories(model.eval(), StoryDataset(data, "train", "visualization"), collator, progress=progress, reconstructed=True)
-    if progress:
-        for part, (trained, total) in trained_by_part(model).items(): print(f"  {part:16} trains {trained:>9,} of {total:>9,} parameters")
-    result = tune(model, cache, config, policy=pipe.config.history_policy, window=pipe.config.window, context_layer=pipe.config.context_layer,
-                  folder=folder, progress=progress, **options)
-    result.use_ema(model).eval()
-    return result
 
 # %% ../nbs/14_command_line.ipynb #f7e77fad
 def sample_stories(
