@@ -12,6 +12,7 @@ from textwrap import fill
 
 import matplotlib.pyplot as plt
 import torch
+from PIL import Image
 from safetensors.torch import load_file
 
 from causal_story.miniature import draw_captions
@@ -34,7 +35,7 @@ def main(folder):
     captions = [describe(scene, rng, "test") for scene in scenes]
     paths = sorted(Path(folder).glob("*.safetensors"))
     rows = [("truth", [render(scene, 64) for scene in scenes])]
-    last = ("shipped", draw_captions(pipe, captions))
+    last = ("9,000 steps", draw_captions(pipe, captions))
     rows += [(f"{int(path.stem.split('-')[-1]):,} steps", draw_captions(averaged(pipe, path), captions)) for path in paths] + [last]
     figure, axes = plt.subplots(len(rows), 6, figsize=(7.5, 1.28 * len(rows) + 0.4))
     for row, (name, frames) in zip(axes, rows):
@@ -45,7 +46,9 @@ def main(folder):
     for ax, caption in zip(axes[0], captions):
         ax.set_title(fill(caption, 22), fontsize=6.5)
     figure.tight_layout(pad=0.3)
-    figure.savefig(Path(__file__).with_name("pretraining.png"), dpi=110)
+    path = Path(__file__).with_name("pretraining.png")
+    figure.savefig(path, dpi=110)
+    Image.open(path).convert("RGB").quantize(256).save(path)
 
 
 if __name__ == "__main__":
