@@ -360,7 +360,7 @@ class LatentPool:
 # %% ../nbs/09_miniature.ipynb #94e20e54
 def pretraining_schedule()->DDPMScheduler:
     "Stable Diffusion's noise schedule, with velocity prediction (our choice)."
-    return DDPMScheduler(beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012, prediction_type="v_prediction")
+    return DDPMScheduler(beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012, prediction_type="v_prediction", clip_sample=False)
 
 def text_to_image_loss(
     noise_schedule, # DDPMScheduler

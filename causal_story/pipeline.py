@@ -435,8 +435,8 @@ def use_scheduler(
     pipe:CausalStoryPipeline, # changed in place
     name:str,                 # key of SCHEDULERS
 )->CausalStoryPipeline:
-    "Draw with another scheduler, on the base's noise schedule. Raises ValueError for an unknown name."
+    "Draw with another scheduler, on the base's noise schedule; latents are never clipped, for they are no pixels. Raises ValueError for an unknown name."
     if name not in SCHEDULERS: raise ValueError(f"scheduler {name!r} is unknown: choose one of {', '.join(SCHEDULERS)}")
-    options = dict(skip_prk_steps=True) if name == "pndm" else {}  # as Stable Diffusion uses it
+    options = dict(pndm=dict(skip_prk_steps=True), ddim=dict(clip_sample=False), ddpm=dict(clip_sample=False)).get(name, {})  # as Stable Diffusion uses them
     pipe.scheduler = SCHEDULERS[name].from_config(pipe.scheduler.config, **options)
     return pipe

@@ -2,17 +2,19 @@
 import json
 import math
 from contextlib import nullcontext
+from types import SimpleNamespace
 
 import pytest
 import torch
-from diffusers import DDIMScheduler, DPMSolverMultistepScheduler
+from diffusers import DDIMScheduler, DDPMScheduler, DPMSolverMultistepScheduler
 from diffusers.utils import logging as diffusers_logging
 from hypothesis import given, strategies as st
 
 import causal_story.pipeline as pipeline
 from causal_story.encoders import StoryContext, tiny_history_encoder, tiny_text_encoder, tiny_tokenizers
+from causal_story.miniature import pretraining_schedule
 from causal_story.model import tiny_vae
-from causal_story.pipeline import CausalStoryPipeline, check_interval, guide, guided_steps
+from causal_story.pipeline import CausalStoryPipeline, check_interval, guide, guided_steps, use_scheduler
 from causal_story.storyworld import make_stories
 from causal_story.unet import UNetAdapters, cross_attention_sites, tiny_unet
 
@@ -198,3 +200,11 @@ def test_tuned_parts_store_it_and_older_ones_guide_everywhere(tmp_path):
     del record["guidance_interval"]
     (tmp_path / "tuned" / "tuned.json").write_text(json.dumps(record))
     assert CausalStoryPipeline.from_tuned(tmp_path / "tuned").config.guidance_interval == (0.0, 1.0)
+
+
+@pytest.mark.parametrize("name", ["ddim", "ddpm"])
+def test_no_scheduler_clips_latents(name):
+    "Schedulers for pixels clip to [-1, 1] unless told not to; latents of unit spread would be ruined."
+    for stored in (pretraining_schedule(), DDPMScheduler()):
+        pipe = use_scheduler(SimpleNamespace(scheduler=stored), name)
+        assert not pipe.scheduler.config.clip_sample
