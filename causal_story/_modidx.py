@@ -283,6 +283,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/causal-story', 'doc_host':
             'causal_story.experiments': { 'causal_story.experiments.Arm': ('does_it_help.html#arm', 'causal_story/experiments.py'),
                                           'causal_story.experiments._changed_attributes': ( 'does_it_help.html#_changed_attributes',
                                                                                             'causal_story/experiments.py'),
+                                          'causal_story.experiments._facts_of_stories': ( 'does_it_help.html#_facts_of_stories',
+                                                                                          'causal_story/experiments.py'),
                                           'causal_story.experiments._replaced': ( 'does_it_help.html#_replaced',
                                                                                   'causal_story/experiments.py'),
                                           'causal_story.experiments.arm_table': ( 'does_it_help.html#arm_table',

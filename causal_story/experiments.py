@@ -15,6 +15,7 @@ import platform
 import random
 import time
 from dataclasses import asdict, dataclass
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -319,12 +320,17 @@ def run_arm(
     return record
 
 # %% ../nbs/10_does_it_help.ipynb #a24fbb7e
+@lru_cache(4)
+def _facts_of_stories(stories:str):
+    "Made once for all runs on the same stories."
+    return fact_rows([story.truth() for story in make_stories(**json.loads(stories))])
+
 def run_rows(
     record:dict,          # from `run_arm`, or read from its file
     history:str="true",   # or "drawn"
 )->list:                  # `fact_rows`, each with `correct`
     "A run's verdicts, fact by fact. The stories are made again from their seed: a file holds one digit a fact."
-    rows = fact_rows([story.truth() for story in make_stories(**record["stories"])])
+    rows = _facts_of_stories(json.dumps(record["stories"], sort_keys=True))
     if len(rows) != len(record["correct"][history]): raise ValueError(f"the run of {record['arm']}, seed {record['seed']}, was scored on other stories than this version of the world makes")
     return [row | dict(correct=digit == "1") for row, digit in zip(rows, record["correct"][history])]
 

@@ -556,7 +556,8 @@ def test_atomic_path_with_two_writers(tmp_path):
 
 
 SLOW = """
-import sys, time
+import signal, sys, time
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a test run in the background hands down that it be ignored
 sys.path.insert(0, {tests!r})
 from test_data import ToyStory
 from causal_story.data import convert_stories
