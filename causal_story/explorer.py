@@ -581,8 +581,12 @@ class OneJob:
         self._stop.clear()
         context = contextvars.copy_context()
         def run():
+            threads = torch.get_num_threads()
+            torch.set_num_threads(max(1, threads // 2))  # a second full team of workers would fight the main thread's, which spins: twice as slow
             try: context.run(job, self._stop.is_set)
-            finally: self._lock.release()
+            finally:
+                torch.set_num_threads(threads)
+                self._lock.release()
         self.thread = threading.Thread(target=run, daemon=True)
         self.thread.start()
         return True
