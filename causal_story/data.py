@@ -8,8 +8,8 @@ __all__ = ['STORY_SPLITS', 'FLINTSTONES_FILES', 'PORORO_FILES', 'TASKS', 'CLIP_I
            'write_folder', 'RefusedPickle', 'PlainUnpickler', 'load_pickle', 'load_npy', 'RawStory', 'png_bytes',
            'write_story', 'atomic_path', 'PatientFile', 'write_hdf5', 'convert_stories', 'clean_caption',
            'convert_flintstones', 'open_image', 'convert_pororo', 'convert_folder', 'StoredStory', 'open_stories',
-           'story_schema', 'story_keys', 'choose_tile', 'TaskLayout', 'split_task', 'StoryRecord', 'StoryDataset',
-           'pixels', 'StoryCollator']
+           'story_schema', 'story_keys', 'choose_tile', 'TaskLayout', 'split_task', 'StoryRecord', 'StoryFile',
+           'StoryDataset', 'pixels', 'CaptionTokens', 'StoryCollator']
 
 # %% ../nbs/01_data.ipynb #b05cf3c5
 import io
@@ -838,41 +838,26 @@ class StoryRecord:
     frames:list        # N square RGB PIL images in true colours
     truth:object       # what the world knows of the story, or None
 
-# %% ../nbs/01_data.ipynb #27a5745d
-class StoryDataset(torch.utils.data.Dataset):
-    "Stories of one split of an HDF5 file, version 1 or 2. Opens the file lazily in every process; can be sent to workers."
+# %% ../nbs/01_data.ipynb #ed4fe097
+class StoryFile:
+    "One split of an HDF5 file, version 1 or 2, as stored. Opens the file lazily in every process; can be sent to workers."
     def __init__(self,
-        path,                      # HDF5 file
-        split:str="train",         # group of the file
-        task:str="visualization",  # only checks that stories are long enough for it
-        train:bool=None,           # draw tiles at random (default: only for the split "train"); otherwise tile 0
-        seed:int=0,                # of the tiles
+        path,      # HDF5 file
+        split:str, # group of the file
     ):
-        if task not in TASKS: raise ValueError(f"task={task!r} is unknown: choose one of {TASKS}")
-        self.path, self.split, self.task, self.seed = str(path), split, task, seed
-        self.train = split == "train" if train is None else train
-        self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()
-        self._file = self._owner = None
+        self.path, self.split, self._file, self._owner = str(path), split, None, None
         with open_stories(path) as file: self.schema, self.keys = story_schema(file), story_keys(file, split)
 
     def __len__(self): return len(self.keys)
-    def __repr__(self):
-        return f"StoryDataset({Path(self.path).name!r}, {self.split!r}, {self.task!r}): {len(self)} stories, version {self.schema}"
     def __getstate__(self): return {**self.__dict__, "_file": None, "_owner": None}
-
-    @property
-    def epoch(self)->int: return int(self._epoch)
-
-    def set_epoch(self, epoch:int):
-        "Sets the epoch that training tiles are derived from, in all workers."
-        self._epoch.fill_(epoch)
 
     def close(self):
         "Closes the file in this process; the next access opens it again."
         if self._file is not None and self._owner == os.getpid(): self._file.close()
         self._file = None
 
-    def _stored(self, index):
+    def stored(self, index:int)->StoredStory:
+        "A story as it lies in the file: captions and PNG files, nothing decoded. Raises IndexError, or ValueError naming file and story."
         if not -len(self) <= index < len(self):
             raise IndexError(f"{self.path}: there is no story {index} among the {len(self)} of split {self.split!r}")
         if self._owner != os.getpid(): self._file = None
@@ -881,9 +866,31 @@ class StoryDataset(torch.utils.data.Dataset):
         except (OSError, KeyError, ValueError, RuntimeError) as error:
             raise ValueError(f"{self.path}: story {index} of split {self.split!r} cannot be read ({error})") from error
 
-    def stored(self, index:int)->StoredStory:
-        "A story as it lies in the file: captions and PNG files, nothing decoded. Raises IndexError, or ValueError naming file and story."
-        return self._stored(index)
+# %% ../nbs/01_data.ipynb #27a5745d
+class StoryDataset(StoryFile, torch.utils.data.Dataset):
+    "Stories of one split of an HDF5 file, version 1 or 2, in true colours. Can be sent to workers."
+    def __init__(self,
+        path,                      # HDF5 file
+        split:str="train",         # group of the file
+        task:str="visualization",  # only checks that stories are long enough for it
+        train:bool=None,           # draw tiles at random (default: only for the split "train"); otherwise tile 0
+        seed:int=0,                # of the tiles
+    ):
+        if task not in TASKS: raise ValueError(f"task={task!r} is unknown: choose one of {TASKS}")
+        super().__init__(path, split)
+        self.task, self.seed = task, seed
+        self.train = split == "train" if train is None else train
+        self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()
+
+    def __repr__(self):
+        return f"StoryDataset({Path(self.path).name!r}, {self.split!r}, {self.task!r}): {len(self)} stories, version {self.schema}"
+
+    @property
+    def epoch(self)->int: return int(self._epoch)
+
+    def set_epoch(self, epoch:int):
+        "Sets the epoch that training tiles are derived from, in all workers."
+        self._epoch.fill_(epoch)
 
     def _strips(self, stored):
         for k, blob in enumerate(stored.images):
@@ -893,7 +900,7 @@ class StoryDataset(torch.utils.data.Dataset):
 
     def tile_counts(self, index:int)->list[int]:
         "How many tiles each frame of a story has."
-        return [tiles for _, tiles in self._strips(self._stored(index))]
+        return [tiles for _, tiles in self._strips(self.stored(index))]
 
     def _tile(self, tiles, index, frame):
         return choose_tile(tiles, self.seed, self.epoch, index, frame) if self.train else 0
@@ -902,7 +909,7 @@ class StoryDataset(torch.utils.data.Dataset):
         """A story in true colours. `tile`: that tile of every frame; None: by the rule above.
 
         Raises IndexError, or ValueError naming file and story."""
-        stored, frames, where = self._stored(index), [], f"{self.path}: story "
+        stored, frames, where = self.stored(index), [], f"{self.path}: story "
         hint = " (a '|' inside a version 1 caption splits it)" if self.schema == 1 else ""
         split_task(stored.captions, stored.images, self.task, f"{where}{stored.id!r}{hint}")
         for k, (strip, tiles) in enumerate(self._strips(stored)):
@@ -932,47 +939,13 @@ def pixels(
     x = torch.from_numpy(np.stack(arrays)).permute(0, 3, 1, 2).float() / 255   # (n, 3, size, size)
     return (x - torch.tensor(mean).view(3, 1, 1)) / torch.tensor(std).view(3, 1, 1)
 
-# %% ../nbs/01_data.ipynb #2557b761
-class StoryCollator:
-    """Turns a list of `StoryDataset` items into a batch, a dictionary (B stories, V frames to draw, F history blocks, S tokens):
-
-    frames (B,V,3,H,W), caption_ids and caption_mask (B,V,S), frame_valid (B,V), history_frames (B,F,3,h,w), history_ids and
-    history_mask (B,F,S), history_valid (B,F), index (B,), and the lists ids, captions, truth. Layout as AR-LDM's."""
+# %% ../nbs/01_data.ipynb #51b0b5e6
+class CaptionTokens:
+    "Captions of a batch as tokens, each story filled up to the longest; warns once if one had to be cut."
     def __init__(self,
-        caption_tokenizer,            # CLIP's, or anything called like a transformers tokenizer
-        history_tokenizer,            # BLIP's, likewise
-        frame_size:int=64,            # pixels a side of the frames to draw
-        history_size:int=64,          # pixels a side of the history frames
-        max_length:int=32,            # S, tokens a caption
-        task:str="visualization",     # or "continuation"
-        image_mean:tuple=CLIP_IMAGE_MEAN, # of the history frames
-        image_std:tuple=CLIP_IMAGE_STD,   # of the history frames
+        max_length:int, # S, tokens a caption
     ):
-        if task not in TASKS: raise ValueError(f"task={task!r} is unknown: choose one of {TASKS}")
-        self.caption_tokenizer, self.history_tokenizer, self.task = caption_tokenizer, history_tokenizer, task
-        self.frame_size, self.history_size, self.max_length = frame_size, history_size, max_length
-        self.image_mean, self.image_std = tuple(image_mean), tuple(image_std)
-        self._warned = torch.zeros((), dtype=torch.bool).share_memory_()
-
-    def __call__(self, items:list[dict])->dict:
-        "The batch. Raises ValueError naming the story that does not fit the task."
-        layouts = [split_task(item["captions"], item["frames"], self.task, f"story {item['id']!r}") for item in items]
-        ids = [item["id"] for item in items]
-        caption_ids, caption_mask = self._tokens(self.caption_tokenizer, [layout.captions for layout in layouts], ids)
-        history_ids, history_mask = self._tokens(self.history_tokenizer, [layout.history_captions for layout in layouts], ids)
-        frames, frame_valid = self._pixels([layout.frames for layout in layouts], self.frame_size)
-        past = [layout.history_frames for layout in layouts]
-        history, history_valid = self._pixels(past, self.history_size, self.image_mean, self.image_std)
-        return {"frames": frames, "caption_ids": caption_ids, "caption_mask": caption_mask, "frame_valid": frame_valid,
-                "history_frames": history, "history_ids": history_ids, "history_mask": history_mask, "history_valid": history_valid,
-                "ids": ids, "index": torch.tensor([item["index"] for item in items]),
-                "captions": [list(item["captions"]) for item in items], "truth": [item["truth"] for item in items]}
-
-    def _pixels(self, rows, size, *normalisation):
-        longest = max(map(len, rows))
-        filled, valid = torch.zeros(len(rows), longest, 3, size, size), torch.zeros(len(rows), longest, dtype=torch.bool)
-        for b, row in enumerate(rows): filled[b, :len(row)], valid[b, :len(row)] = pixels(row, size, *normalisation), True
-        return filled, valid
+        self.max_length, self._warned = max_length, torch.zeros((), dtype=torch.bool).share_memory_()
 
     def _tokens(self, tokenizer, rows, ids):
         longest = max(map(len, rows))
@@ -994,3 +967,45 @@ class StoryCollator:
             warnings.warn(f"story {names[row]!r}: the caption {texts[row]!r} has {n} tokens and is cut to "
                           f"max_length={self.max_length}; longer captions after it are cut without a word", stacklevel=4)
             return
+
+# %% ../nbs/01_data.ipynb #2557b761
+class StoryCollator(CaptionTokens):
+    """Turns a list of `StoryDataset` items into a batch, a dictionary (B stories, V frames to draw, F history blocks, S tokens):
+
+    frames (B,V,3,H,W), caption_ids and caption_mask (B,V,S), frame_valid (B,V), history_frames (B,F,3,h,w), history_ids and
+    history_mask (B,F,S), history_valid (B,F), index (B,), and the lists ids, captions, truth. Layout as AR-LDM's."""
+    def __init__(self,
+        caption_tokenizer,            # CLIP's, or anything called like a transformers tokenizer
+        history_tokenizer,            # BLIP's, likewise
+        frame_size:int=64,            # pixels a side of the frames to draw
+        history_size:int=64,          # pixels a side of the history frames
+        max_length:int=32,            # S, tokens a caption
+        task:str="visualization",     # or "continuation"
+        image_mean:tuple=CLIP_IMAGE_MEAN, # of the history frames
+        image_std:tuple=CLIP_IMAGE_STD,   # of the history frames
+    ):
+        if task not in TASKS: raise ValueError(f"task={task!r} is unknown: choose one of {TASKS}")
+        self.caption_tokenizer, self.history_tokenizer, self.task = caption_tokenizer, history_tokenizer, task
+        super().__init__(max_length)
+        self.frame_size, self.history_size = frame_size, history_size
+        self.image_mean, self.image_std = tuple(image_mean), tuple(image_std)
+
+    def __call__(self, items:list[dict])->dict:
+        "The batch. Raises ValueError naming the story that does not fit the task."
+        layouts = [split_task(item["captions"], item["frames"], self.task, f"story {item['id']!r}") for item in items]
+        ids = [item["id"] for item in items]
+        caption_ids, caption_mask = self._tokens(self.caption_tokenizer, [layout.captions for layout in layouts], ids)
+        history_ids, history_mask = self._tokens(self.history_tokenizer, [layout.history_captions for layout in layouts], ids)
+        frames, frame_valid = self._pixels([layout.frames for layout in layouts], self.frame_size)
+        past = [layout.history_frames for layout in layouts]
+        history, history_valid = self._pixels(past, self.history_size, self.image_mean, self.image_std)
+        return {"frames": frames, "caption_ids": caption_ids, "caption_mask": caption_mask, "frame_valid": frame_valid,
+                "history_frames": history, "history_ids": history_ids, "history_mask": history_mask, "history_valid": history_valid,
+                "ids": ids, "index": torch.tensor([item["index"] for item in items]),
+                "captions": [list(item["captions"]) for item in items], "truth": [item["truth"] for item in items]}
+
+    def _pixels(self, rows, size, *normalisation):
+        longest = max(map(len, rows))
+        filled, valid = torch.zeros(len(rows), longest, 3, size, size), torch.zeros(len(rows), longest, dtype=torch.bool)
+        for b, row in enumerate(rows): filled[b, :len(row)], valid[b, :len(row)] = pixels(row, size, *normalisation), True
+        return filled, valid
