@@ -6,8 +6,8 @@
 __all__ = ['FREE_SETTINGS', 'as_setting', 'read_settings', 'read_yaml', 'package_versions', 'start_run', 'MetricsLog',
            'read_metrics', 'SamplePictures', 'load_pipeline', 'new_pipeline', 'sample_stories', 'story_of',
            'draw_folder', 'read_json', 'read_picture', 'claim_folder', 'DrawnStories', 'score', 'WorldJudge',
-           'distance', 'ClassifierJudge', 'InceptionJudge', 'in_range', 'ClipJudge', 'read_network', 'evaluate_stories',
-           'print_scores', 'best_device', 'main']
+           'together', 'distance', 'ClassifierJudge', 'InceptionJudge', 'in_range', 'ClipJudge', 'read_network',
+           'evaluate_stories', 'print_scores', 'best_device', 'main']
 
 # %% ../nbs/14_command_line.ipynb #9c913b0a
 import argparse
@@ -23,11 +23,13 @@ import sys
 import tempfile
 import time
 from dataclasses import fields
+from functools import reduce
 from itertools import groupby
 from pathlib import Path
 
 import torch
 import yaml
+from accelerate.utils import gather_object
 from PIL import Image
 from tqdm.auto import tqdm
 from transformers import CLIPModel, CLIPTokenizer
@@ -38,7 +40,7 @@ from .data import (CLIP_IMAGE_MEAN, CLIP_IMAGE_STD, StoryDataset, atomic_path, c
 from .experiments import ARMS, print_lines, run_experiment, run_rows, train_stories, with_and_without_history
 from .metrics import (FrameReader, character_f1, frame_accuracy, frames_tensor, frechet_distance, protocol_frames, read_frames,
                                   score_facts, scene_targets, summarise)
-from .miniature import PRESETS, STAGES, pretrain
+from .miniature import PRESETS, SECOND, STAGES, continue_pretraining, pretrain
 from .model import sample_generator
 from .pipeline import SCHEDULERS, CausalStoryPipeline, story_pipeline, use_scheduler
 from .presets import (BLIP_HUB, FULL_SCALE, STABLE_DIFFUSION_HUB, STORY_DATA, cache_path, cache_settings, full_scale_pipeline,
@@ -379,30 +381,34 @@ def score(
 class WorldJudge:
     "The frame reader on stories of the world: facts, characters, and a distance on its features."
     def __init__(self, reader): # FrameReader
-        self.reader, self.rows, self.seen, self.there, self.features = reader, [], [], [], ([], [])
+        self.reader = reader
 
     @torch.no_grad()
-    def add(self, record, drawn, task):
-        "Judge a story."
+    def look(self, record, drawn, task)->dict:
+        "What one story shows."
         if record.truth is None: raise ValueError(f"story {record.id!r} has no truth for our frame reader to compare with: leave the reader out")
         given = int(task == "continuation")
-        self.rows += [row | dict(story=record.id) for row in score_facts(self.reader, [drawn], [record.truth], task)]
-        self.seen.append(torch.from_numpy(read_frames(self.reader, drawn)["presence"]))
-        self.there.append(scene_targets(record.truth["scenes"][given:])["presence"] > 0)
-        for frames, features in zip((record.frames[given:], drawn), self.features): features.append(self.reader.features(frames_tensor(frames).to(self.reader.device)).cpu())
+        features = lambda frames: self.reader.features(frames_tensor(frames).to(self.reader.device)).cpu()
+        return dict(rows=[row | dict(story=record.id) for row in score_facts(self.reader, [drawn], [record.truth], task)],
+                    seen=torch.from_numpy(read_frames(self.reader, drawn)["presence"]), there=scene_targets(record.truth["scenes"][given:])["presence"] > 0,
+                    real=features(record.frames[given:]), drawn=features(drawn))
 
-    def scores(self)->list:
-        "What was found."
-        seen, there = torch.cat(self.seen), torch.cat(self.there)
-        return [*score("facts drawn right", self.rows), *score("facts that only the history tells, drawn right", self.rows, lambda row: row["history_only"]),
+    def scores(self, findings:list)->list: # what `look` found, story by story
+        "Scores of all stories together."
+        rows, seen, there = [row for finding in findings for row in finding["rows"]], together(findings, "seen"), together(findings, "there")
+        return [*score("facts drawn right", rows), *score("facts that only the history tells, drawn right", rows, lambda row: row["history_only"]),
                 dict(name="character F1 (frame reader)", value=character_f1(seen, there), n=len(seen)),
                 dict(name="frame accuracy (frame reader)", value=frame_accuracy(seen, there), n=len(seen)),
-                *distance("Fréchet distance on the frame reader's features (not an FID)", *self.features)]
+                *distance("Fréchet distance on the frame reader's features (not an FID)", together(findings, "real"), together(findings, "drawn"))]
 
 # %% ../nbs/14_command_line.ipynb #47697495
-def distance(name:str, real:list, drawn:list)->list:
-    "A Fréchet distance of features (rounding below zero cut off), or nothing where there are fewer than two frames."
-    real, drawn = torch.cat(real), torch.cat(drawn)
+def together(findings:list, *path)->torch.Tensor:
+    "One tensor of all findings, frame after frame."
+    pick = lambda finding: finding if not path else reduce(lambda inner, key: inner[key], path, finding)
+    return torch.cat([pick(finding) for finding in findings])
+
+def distance(name:str, real:torch.Tensor, drawn:torch.Tensor)->list:
+    "A Fréchet distance of features (N, D) (rounding below zero cut off), or nothing where there are fewer than two frames."
     return [dict(name=name, value=max(0.0, frechet_distance(real, drawn)), n=len(drawn))] if len(drawn) > 1 else []
 
 # %% ../nbs/14_command_line.ipynb #45e2e08e
@@ -414,43 +420,43 @@ class ClassifierJudge:
         value_range=(-1., 1.),    # pixel values that it expects
         device="cpu",
     ):
-        self.network, self.size, self.value_range, self.device, self.seen, self.there = network, size, value_range, device, [], []
+        self.network, self.size, self.value_range, self.device = network, size, value_range, device
 
     @torch.no_grad()
-    def add(self, record, drawn, task):
-        "Judge a story."
-        for frames, kept in ((record.frames[int(task == "continuation"):], self.there), (drawn, self.seen)):
-            kept.append(self.network(in_range(pixels(frames, self.size), self.value_range).to(self.device)).cpu() > 0)
+    def look(self, record, drawn, task)->dict:
+        "What one story shows."
+        shown = lambda frames: self.network(in_range(pixels(frames, self.size), self.value_range).to(self.device)).cpu() > 0
+        return dict(seen=shown(drawn), there=shown(record.frames[int(task == "continuation"):]))
 
-    def scores(self)->list:
-        "What was found."
-        seen, there = torch.cat(self.seen), torch.cat(self.there)
+    def scores(self, findings:list)->list: # what `look` found, story by story
+        "Scores of all stories together."
+        seen, there = together(findings, "seen"), together(findings, "there")
         return [dict(name=f"{name} (your classifier, against what it sees in the true frames)", value=function(seen, there), n=len(seen))
                 for name, function in (("character F1", character_f1), ("frame accuracy", frame_accuracy))]
 
 # %% ../nbs/14_command_line.ipynb #8c6c1697
 class InceptionJudge:
     "FID in both protocols, on the features of a network that is handed in."
+    protocols = dict(arldm="FID, AR-LDM's protocol (over 64 pixels)", standard="FID, standard protocol")
+
     def __init__(self,
         network,                  # nn.Module: (V, 3, 299, 299) -> (V, D)
         value_range=(-1., 1.),    # pixel values that it expects
         device="cpu",
     ):
         self.network, self.value_range, self.device = network, value_range, device
-        self.features = {protocol: ([], []) for protocol in ("arldm", "standard")}
 
     @torch.no_grad()
-    def add(self, record, drawn, task):
-        "Features of a story's frames."
-        for protocol, kept in self.features.items():
-            for frames, into in zip((record.frames[int(task == "continuation"):], drawn), kept):
-                x = in_range(protocol_frames(frames_tensor(frames), protocol), self.value_range)
-                into.append(self.network(x.to(self.device)).flatten(1).cpu())
+    def look(self, record, drawn, task)->dict:
+        "Features of one story's frames, by protocol."
+        def features(frames, protocol):
+            x = in_range(protocol_frames(frames_tensor(frames), protocol), self.value_range)
+            return self.network(x.to(self.device)).flatten(1).cpu()
+        return {protocol: dict(real=features(record.frames[int(task == "continuation"):], protocol), drawn=features(drawn, protocol)) for protocol in self.protocols}
 
-    def scores(self)->list:
-        "What was found."
-        names = dict(arldm="FID, AR-LDM's protocol (over 64 pixels)", standard="FID, standard protocol")
-        return [line for protocol, kept in self.features.items() for line in distance(names[protocol], *kept)]
+    def scores(self, findings:list)->list: # what `look` found, story by story
+        "Scores of all stories together."
+        return [line for protocol, name in self.protocols.items() for line in distance(name, together(findings, protocol, "real"), together(findings, protocol, "drawn"))]
 
 # %% ../nbs/14_command_line.ipynb #9e731534
 def in_range(
@@ -469,21 +475,21 @@ class ClipJudge:
         device="cpu",
     ):
         folder = local_folder(source, "clip", "config.json, weights and a tokenizer of CLIP")
-        self.model, self.tokenizer, self.rows = read_part(CLIPModel, folder).to(device), read_part(CLIPTokenizer, folder), []
+        self.model, self.tokenizer = read_part(CLIPModel, folder).to(device), read_part(CLIPTokenizer, folder)
 
     @torch.no_grad()
-    def add(self, record, drawn, task):
-        "Judge a story."
+    def look(self, record, drawn, task)->list:
+        "One row a frame."
         captions, config, device = record.captions[int(task == "continuation"):], self.model.config, self.model.device
         words = self.tokenizer(captions, padding=True, truncation=True, max_length=config.text_config.max_position_embeddings, return_tensors="pt").to(device)
         seen = pixels(drawn, config.vision_config.image_size, CLIP_IMAGE_MEAN, CLIP_IMAGE_STD).to(device)
         out = self.model(input_ids=words.input_ids, attention_mask=words.attention_mask, pixel_values=seen)
         cosines = torch.nn.functional.cosine_similarity(out.image_embeds, out.text_embeds)      # (V,)
-        self.rows += [dict(story=record.id, correct=100 * max(0.0, cosine)) for cosine in cosines.tolist()]
+        return [dict(story=record.id, correct=100 * max(0.0, cosine)) for cosine in cosines.tolist()]
 
-    def scores(self)->list:
-        "What was found."
-        return score("CLIP score, 100 max(0, cos)", self.rows)
+    def scores(self, findings:list)->list: # what `look` found, story by story
+        "Scores of all stories together."
+        return score("CLIP score, 100 max(0, cos)", [row for finding in findings for row in finding])
 
 # %% ../nbs/14_command_line.ipynb #cb9bac8e
 def read_network(
@@ -500,18 +506,23 @@ def read_network(
 def evaluate_stories(
     drawn:DrawnStories,
     dataset,        # StoryDataset that they were drawn from
-    judges:list,    # objects with add(record, frames, task) and scores()
+    judges:list,    # objects with look(record, frames, task) and scores(findings)
     task:str="visualization",
     index=None,     # which stories; None: all that are drawn
     progress:bool=True,
+    accelerator=None, # accelerate.Accelerator of several processes: each looks at its share, all get the scores
 )->list:            # dicts: name, value, n, and low, high where there is an interval
     "Show every drawn story, with its truth, to every judge. Raises ValueError naming a story that does not fit."
     index = sorted(drawn.paths) if index is None else list(index)
-    for k in tqdm(index, desc="judging stories", unit="story", disable=not progress):
+    share = index if accelerator is None else index[accelerator.process_index::accelerator.num_processes]
+    findings = []
+    for k in tqdm(share, desc="judging stories", unit="story", disable=not progress):
         record = story_of(dataset, k)
         frames = drawn.frames(k, record, task)
-        for judge in judges: judge.add(record, frames, task)
-    return [line for judge in judges for line in judge.scores()]
+        findings.append((k, [judge.look(record, frames, task) for judge in judges]))
+    if accelerator is not None: findings = gather_object(findings)
+    by_judge = zip(*(found for _, found in sorted(findings, key=lambda pair: pair[0])))
+    return [line for judge, found in zip(judges, by_judge) for line in judge.scores(list(found))]
 
 # %% ../nbs/14_command_line.ipynb #c7cf33d5
 def print_scores(scores:list):
@@ -528,11 +539,23 @@ def _prepare(a):
 
 # %% ../nbs/14_command_line.ipynb #63a60e6d
 def _pretrain(a):
-    preset = dict(PRESETS[a.preset])
-    preset["steps"] = preset["steps"] | dict(_stage_steps(words) for words in a.steps)
-    losses = pretrain(a.out, **preset, seed=a.seed, overwrite=a.overwrite, only=a.only, half=a.half)
+    rounds, steps = PRESETS[a.preset], dict(_stage_steps(words) for words in a.steps)
+    shared = dict(seed=a.seed, overwrite=a.overwrite, only=a.only, half=a.half)
+    if a.start: losses = _second_round(a.out, a.start, SECOND | dict(steps=steps or SECOND["steps"]), shared)
+    elif len(rounds) == 1: losses = pretrain(a.out, **rounds[0] | dict(steps=rounds[0]["steps"] | steps), **shared)
+    else: losses = _two_rounds(a, rounds, steps, shared)
     if a.only: print(f"stage {a.only} is done ({len(losses[a.only])} steps); without --only the other stages follow and the base is written")
     else: print(f"wrote the base to {a.out}; next: causal-story train {a.out} DATA.h5 OUT")
+
+def _second_round(out, start, settings, shared):
+    return continue_pretraining(out, start if start == "miniature" else local_folder(start, "--start", "a base that `pretrain` wrote"), **settings, **shared | dict(seed=shared["seed"] + 1))
+
+def _two_rounds(a, rounds, steps, shared):
+    "From nothing, then on from there; the first round's weights stay in OUT/runs until the second is done."
+    if steps or a.only: raise ValueError(f"--preset {a.preset} has two rounds: run `--preset quick` with --steps or --only, then `--start` with its folder")
+    first = Path(a.out) / "runs" / "first"
+    if not (first / "pretraining.json").exists(): pretrain(first, **rounds[0], seed=a.seed)
+    return _second_round(a.out, first, rounds[1], shared)
 
 # %% ../nbs/14_command_line.ipynb #769e2b67
 def _stage_steps(words:str):
@@ -611,7 +634,7 @@ def _drawing(a):
     if a.checkpoint: print(import_arldm_checkpoint(a.checkpoint, pipe, a.dataset, tuple(a.words)))
     if a.scheduler: use_scheduler(pipe, a.scheduler)
     if a.device or torch.cuda.is_available(): pipe.to(best_device(a.device))
-    return pipe, dict(num_inference_steps=a.num_inference_steps, guidance_scale=a.guidance_scale, history_policy=a.policy, window=a.window)
+    return pipe, dict(num_inference_steps=a.num_inference_steps, guidance_scale=a.guidance_scale, guidance_interval=a.guidance_interval and tuple(a.guidance_interval), history_policy=a.policy, window=a.window)
 
 # %% ../nbs/14_command_line.ipynb #395f4ca5
 def _draw_folder(a, folder, dataset, task, index):
@@ -638,7 +661,6 @@ def _sample(a):
 def _evaluate(a):
     if a.out and Path(a.out).exists(): raise FileExistsError(f"{a.out} is there already: remove it, or name another file")
     drawn = None if _is_model(a.model) else DrawnStories(a.model)
-    if drawn is not None and os.environ.get("RANK", "0") != "0": return   # several processes draw, one judges
     task, split = (_agreed(a, drawn, name, default) for name, default in (("task", "visualization"), ("split", "test")))
     dataset = StoryDataset(a.data, split, task)
     judges = _judges(a, story_of(dataset, 0).truth is not None)
@@ -646,10 +668,12 @@ def _evaluate(a):
         if drawn is None:
             if not a.folder and int(os.environ.get("WORLD_SIZE", 1)) > 1: raise ValueError("several processes need --folder: a place where all of them draw")
             folder = a.folder or stack.enter_context(tempfile.TemporaryDirectory())
-            if not _draw_folder(a, folder, dataset, task, None if a.stories is None else range(min(a.stories, len(dataset)))): return
+            _draw_folder(a, folder, dataset, task, None if a.stories is None else range(min(a.stories, len(dataset))))
             drawn = DrawnStories(folder)
         index = sorted(drawn.paths)[:a.stories]
-        scores = evaluate_stories(drawn, dataset, judges, task, index)
+        team = make_accelerator(TrainingConfig())
+        scores = evaluate_stories(drawn, dataset, judges, task, index, accelerator=team)
+    if not team.is_main_process: return
     print(f"{len(index)} of {len(dataset)} stories of split {split!r}, {task}, reference tile 0")
     print_scores(scores)
     if a.out:
@@ -721,7 +745,8 @@ _FULL = ("full size (notebook 11)", ("--preset", dict(choices=tuple(FULL_SCALE),
 
 # %% ../nbs/14_command_line.ipynb #638a69f0
 _DRAW = ("drawing", ("--scheduler", dict(choices=tuple(SCHEDULERS), help="instead of the model's")), ("--num-inference-steps", dict(type=int, help="instead of the model's")),
-         ("--guidance-scale", dict(type=float, help="instead of the model's")), ("--policy", dict(choices=POLICIES, help="history policy instead of the model's")), _WINDOW, _SEED, _DEVICE,
+         ("--guidance-scale", dict(type=float, help="instead of the model's")),
+         ("--guidance-interval", dict(type=float, nargs=2, metavar=("START", "STOP"), help="shares of the steps that are guided, 0 0.67 say; instead of the model's")), ("--policy", dict(choices=POLICIES, help="history policy instead of the model's")), _WINDOW, _SEED, _DEVICE,
          ("--batch-size", dict(type=int, default=8, help="stories at once, into a folder")), ("--checkpoint", dict(help="with --preset: AR-LDM's .ckpt, put into the model")))
 
 # %% ../nbs/14_command_line.ipynb #f4132dc5
@@ -755,8 +780,9 @@ _VERBS = {
     "prepare": (_prepare, "Raw stories to one HDF5 file.", "causal-story prepare folder my_world stories.h5",
                 ("kind", dict(choices=("flintstones", "pororo", "folder"), help="layout of the raw data")), ("raw", dict(help="raw folder")), ("out", dict(help="HDF5 file to write"))),
     "pretrain": (_pretrain, "A small base from nothing, on the cartoon world. Continues an interrupted run.", "causal-story pretrain base --preset quick",
-                 ("out", dict(help="folder to write")), ("--preset", dict(default="quick", choices=tuple(PRESETS), help="quick: at most 90 minutes on two cores; shipped: what made the base of the package")),
+                 ("out", dict(help="folder to write")), ("--preset", dict(default="quick", choices=tuple(PRESETS), help="quick: at most 90 minutes on two cores; shipped: two rounds, what made the base of the package")),
                  ("--steps", dict(nargs="*", default=[], metavar="STAGE=N", help=f"other numbers of optimizer steps; stages: {', '.join(STAGES)}")),
+                 ("--start", dict(metavar="FOLDER", help="go on from this finished base, or from miniature: a second round for decoder and text_to_image")),
                  ("--only", dict(choices=STAGES, help="this stage alone, so that stages can run side by side")), ("--overwrite", dict(action="store_true", help="replace finished weights")),
                  ("--half", dict(action="store_true", help="store the models in half precision")), _SEED),
     "cache": (_cache, "Compute once what the frozen parts of a full-size model say about the data, and keep it beside the data. Do this before several processes train.",

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['PARTS', 'tiny_vae', 'normalise_latents', 'decode_latents', 'Conditioning', 'StoryReaders', 'StoryConditioner',
-           'CausalStoryModel', 'prediction_target', 'sample_generator', 'draw_randomness', 'story_loss',
-           'latent_posterior', 'prepare_tuning', 'trained_by_part']
+           'CausalStoryModel', 'prediction_target', 'sample_generator', 'shift_timesteps', 'draw_randomness',
+           'story_loss', 'latent_posterior', 'prepare_tuning', 'trained_by_part']
 
 # %% ../nbs/05_model.ipynb #d0b06ac8
 import hashlib
@@ -247,13 +247,23 @@ def sample_generator(
     return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
 
 # %% ../nbs/05_model.ipynb #da851781
+def shift_timesteps(
+    timesteps:torch.Tensor, # long, drawn evenly from 0 ... n_timesteps - 1
+    shift:float,            # s; above 1: more of the noisy timesteps
+    n_timesteps:int=1000,   # of the noise schedule
+)->torch.Tensor:            # long, the same shape
+    "t -> s t / (1 + (s - 1) t) on [0, 1], as large rectified-flow models move timesteps; s = 1 changes nothing."
+    if shift == 1: return timesteps
+    u = (timesteps + 0.5) / n_timesteps
+    return (n_timesteps * shift * u / (1 + (shift - 1) * u)).long()
+
 def draw_randomness(
     keys,                 # one key a story, say (seed, epoch, index): all its randomness follows from it
     frame_valid,          # (B, V) bool
     shape,                # (C, h, w) of the latents
     n_timesteps:int=1000, # of the noise schedule
     drop:float=0.1,       # share of frames drawn without condition
-    timestep_shift:float=1.0, # above 1: more of the noisy timesteps, t -> s t / (1 + (s - 1) t) on [0, 1]
+    timestep_shift:float=1.0, # see `shift_timesteps`
 )->dict:                  # noise, posterior_noise (B, V, C, h, w); timesteps (B, V); dropped (B, V)
     "Noise, timesteps and dropped conditions of a batch; a story's own do not depend on who shares its batch."
     B, V = frame_valid.shape
@@ -265,9 +275,7 @@ def draw_randomness(
         out["noise"][b, :n] = torch.randn(n, *shape, generator=generator)
         out["timesteps"][b, :n] = torch.randint(0, n_timesteps, (n,), generator=generator)
         out["dropped"][b, :n] = torch.rand(n, generator=generator) < drop
-    if timestep_shift != 1:
-        u = (out["timesteps"] + 0.5) / n_timesteps
-        out["timesteps"] = (n_timesteps * timestep_shift * u / (1 + (timestep_shift - 1) * u)).long()
+    out["timesteps"] = shift_timesteps(out["timesteps"], timestep_shift, n_timesteps)
     return {name: value.to(frame_valid.device) for name, value in out.items()}
 
 # %% ../nbs/05_model.ipynb #ffb041ca

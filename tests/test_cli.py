@@ -67,6 +67,11 @@ def test_the_examples_in_the_help_are_understood(verb):
 @pytest.mark.parametrize("words, named", [
     (["pretrain", "{0}/base", "--steps", "unet=3"], "unet=3"),
     (["pretrain", "{0}/base", "--steps", "decoder=0"], "decoder=0"),
+    (["pretrain", "{0}/base", "--preset", "shipped", "--steps", "decoder=3"], "two rounds"),
+    (["pretrain", "{0}/base", "--preset", "shipped", "--only", "reader"], "two rounds"),
+    (["pretrain", "{0}/base", "--start", "{0}/nowhere"], "nowhere"),
+    (["pretrain", "{0}/base", "--start", "miniature", "--steps", "captions=3"], "captions"),
+    (["sample", "miniature", "{1}", "--guidance-interval", "0.5"], "expected 2 arguments"),
     (["train", "{0}/nowhere", "{1}", "{0}/out"], "nowhere"),
     (["train", "miniature", "{0}/nowhere.h5", "{0}/out"], "nowhere.h5"),
     (["train", "miniature", "{1}"], "OUT is missing"),
@@ -222,9 +227,10 @@ def test_sampling_options_reach_the_pipeline(data, tmp_path, monkeypatch):
             seen.update(options)
             raise ValueError("that will do")
     monkeypatch.setattr(cli, "load_pipeline", lambda folder: Pipe())
-    words = ["sample", "miniature", data, "--num-inference-steps", 3, "--guidance-scale", 1.5, "--policy", "local", "--window", 2, "--task", "continuation"]
+    words = ["sample", "miniature", data, "--num-inference-steps", 3, "--guidance-scale", 1.5, "--guidance-interval", 0, 0.5, "--policy", "local", "--window", 2, "--task", "continuation"]
     assert main([str(word) for word in words]) == 1
     assert (seen["num_inference_steps"], seen["guidance_scale"], seen["history_policy"], seen["window"], seen["task"]) == (3, 1.5, "local", 2, "continuation")
+    assert seen["guidance_interval"] == (0, 0.5)
     assert seen["source_image"].size == (64, 64)
 
 
@@ -263,13 +269,18 @@ def test_processes_share_a_drawing_that_does_not_depend_on_them(mixed, tmp_path,
         assert (tmp_path / "two" / f"{k:08d}" / f"frame-{len(record.frames) - 1}.png").exists()
 
 
-def test_two_real_processes_share_a_folder(data, tmp_path):
+def two_processes(folder, words):
+    "The command as two processes on the CPU, connected by gloo."
     environment = os.environ | dict(OMP_NUM_THREADS="1", ACCELERATE_USE_CPU="true", PYTHONPATH=str(Path(cli.__file__).parent.parent))
-    (tmp_path / "draw.py").write_text("import sys\nfrom causal_story.cli import main\nsys.exit(main())\n")
-    words = ["sample", "miniature", str(data), "--folder", "drawn", "num_inference_steps=1", "batch_size=1"]
-    done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "draw.py", *words], env=environment,
-                          cwd=tmp_path, text=True, capture_output=True, timeout=600, stdin=subprocess.DEVNULL)
+    (folder / "command.py").write_text("import sys\nfrom causal_story.cli import main\nsys.exit(main())\n")
+    done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "command.py", *map(str, words)], env=environment,
+                          cwd=folder, text=True, capture_output=True, timeout=600, stdin=subprocess.DEVNULL)
     assert done.returncode == 0, done.stdout + done.stderr
+    return done
+
+
+def test_two_real_processes_share_a_folder(data, tmp_path):
+    done = two_processes(tmp_path, ["sample", "miniature", data, "--folder", "drawn", "num_inference_steps=1", "batch_size=1"])
     assert done.stdout.count("wrote 2 stories to drawn") == 1 and done.stderr.count("1/1") >= 2
     assert sorted(path.name for path in (tmp_path / "drawn").iterdir()) == ["00000000", "00000001", "drawn.json"]
 
@@ -324,10 +335,20 @@ def test_the_truth_is_judged_perfect_by_every_judge(mixed, truth, judges, tmp_pa
     assert main([str(word) for word in words]) == 1 and "is there already" in said(capsys)
 
 
+def test_two_processes_judge_like_one(mixed, truth, judges, tmp_path, capsys):
+    words = ["evaluate", truth, mixed.path, "--classifier", judges / "network.pt", "--inception", judges / "network.pt", "--clip", judges / "clip"]
+    assert main([*map(str, words), "--out", str(tmp_path / "one.json")]) == 0
+    done = two_processes(tmp_path, [*words, "--out", "two.json"])
+    assert done.stdout.count("5 of 5 stories") == 1
+    one, two = (json.loads((tmp_path / name).read_text())["scores"] for name in ("one.json", "two.json"))
+    assert [line["name"] for line in one] == [line["name"] for line in two] and [line["n"] for line in one] == [line["n"] for line in two]
+    assert [line["value"] for line in two] == pytest.approx([line["value"] for line in one], rel=1e-4, abs=1e-4)
+
+
 def test_clip_score_by_hand(mixed, judges):
     judge, record = cli.ClipJudge(judges / "clip"), mixed.story(0)
-    judge.add(record, record.frames, "visualization")
-    for caption, frame, row in zip(record.captions, record.frames, judge.rows, strict=True):
+    findings = [judge.look(record, record.frames, "visualization")]
+    for caption, frame, row in zip(record.captions, record.frames, findings[0], strict=True):
         words = judge.tokenizer(caption, return_tensors="pt")
         with torch.no_grad(): out = judge.model(**words, pixel_values=cli.pixels([frame], 32, cli.CLIP_IMAGE_MEAN, cli.CLIP_IMAGE_STD))
         a, b = (x[0] / x[0].norm() for x in (out.image_embeds, out.text_embeds))

@@ -15,7 +15,7 @@ from transformers.utils import logging
 import causal_story.miniature as miniature
 from causal_story.encoders import HistoryEncoder, tiny_history_encoder, tiny_tokenizers
 from causal_story.miniature import (SAVED_PARTS, STAGES, HistoryPretrainer, LatentPool, altered, caption_corpus,
-                                    encode_pool, history_batches, make_pool, measure_latents, pool_batches, pretrain,
+                                    continue_pretraining, encode_pool, history_batches, make_pool, measure_latents, pool_batches, pretrain,
                                     stage_configs, tokenize, training_caption, with_stories)
 from causal_story.metrics import scene_targets
 from causal_story.model import decode_latents, normalise_latents, tiny_vae
@@ -206,6 +206,79 @@ def test_frames_must_name_every_stage(tmp_path):
     with pytest.raises(ValueError, match="frames"):
         pretrain(tmp_path, STEPS, **SMALL | dict(frames=dict(history=3)))
     assert not list(tmp_path.iterdir())
+
+
+# ---------------------------------------------------------------- the second round
+
+AGAIN = dict(decoder=3, text_to_image=3)
+MORE = dict(frames=dict(decoder=8, text_to_image=6), stories=1, progress=False)
+
+
+def again(steps=AGAIN):
+    return {stage: replace(config, batch_size=4, checkpoint_every=1) for stage, config in miniature.second_configs(steps).items()}
+
+
+def test_second_round_moves_decoder_and_unet_and_nothing_else(finished, tmp_path):
+    folder, _ = finished
+    losses = continue_pretraining(tmp_path, folder, AGAIN, configs=again(), **MORE)
+    assert {stage: len(values) for stage, values in losses.items()} == AGAIN
+    assert {path.name for path in tmp_path.iterdir()} == {*SAVED_PARTS, "pretraining.json"}
+    before, after = weights(folder), weights(tmp_path)
+    assert {name.split("/")[0] for name in before if before[name] != after[name]} == {"vae", "unet"}
+    first, second = (AutoencoderKL.from_pretrained(place / "vae") for place in (folder, tmp_path))
+    assert first.config.latents_std == second.config.latents_std
+    assert all(torch.equal(a, b) for a, b in zip(first.encoder.parameters(), second.encoder.parameters()))
+    record = json.loads((tmp_path / "pretraining.json").read_text())
+    assert record["first_round"] == json.loads((folder / "pretraining.json").read_text())
+    assert record["seed"] == 1 and record["timestep_shift"] == 2.5
+
+
+@pytest.mark.parametrize("function", ["train_decoder", "_move_into_place"])
+def test_second_round_interrupted_and_continued_equals_never_stopped(finished, tmp_path, monkeypatch, function):
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    losses = continue_pretraining(whole, finished[0], AGAIN, configs=again(), **MORE)
+
+    def power_cut(*arguments, **names): raise KeyboardInterrupt
+    with monkeypatch.context() as patch:
+        patch.setattr(miniature, function, power_cut)
+        with pytest.raises(KeyboardInterrupt):
+            continue_pretraining(broken, finished[0], AGAIN, configs=again(), **MORE)
+    assert continue_pretraining(broken, finished[0], AGAIN, configs=again(), only="decoder", **MORE)["decoder"] == losses["decoder"]
+    assert continue_pretraining(broken, finished[0], AGAIN, configs=again(), **MORE) == losses
+    assert weights(broken) == weights(whole)
+
+
+def test_second_round_is_not_continued_from_other_weights(finished, tmp_path):
+    continue_pretraining(tmp_path, finished[0], AGAIN, configs=again(), only="decoder", **MORE)
+    with pytest.raises(ValueError, match="other start"):
+        continue_pretraining(tmp_path, "miniature", AGAIN, configs=again(), **MORE)
+
+
+@pytest.mark.parametrize("steps, named", [({}, "no stage"), (dict(history=3), "history"), (AGAIN | dict(autoencoder=1), "autoencoder")])
+def test_only_decoder_and_unet_can_go_on(finished, tmp_path, steps, named):
+    with pytest.raises(ValueError, match=named):
+        continue_pretraining(tmp_path, finished[0], steps, **MORE)
+    assert not list(tmp_path.iterdir())
+
+
+def test_second_round_does_not_overwrite_unasked(finished):
+    folder, _ = finished
+    before = weights(folder)
+    with pytest.raises(FileExistsError, match=str(folder)):
+        continue_pretraining(folder, folder, AGAIN, **MORE)
+    assert weights(folder) == before
+
+
+def test_shifted_timesteps_of_a_pool():
+    pool = make_pool(8, progress=False)
+    tokenizer = tiny_tokenizers(caption_corpus(30), 36, characters=CHARACTERS)[0]
+    vae = measure_latents(tiny_vae(), torch.zeros(8, 8, 8, 8), torch.ones(8, 8, 8, 8))
+    pools = [LatentPool(vae, torch.zeros(8, 8, 8, 8), torch.ones(8, 8, 8, 8), pool.scenes, [None] * 8, tokenizer, timestep_shift=s) for s in (1.0, 2.5)]
+    config = TrainingConfig(batch_size=8, seed=3)
+    even, noisy = (p.batches(config)(0) for p in pools)
+    u = (even[2] + 0.5) / 1000
+    assert torch.equal(noisy[2], (2500 * u / (1 + 1.5 * u)).long())
+    assert all(torch.equal(a, b) for k, (a, b) in enumerate(zip(even, noisy)) if k != 2)
 
 
 # ---------------------------------------------------------------- the pieces
