@@ -5,14 +5,16 @@
 # %% auto #0
 __all__ = ['CHANGES', 'ARMS', 'FAR', 'GROUPS', 'story_records', 'draw_stories', 'with_and_without_history', 'print_lines',
            'look_hits', 'attention_mass', 'causal_effect', 'plot_looks', 'Arm', 'story_cache', 'tune_arm',
-           'train_stories', 'machine', 'run_arm', 'run_rows', 'run_experiment', 'seeds_and_stories', 'load_runs',
-           'chosen_rows', 'arm_table', 'compare_arms', 'plot_arms', 'print_groups']
+           'train_stories', 'machine', 'run_arm', 'run_rows', 'run_experiment', 'tuning_cost', 'seeds_and_stories',
+           'load_runs', 'chosen_rows', 'arm_table', 'compare_arms', 'plot_arms', 'print_groups']
 
 # %% ../nbs/10_does_it_help.ipynb #62d165f0
 import json
 import os
 import platform
 import random
+import subprocess
+import sys
 import time
 from dataclasses import asdict, dataclass
 from functools import lru_cache
@@ -26,7 +28,7 @@ from .causal_mask import frame_mask
 from .data import StoryCollator, StoryDataset, StoryRecord
 from .metrics import FrameReader, fact_rows, paired_difference, read_frames, score_facts, summarise
 from .model import draw_randomness, latent_posterior, normalise_latents, prepare_tuning, sample_generator, trained_by_part
-from .pipeline import CausalStoryPipeline, story_pipeline
+from .pipeline import CausalStoryPipeline, fingerprint, load_base, story_pipeline
 from .storyworld import CHARACTERS, PROPS, SCARVES, SETTINGS, make_stories
 from .training import TrainingConfig, cache_stories, tune
 from .unet import record_attention
@@ -245,12 +247,13 @@ def tune_arm(
     config:TrainingConfig,        # its learning rate is the arm's
     folder=None,                  # run folder; an interrupted run there is continued
     progress:bool=True,
+    callbacks=(),                 # of `fit`
 ):                                # (tuned CausalStoryPipeline, TrainingResult, parameters by part)
     "Tune a base one way. The seed decides new weights, order and noise."
     pipe = story_pipeline(base, arm.width if arm.method == "adapter" else 0, arm.context_layers, config.seed, arm.policy, arm.window)
     model = prepare_tuning(pipe.as_model(), arm.method, arm.width, arm.parts)
     settings = TrainingConfig(**{**asdict(config), "learning_rate": arm.learning_rate})
-    result = tune(model, cache, settings, arm.policy, arm.window, context_layer=arm.context_layers > 0, timestep_shift=arm.timestep_shift, folder=folder, progress=progress)
+    result = tune(model, cache, settings, arm.policy, arm.window, context_layer=arm.context_layers > 0, timestep_shift=arm.timestep_shift, folder=folder, progress=progress, callbacks=callbacks)
     counts = trained_by_part(model)
     result.use_ema(model).eval()
     pipe.set_progress_bar_config(disable=True)
@@ -304,8 +307,9 @@ def run_arm(
     path = Path(folder) / f"{name}-{seed}.json"
     if path.exists(): return json.loads(path.read_text())
     config, records = TrainingConfig(**{**asdict(config), "seed": seed}), story_records(make_stories(**stories))
+    before = None if ARMS[name].method in ("adapter", "none") else fingerprint(load_base(base)["unet"])
     pipe, result, counts = tune_arm(ARMS[name], base, cache, config, Path(folder) / "runs" / f"{name}-{seed}", progress)
-    pipe.save_tuned(Path(folder) / "tuned" / f"{name}-{seed}")
+    pipe.save_tuned(Path(folder) / "tuned" / f"{name}-{seed}", base=before)
     correct = {}
     for history in histories:
         rows = score_facts(reader, draw_stories(pipe, records, true_history=history == "true", progress=progress), [r.truth for r in records])
@@ -351,6 +355,34 @@ def run_experiment(
     reader, config = FrameReader.from_pretrained("miniature"), TrainingConfig(steps=steps, batch_size=batch_size, warmup_steps=20, ema_decay=0.99)
     stories = dict(n=test_stories, split=split, seed=1)
     return [run_arm(name, seed, folder, base, cache, stories, reader, config, progress=progress) for seed in seeds for name in arms]
+
+# %% ../nbs/10_does_it_help.ipynb #8cf2cc2c
+def _measure_cost(name:str, base, stories:int, batch_size:int, steps:int)->dict:
+    "What `tuning_cost` says, measured in this process."
+    cache = story_cache(story_pipeline(base), story_records(make_stories(stories)), progress=False)
+    times = []
+    config = TrainingConfig(steps=steps, batch_size=batch_size, warmup_steps=1, checkpoint_every=0)
+    _, _, counts = tune_arm(ARMS[name], base, cache, config, progress=False, callbacks=[lambda *_: times.append(time.perf_counter())])
+    peak = None
+    if os.name == "posix":
+        import resource
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1e6 if platform.system() == "Darwin" else 1e3)
+    trained = {part: n for part, (n, _) in counts.items() if n}
+    return dict(arm=name, trained=trained, unet_total=counts["unet"][1], stored_mb=sum(trained.values()) * 2 / 1e6, peak_mb=peak, seconds_a_step=float(np.median(np.diff(times))))
+
+def tuning_cost(
+    name:str,            # key of `ARMS`
+    base="miniature",    # what `load_base` takes
+    stories:int=16,      # training stories
+    batch_size:int=8,    # stories a step
+    steps:int=8,         # of which the first is not timed
+)->dict:                 # arm; trained: parameters by part; unet_total: parameters of the U-Net; stored_mb: they in half precision, MB; peak_mb: most memory held, MB, None on Windows; seconds_a_step: median
+    "Cost of a way of tuning, measured in a process of its own. Raises ValueError for an unknown arm, RuntimeError if that process fails."
+    if name not in ARMS: raise ValueError(f"there is no arm {name!r}; choose from {', '.join(ARMS)}")
+    call = f"import json, torch; torch.set_num_threads({torch.get_num_threads()}); from causal_story.experiments import _measure_cost; print(json.dumps(_measure_cost({name!r}, {str(base)!r}, {stories}, {batch_size}, {steps})))"
+    done = subprocess.run([sys.executable, "-c", call], capture_output=True, text=True)
+    if done.returncode: raise RuntimeError(f"measuring {name!r} failed: {done.stderr.strip().splitlines()[-1]}")
+    return json.loads(done.stdout.splitlines()[-1])
 
 # %% ../nbs/10_does_it_help.ipynb #906ac381
 def seeds_and_stories(

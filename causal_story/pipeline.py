@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['BASE_PARTS', 'TUNED_PARTS', 'STORED_SETTINGS', 'SCHEDULERS', 'guide', 'guided_steps', 'check_interval',
            'CausalStoryOutput', 'to_pil', 'story_noise', 'shipped_weights', 'load_part', 'load_base', 'fingerprint',
-           'check_request', 'check_links', 'check_kept', 'StoryLoopMixin', 'TunedPartsMixin', 'StoryComponents',
-           'CausalStoryPipeline', 'story_pipeline', 'use_scheduler']
+           'merged', 'check_request', 'check_links', 'check_kept', 'StoryLoopMixin', 'TunedPartsMixin',
+           'StoryComponents', 'CausalStoryPipeline', 'story_pipeline', 'use_scheduler']
 
 # %% ../nbs/06_pipeline.ipynb #bc46588d
 import copy
@@ -146,6 +146,15 @@ def fingerprint(
         digest.update(value.detach().half().cpu().contiguous().numpy().tobytes())
     return digest.hexdigest()[:16]
 
+def merged(
+    module:torch.nn.Module, # any model, changed in place
+)->torch.nn.Module:         # the same
+    "LoRA's factors multiplied into the weights that they change, so that the model can be stored and loaded without them."
+    if getattr(module, "peft_config", None):
+        module.fuse_lora()
+        module.unload_lora()
+    return module
+
 # %% ../nbs/06_pipeline.ipynb #abbdfb1c
 def check_request(
     prompt,                # list of captions, or list of such lists
@@ -270,19 +279,20 @@ class TunedPartsMixin:
     def save_tuned(self,
         folder,          # gets a subfolder for each part that tuning changed, and tuned.json
         half:bool=True,  # store in half precision
+        base:str|None=None, # `fingerprint` of the U-Net that tuning started from, if it moved that one too; None: it did not
     ):
         "Save what tuning changed and not the base: a fraction of the size. Replaces the folder only when all is written."
         folder = Path(folder)
         aside = folder.with_name(f".tmp-{folder.name}")
         shutil.rmtree(aside, ignore_errors=True)
         aside.mkdir(parents=True)
-        for name in TUNED_PARTS:
-            part = getattr(self, name)
+        changed = {name: getattr(self, name) for name in TUNED_PARTS} | dict(unet=None if base is None else self.unet)
+        for name, part in changed.items():
             if part is None: continue
-            part = copy.deepcopy(part)
+            part = merged(copy.deepcopy(part))
             part.register_to_config(_name_or_path="")  # where it came from belongs to this machine
             (part.half() if half else part).save_pretrained(aside / name)
-        record = dict(base=fingerprint(self.unet), **{name: self.config[name] for name in STORED_SETTINGS})
+        record = dict(base=base or fingerprint(self.unet), **{name: self.config[name] for name in STORED_SETTINGS})
         (aside / "tuned.json").write_text(json.dumps(record, indent=1) + "\n")
         shutil.rmtree(folder, ignore_errors=True)
         os.replace(aside, folder)
@@ -298,7 +308,7 @@ class TunedPartsMixin:
         record = json.loads((folder / "tuned.json").read_text())
         if record.pop("base") != fingerprint(parts["unet"]):
             raise ValueError(f"{folder} was tuned on another base than {base}: its adapters would sit in a U-Net they do not know")
-        parts |= {name: load_part(kind, folder / name) for name, kind in TUNED_PARTS.items() if (folder / name).is_dir()}
+        parts |= {name: load_part(kind, folder / name) for name, kind in (TUNED_PARTS | dict(unet=UNet2DConditionModel)).items() if (folder / name).is_dir()}
         return cls(**parts, **record)
 
 # %% ../nbs/06_pipeline.ipynb #a299d507

@@ -7,6 +7,7 @@ import pytest
 import torch
 from hypothesis import given, strategies as st
 from safetensors.torch import load_file, save_file
+from torch.testing import assert_close
 from transformers.utils import logging
 
 import causal_story.experiments as experiments
@@ -14,7 +15,7 @@ from causal_story.causal_mask import frame_mask
 from causal_story.experiments import (ARMS, Arm, attention_mass, causal_effect, draw_stories, look_hits, run_arm, run_rows,
                                       seeds_and_stories, story_cache, story_records, tune_arm)
 from causal_story.metrics import FrameReader
-from causal_story.pipeline import BASE_PARTS, CausalStoryPipeline, load_base, load_part, shipped_weights, story_pipeline
+from causal_story.pipeline import BASE_PARTS, CausalStoryPipeline, fingerprint, load_base, load_part, shipped_weights, story_pipeline
 from causal_story.storyworld import make_stories
 from causal_story.training import TrainingConfig
 
@@ -147,6 +148,28 @@ def test_every_arm_trains_what_it_names(records, name):
     expected |= {"adapter": {"adapters"}, "none": set()}.get(arm.method, {"unet"})
     assert trained == expected and len(result.losses) == 2
     assert len(draw_stories(pipe, records[:1], progress=False, num_inference_steps=1)[0]) == 5
+
+
+@pytest.mark.parametrize("name", ["weighted", "attention", "lora", "full-tuning"])
+def test_every_tuning_method_is_stored_and_comes_back(tmp_path, records, name):
+    run_arm(name, 0, tmp_path, "miniature", experiments.story_cache(story_pipeline("miniature"), records[:2], progress=False), dict(n=1, split="val", seed=1),
+            FrameReader.from_pretrained("miniature"), TrainingConfig(steps=2, batch_size=2, learning_rate=1e-2, warmup_steps=1), histories=(), progress=False)
+    back = CausalStoryPipeline.from_tuned(tmp_path / "tuned" / f"{name}-0")
+    moved = fingerprint(back.unet) != fingerprint(load_base("miniature")["unet"])
+    assert moved == (name != "weighted") and (tmp_path / "tuned" / f"{name}-0" / "unet").exists() == moved
+    assert not any("lora" in key for key in back.unet.state_dict())
+    cache = experiments.story_cache(story_pipeline("miniature"), records[:2], progress=False)
+    pipe, _, _ = experiments.tune_arm(ARMS[name], "miniature", cache, TrainingConfig(steps=2, batch_size=2, warmup_steps=1, seed=0), progress=False)
+    drawn = [p([records[0].captions], generator=[torch.Generator().manual_seed(0)], output_type="latent", num_inference_steps=2).frames for p in (pipe, back)]
+    assert_close(*drawn, atol=0.02, rtol=0.02)
+
+
+def test_cost_is_measured_in_a_process_of_its_own():
+    cost = experiments.tuning_cost("only-adapters-and-layer", stories=2, batch_size=1, steps=3)
+    assert set(cost["trained"]) == {"adapters", "story_context"} and cost["seconds_a_step"] > 0
+    assert cost["stored_mb"] == sum(cost["trained"].values()) * 2 / 1e6 and (cost["peak_mb"] is None or 100 < cost["peak_mb"] < 20_000)
+    with pytest.raises(ValueError, match="no arm 'best'"): experiments.tuning_cost("best")
+    with pytest.raises(RuntimeError, match="nowhere"): experiments.tuning_cost("full", base="nowhere", stories=2)
 
 
 @pytest.mark.parametrize("reconstructed", [True, False])
