@@ -307,14 +307,14 @@ def run_arm(
     path = Path(folder) / f"{name}-{seed}.json"
     if path.exists(): return json.loads(path.read_text())
     config, records = TrainingConfig(**{**asdict(config), "seed": seed}), story_records(make_stories(**stories))
-    before = None if ARMS[name].method in ("adapter", "none") else fingerprint(load_base(base)["unet"])
+    before = fingerprint(load_base(base)["unet"])
     pipe, result, counts = tune_arm(ARMS[name], base, cache, config, Path(folder) / "runs" / f"{name}-{seed}", progress)
-    pipe.save_tuned(Path(folder) / "tuned" / f"{name}-{seed}", base=before)
+    pipe.save_tuned(Path(folder) / "tuned" / f"{name}-{seed}", base=None if ARMS[name].method in ("adapter", "none") else before)
     correct = {}
     for history in histories:
         rows = score_facts(reader, draw_stories(pipe, records, true_history=history == "true", progress=progress), [r.truth for r in records])
         correct[history] = "".join(str(int(row["correct"])) for row in rows)
-    record = dict(arm=name, settings=asdict(ARMS[name]), seed=seed, config=asdict(config), seconds_a_step=round(result.seconds / max(1, len(result.losses)), 4),
+    record = dict(arm=name, settings=asdict(ARMS[name]), seed=seed, base=before, config=asdict(config), seconds_a_step=round(result.seconds / max(1, len(result.losses)), 4),
                   minutes=round(result.seconds / 60, 2), machine=machine(), trained={part: trained for part, (trained, _) in counts.items()},
                   last_loss=round(float(np.mean(result.losses[-50:])), 5), stories=stories, correct=correct)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -413,7 +413,8 @@ def seeds_and_stories(
 def load_runs(
     folder,     # of `run_experiment`
 )->dict:        # arm -> its records, by seed
-    "The finished runs of an experiment. Raises FileNotFoundError if there are none, ValueError naming a file that cannot be read."
+    """The finished runs of an experiment. Raises FileNotFoundError if there are none, ValueError naming a file that cannot be read,
+    or runs that were tuned on different bases."""
     paths = sorted(Path(folder).glob("*-*.json"))
     if not paths: raise FileNotFoundError(f"{folder} holds no run; make some with `causal-story experiment {folder}`")
     runs = {}
@@ -421,6 +422,8 @@ def load_runs(
         try: record = json.loads(path.read_text())
         except json.JSONDecodeError as error: raise ValueError(f"{path} is not a whole JSON file ({error}); remove it and run the experiment again") from error
         runs.setdefault(record["arm"], []).append(record)
+    bases = {record.get("base") for records in runs.values() for record in records}
+    if len(bases) > 1: raise ValueError(f"{folder} holds runs on {len(bases)} different bases; keep them in folders of their own")
     return {arm: sorted(records, key=lambda r: r["seed"]) for arm, records in runs.items()}
 
 FAR = lambda row: row["history_only"] and row["nearest"] >= 2

@@ -164,6 +164,14 @@ def test_every_tuning_method_is_stored_and_comes_back(tmp_path, records, name):
     assert_close(*drawn, atol=0.02, rtol=0.02)
 
 
+def test_runs_on_different_bases_are_not_compared(tmp_path):
+    for name, base in (("full-0", "a"), ("weighted-0", "a"), ("weighted-1", "b")):
+        (tmp_path / f"{name}.json").write_text(json.dumps(dict(arm=name[:-2], seed=int(name[-1]), base=base)))
+    with pytest.raises(ValueError, match="2 different bases"): experiments.load_runs(tmp_path)
+    (tmp_path / "weighted-1.json").unlink()
+    assert {arm: [r["seed"] for r in records] for arm, records in experiments.load_runs(tmp_path).items()} == dict(full=[0], weighted=[0])
+
+
 def test_cost_is_measured_in_a_process_of_its_own():
     cost = experiments.tuning_cost("only-adapters-and-layer", stories=2, batch_size=1, steps=3)
     assert set(cost["trained"]) == {"adapters", "story_context"} and cost["seconds_a_step"] > 0
