@@ -26,6 +26,8 @@ from torch.nn import functional
 from transformers import (BertTokenizer, BlipTextConfig, BlipTextModel, BlipVisionConfig, BlipVisionModel,
                           CLIPTextConfig, CLIPTextModel, CLIPTokenizer, PretrainedConfig)
 
+from .data import CLIP_IMAGE_MEAN, CLIP_IMAGE_STD
+
 # %% ../nbs/02_encoders.ipynb #64bf2cdc
 def _merges(backend) -> list[tuple[str, str]]:
     "The merge rules of a trained byte-pair tokenizer, in order."
@@ -348,10 +350,10 @@ def null_history_states(
     history_encoder:HistoryEncoder, # reads the null block
     null_ids:torch.Tensor, # (S,) from the history tokenizer
 ) -> torch.Tensor: # (S, D)
-    "BLIP's states of a picture that is zero after normalisation with the empty caption, without a mask (AR-LDM)."
-    size, device = history_encoder.config["vision_config"]["image_size"], history_encoder.device
-    blank = torch.zeros(1, 3, size, size, device=device, dtype=history_encoder.dtype)
-    return history_encoder(blank, null_ids[None].to(device))[0]
+    "BLIP's states of a black picture (normalised like every other) with the empty caption, without a mask (AR-LDM)."
+    size, like = history_encoder.config["vision_config"]["image_size"], dict(device=history_encoder.device, dtype=history_encoder.dtype)
+    black = -torch.tensor(CLIP_IMAGE_MEAN, **like) / torch.tensor(CLIP_IMAGE_STD, **like)
+    return history_encoder(black.view(1, 3, 1, 1).expand(1, 3, size, size), null_ids[None].to(like["device"]))[0]
 
 # %% ../nbs/02_encoders.ipynb #3c64f8e9
 def drop_conditions(
