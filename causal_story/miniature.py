@@ -674,7 +674,10 @@ def _finished_parts(start)->dict:
     "Every part of finished weights, by the names of `SAVED_PARTS`."
     own = None if str(start) == "miniature" else Path(start) / "reader"
     reader = FrameReader.from_pretrained(own if own and own.is_dir() else "miniature")
-    return {**load_base(start), "scheduler": pretraining_schedule(), "reader": reader}
+    parts = {**load_base(start), "scheduler": pretraining_schedule(), "reader": reader}
+    for part in parts.values(): # where weights came from belongs to this machine
+        if hasattr(part, "register_to_config"): part.register_to_config(_name_or_path="")
+    return parts
 
 def _first_round(start)->dict:
     "What `pretraining.json` says about the weights that go on."
