@@ -3,7 +3,8 @@
     python nbs/images/pretraining.py CHECKPOINTS   a folder of step-XXXXXXXX.safetensors, copies of the text_to_image
                                                    checkpoints of a run of `causal-story pretrain`
 
-The autoencoder and the tokenizer are those that come with the package.
+The autoencoder, the tokenizer and the last row are those that come with the package. (The picture in the repository was
+drawn when the first round of pre-training had ended; its last row, "9,000 steps", shows the weights of then.)
 """
 import random
 import sys
@@ -35,7 +36,7 @@ def main(folder):
     captions = [describe(scene, rng, "test") for scene in scenes]
     paths = sorted(Path(folder).glob("*.safetensors"))
     rows = [("truth", [render(scene, 64) for scene in scenes])]
-    last = ("9,000 steps", draw_captions(pipe, captions))
+    last = ("as shipped", draw_captions(pipe, captions))
     rows += [(f"{int(path.stem.split('-')[-1]):,} steps", draw_captions(averaged(pipe, path), captions)) for path in paths] + [last]
     figure, axes = plt.subplots(len(rows), 6, figsize=(7.5, 1.28 * len(rows) + 0.4))
     for row, (name, frames) in zip(axes, rows):
