@@ -42,7 +42,7 @@ from .metrics import (FrameReader, character_f1, frame_accuracy, frames_tensor, 
                                   score_facts, scene_targets, summarise)
 from .miniature import PRESETS, SECOND, STAGES, continue_pretraining, pretrain
 from .model import sample_generator
-from .pipeline import SCHEDULERS, CausalStoryPipeline, story_pipeline, use_scheduler
+from .pipeline import SCHEDULERS, CausalStoryPipeline, check_interval, story_pipeline, use_scheduler
 from .presets import (BLIP_HUB, FULL_SCALE, STABLE_DIFFUSION_HUB, STORY_DATA, cache_path, cache_settings, full_scale_pipeline,
                                   import_arldm_checkpoint, local_folder, open_cache, prepare_preset, read_part, story_collator, train_full_scale)
 from .storyworld import make_stories
@@ -553,8 +553,10 @@ def _second_round(out, start, settings, shared):
 def _two_rounds(a, rounds, steps, shared):
     "From nothing, then on from there; the first round's weights stay in OUT/runs until the second is done."
     if steps or a.only: raise ValueError(f"--preset {a.preset} has two rounds: run `--preset quick` with --steps or --only, then `--start` with its folder")
-    first = Path(a.out) / "runs" / "first"
-    if not (first / "pretraining.json").exists(): pretrain(first, **rounds[0], seed=a.seed)
+    first, present = Path(a.out) / "runs" / "first", Path(a.out) / "pretraining.json"
+    if present.exists() and not a.overwrite: raise FileExistsError(f"{a.out} already holds weights; choose another folder or say --overwrite")
+    if (Path(a.out) / "runs").exists() and not first.exists(): raise ValueError(f"{a.out}/runs holds an unfinished run of another preset; finish it, remove it, or choose another folder")
+    if not (first / "pretraining.json").exists(): pretrain(first, **rounds[0], seed=a.seed, overwrite=True)
     return _second_round(a.out, first, rounds[1], shared)
 
 # %% ../nbs/14_command_line.ipynb #769e2b67
@@ -634,7 +636,7 @@ def _drawing(a):
     if a.checkpoint: print(import_arldm_checkpoint(a.checkpoint, pipe, a.dataset, tuple(a.words)))
     if a.scheduler: use_scheduler(pipe, a.scheduler)
     if a.device or torch.cuda.is_available(): pipe.to(best_device(a.device))
-    return pipe, dict(num_inference_steps=a.num_inference_steps, guidance_scale=a.guidance_scale, guidance_interval=a.guidance_interval and tuple(a.guidance_interval), history_policy=a.policy, window=a.window)
+    return pipe, dict(num_inference_steps=a.num_inference_steps, guidance_scale=a.guidance_scale, guidance_interval=a.guidance_interval and list(check_interval(a.guidance_interval)), history_policy=a.policy, window=a.window)
 
 # %% ../nbs/14_command_line.ipynb #395f4ca5
 def _draw_folder(a, folder, dataset, task, index):

@@ -35,7 +35,7 @@ from .metrics import OPTIONS, FrameReader, read_frames, reader_loss, scene_targe
 from .model import normalise_latents, prediction_target, shift_timesteps, tiny_vae
 from .storyworld import (ACTIONS, CHARACTERS, PROPS, SCARVES, SETTINGS, describe, make_stories,
                                      random_scene, render)
-from .pipeline import fingerprint, load_base, shipped_weights
+from .pipeline import fingerprint, load_base, load_part, shipped_weights
 from .training import TrainingConfig, batch_indices, fit, sample_generator
 from .unet import tiny_unet
 
@@ -672,9 +672,8 @@ def pretrain(
 # %% ../nbs/09_miniature.ipynb #f0a2c2fc
 def _finished_parts(start)->dict:
     "Every part of finished weights, by the names of `SAVED_PARTS`."
-    own = None if str(start) == "miniature" else Path(start) / "reader"
-    reader = FrameReader.from_pretrained(own if own and own.is_dir() else "miniature")
-    parts = {**load_base(start), "scheduler": pretraining_schedule(), "reader": reader}
+    parts = {**load_base(start), "scheduler": pretraining_schedule()}
+    parts["reader"] = load_part(FrameReader, shipped_weights("reader") if str(start) == "miniature" else Path(start) / "reader")
     for part in parts.values(): # where weights came from belongs to this machine
         if hasattr(part, "register_to_config"): part.register_to_config(_name_or_path="")
     return parts
@@ -716,6 +715,8 @@ def continue_pretraining(
     Interrupted, it goes on when called again. Raises what `pretrain` and `load_base` raise, and ValueError for a stage that cannot go on."""
     folder, frames, configs = Path(folder), frames or SECOND["frames"], {**second_configs(steps, seed), **(configs or {})}
     if only not in (None, *steps): raise ValueError(f"only={only!r} does not go on; choose one of {tuple(steps)}")
+    if set(steps) - set(frames): raise ValueError(f"frames must name {' and '.join(steps)}, got {tuple(frames)}")
+    if str(start) != "miniature" and folder.resolve() == Path(start).resolve(): raise ValueError(f"folder and start are both {folder}: the weights that go on must stay whole until the new ones are there; choose another folder")
     configs = {stage: replace(configs[stage], steps=n, seed=seed) for stage, n in steps.items()}
     runs, settings = folder / "runs", dict(frames=frames, stories=stories, size=size, seed=seed, timestep_shift=timestep_shift)
     _refuse_finished(folder, overwrite)

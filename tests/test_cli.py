@@ -72,6 +72,7 @@ def test_the_examples_in_the_help_are_understood(verb):
     (["pretrain", "{0}/base", "--start", "{0}/nowhere"], "nowhere"),
     (["pretrain", "{0}/base", "--start", "miniature", "--steps", "captions=3"], "captions"),
     (["sample", "miniature", "{1}", "--guidance-interval", "0.5"], "expected 2 arguments"),
+    (["sample", "miniature", "{1}", "--guidance-interval", "0.5", "0.2", "--folder", "{0}/drawn"], "0 <= start < stop <= 1"),
     (["train", "{0}/nowhere", "{1}", "{0}/out"], "nowhere"),
     (["train", "miniature", "{0}/nowhere.h5", "{0}/out"], "nowhere.h5"),
     (["train", "miniature", "{1}"], "OUT is missing"),
@@ -230,7 +231,7 @@ def test_sampling_options_reach_the_pipeline(data, tmp_path, monkeypatch):
     words = ["sample", "miniature", data, "--num-inference-steps", 3, "--guidance-scale", 1.5, "--guidance-interval", 0, 0.5, "--policy", "local", "--window", 2, "--task", "continuation"]
     assert main([str(word) for word in words]) == 1
     assert (seen["num_inference_steps"], seen["guidance_scale"], seen["history_policy"], seen["window"], seen["task"]) == (3, 1.5, "local", 2, "continuation")
-    assert seen["guidance_interval"] == (0, 0.5)
+    assert seen["guidance_interval"] == [0, 0.5]
     assert seen["source_image"].size == (64, 64)
 
 
@@ -283,6 +284,36 @@ def test_two_real_processes_share_a_folder(data, tmp_path):
     done = two_processes(tmp_path, ["sample", "miniature", data, "--folder", "drawn", "num_inference_steps=1", "batch_size=1"])
     assert done.stdout.count("wrote 2 stories to drawn") == 1 and done.stderr.count("1/1") >= 2
     assert sorted(path.name for path in (tmp_path / "drawn").iterdir()) == ["00000000", "00000001", "drawn.json"]
+
+
+def test_a_drawing_with_guided_steps_is_continued(data, tmp_path):
+    words = ["sample", "miniature", str(data), "--folder", str(tmp_path / "drawn"), "--guidance-interval", "0", "0.5", "--num-inference-steps", "1"]
+    assert main([*words, "--story", "0"]) == 0 and main(words) == 0
+    assert sorted(path.name for path in (tmp_path / "drawn").iterdir()) == ["00000000", "00000001", "drawn.json"]
+
+
+def test_two_rounds_are_one_command(tmp_path, monkeypatch, capsys):
+    calls = []
+    def first(out, **settings):
+        calls.append(("first", settings["seed"]))
+        (Path(out) / "pretraining.json").parent.mkdir(parents=True, exist_ok=True)
+        (Path(out) / "pretraining.json").write_text("{}")
+    def power_cut(*words, **settings): raise KeyboardInterrupt
+    def second(out, start, **settings):
+        calls.append(("second", settings["seed"], Path(start).name))
+        (Path(out) / "pretraining.json").write_text("{}")
+        return {}
+    monkeypatch.setattr(cli, "pretrain", first)
+    with monkeypatch.context() as patch:
+        patch.setattr(cli, "continue_pretraining", power_cut)
+        with pytest.raises(KeyboardInterrupt): cli._pretrain(cli._read_words(cli._parsers()[1]["pretrain"], [str(tmp_path), "--preset", "shipped"]))
+    monkeypatch.setattr(cli, "continue_pretraining", second)
+    assert main(["pretrain", str(tmp_path), "--preset", "shipped"]) == 0
+    assert calls == [("first", 0), ("second", 1, "first")]
+    assert main(["pretrain", str(tmp_path), "--preset", "shipped"]) == 1 and "already holds weights" in said(capsys)
+    (tmp_path / "quick" / "runs" / "autoencoder").mkdir(parents=True)
+    assert main(["pretrain", str(tmp_path / "quick"), "--preset", "shipped"]) == 1 and "unfinished run of another preset" in said(capsys)
+    assert len(calls) == 2
 
 
 def test_a_folder_holds_one_drawing(tmp_path):

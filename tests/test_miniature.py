@@ -266,8 +266,16 @@ def test_second_round_does_not_overwrite_unasked(finished):
     folder, _ = finished
     before = weights(folder)
     with pytest.raises(FileExistsError, match=str(folder)):
-        continue_pretraining(folder, folder, AGAIN, **MORE)
+        continue_pretraining(folder, "miniature", AGAIN, **MORE)
+    with pytest.raises(ValueError, match="folder and start are both"):
+        continue_pretraining(folder, folder, AGAIN, overwrite=True, **MORE)
     assert weights(folder) == before
+
+
+def test_second_round_needs_frames_for_each_stage(finished, tmp_path):
+    with pytest.raises(ValueError, match="frames must name"):
+        continue_pretraining(tmp_path, finished[0], AGAIN, **MORE | dict(frames=dict(decoder=8)))
+    assert not list(tmp_path.iterdir())
 
 
 def test_shifted_timesteps_of_a_pool():
