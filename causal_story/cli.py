@@ -29,7 +29,6 @@ from pathlib import Path
 
 import torch
 import yaml
-from accelerate.utils import gather_object
 from PIL import Image
 from tqdm.auto import tqdm
 from transformers import CLIPModel, CLIPTokenizer
@@ -520,7 +519,9 @@ def evaluate_stories(
         record = story_of(dataset, k)
         frames = drawn.frames(k, record, task)
         findings.append((k, [judge.look(record, frames, task) for judge in judges]))
-    if accelerator is not None: findings = gather_object(findings)
+    if accelerator is not None:
+        from accelerate.utils import gather_object
+        findings = gather_object(findings)
     by_judge = zip(*(found for _, found in sorted(findings, key=lambda pair: pair[0])))
     return [line for judge, found in zip(judges, by_judge) for line in judge.scores(list(found))]
 
