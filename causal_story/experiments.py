@@ -113,7 +113,7 @@ def attention_mass(
 )->torch.Tensor:               # (B, V, F): share of the U-Net's attention on each block; what is missing to 1 is the caption's
     "How much the U-Net looks at each earlier frame, mean over sites, heads, pixels and noise levels, true history given."
     policy = history_policy or pipe.config.history_policy
-    window = pipe.config.window if history_policy is None else window
+    window = pipe.config.window if history_policy is None and window is None else window
     model, S = pipe.as_model(), pipe.max_length
     collator = StoryCollator(pipe.tokenizer, pipe.history_tokenizer, pipe.vae.config.sample_size, pipe.history_encoder.config["vision_config"]["image_size"], S, task)
     batch = collator([dict(id=r.id, index=k, captions=r.captions, frames=r.frames, truth=None) for k, r in enumerate(records)])
@@ -290,6 +290,13 @@ def machine()->str:
     return f"{where}, {torch.get_num_threads()} threads, torch {torch.__version__.split('+')[0]}"
 
 # %% ../nbs/10_does_it_help.ipynb #dc895145
+def _same_run(path:Path, asked:dict)->dict:
+    "A finished run, if it is the one that is asked for."
+    record, asked = json.loads(path.read_text()), json.loads(json.dumps(asked))
+    changed = [key for key, value in asked.items() if record.get(key, value) != value]
+    if changed: raise ValueError(f"{path} was run with other {', '.join(changed)}; use another folder")
+    return record
+
 def run_arm(
     name:str,                  # key of `ARMS`
     seed:int,
@@ -302,13 +309,13 @@ def run_arm(
     histories:tuple=("true", "drawn"),
     progress:bool=True,
 )->dict:                       # what the file holds; `run_rows` turns it into rows
-    "Tune, draw, read, write. Raises ValueError for an unknown arm."
+    "Tune, draw, read, write. Raises ValueError for an unknown arm, or if the run that lies there was made with another base, other settings or stories."
     if name not in ARMS: raise ValueError(f"there is no arm {name!r}; choose from {', '.join(ARMS)}")
-    path = Path(folder) / f"{name}-{seed}.json"
-    if path.exists(): return json.loads(path.read_text())
-    config, records = TrainingConfig(**{**asdict(config), "seed": seed}), story_records(make_stories(**stories))
-    before = fingerprint(load_base(base)["unet"])
-    pipe, result, counts = tune_arm(ARMS[name], base, cache, config, Path(folder) / "runs" / f"{name}-{seed}", progress)
+    path, before = Path(folder) / f"{name}-{seed}.json", fingerprint(load_base(base)["unet"])
+    config = TrainingConfig(**{**asdict(config), "seed": seed})
+    if path.exists(): return _same_run(path, dict(base=before, stories=stories, settings=asdict(ARMS[name]), config=asdict(config)))
+    records = story_records(make_stories(**stories))
+    pipe, result, counts = tune_arm(ARMS[name], base, cache, config, Path(folder) / "runs" / f"{name}-{seed}-{before[:6]}", progress)
     pipe.save_tuned(Path(folder) / "tuned" / f"{name}-{seed}", base=None if ARMS[name].method in ("adapter", "none") else before)
     correct = {}
     for history in histories:
@@ -357,18 +364,22 @@ def run_experiment(
     return [run_arm(name, seed, folder, base, cache, stories, reader, config, progress=progress) for seed in seeds for name in arms]
 
 # %% ../nbs/10_does_it_help.ipynb #8cf2cc2c
+def _peak_mb():
+    "Most memory that this process has held, MB; None where the system does not say (Linux and macOS do)."
+    status = Path("/proc/self/status")
+    if status.exists(): return next(int(line.split()[1]) for line in status.read_text().splitlines() if line.startswith("VmHWM")) / 1e3
+    if platform.system() != "Darwin": return None
+    import resource
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
+
 def _measure_cost(name:str, base, stories:int, batch_size:int, steps:int)->dict:
     "What `tuning_cost` says, measured in this process."
     cache = story_cache(story_pipeline(base), story_records(make_stories(stories)), progress=False)
     times = []
     config = TrainingConfig(steps=steps, batch_size=batch_size, warmup_steps=1, checkpoint_every=0)
     _, _, counts = tune_arm(ARMS[name], base, cache, config, progress=False, callbacks=[lambda *_: times.append(time.perf_counter())])
-    peak = None
-    if os.name == "posix":
-        import resource
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1e6 if platform.system() == "Darwin" else 1e3)
     trained = {part: n for part, (n, _) in counts.items() if n}
-    return dict(arm=name, trained=trained, unet_total=counts["unet"][1], stored_mb=sum(trained.values()) * 2 / 1e6, peak_mb=peak, seconds_a_step=float(np.median(np.diff(times))))
+    return dict(arm=name, trained=trained, unet_total=counts["unet"][1], stored_mb=sum(trained.values()) * 2 / 1e6, peak_mb=_peak_mb(), seconds_a_step=float(np.median(np.diff(times))))
 
 def tuning_cost(
     name:str,            # key of `ARMS`
@@ -376,12 +387,12 @@ def tuning_cost(
     stories:int=16,      # training stories
     batch_size:int=8,    # stories a step
     steps:int=8,         # of which the first is not timed
-)->dict:                 # arm; trained: parameters by part; unet_total: parameters of the U-Net; stored_mb: they in half precision, MB; peak_mb: most memory held, MB, None on Windows; seconds_a_step: median
+)->dict:                 # arm; trained: parameters by part; unet_total: parameters of the U-Net; stored_mb: these in half precision, MB; peak_mb: most memory held, MB, None where the system does not say; seconds_a_step: median
     "Cost of a way of tuning, measured in a process of its own. Raises ValueError for an unknown arm, RuntimeError if that process fails."
     if name not in ARMS: raise ValueError(f"there is no arm {name!r}; choose from {', '.join(ARMS)}")
     call = f"import json, torch; torch.set_num_threads({torch.get_num_threads()}); from causal_story.experiments import _measure_cost; print(json.dumps(_measure_cost({name!r}, {str(base)!r}, {stories}, {batch_size}, {steps})))"
     done = subprocess.run([sys.executable, "-c", call], capture_output=True, text=True)
-    if done.returncode: raise RuntimeError(f"measuring {name!r} failed: {done.stderr.strip().splitlines()[-1]}")
+    if done.returncode: raise RuntimeError(f"measuring {name!r} failed: {(done.stderr.strip() or f'exit status {done.returncode}').splitlines()[-1]}")
     return json.loads(done.stdout.splitlines()[-1])
 
 # %% ../nbs/10_does_it_help.ipynb #906ac381
@@ -474,6 +485,8 @@ GROUPS = {
     "all that only the history tells": lambda row: row["history_only"],
     "source one frame back": lambda row: row["history_only"] and row["nearest"] == 1,
     "source two or more back": FAR,
+    "  of these, settings": lambda row: FAR(row) and row["attribute"] == "setting",
+    "  of these, all else": lambda row: FAR(row) and row["attribute"] != "setting",
     "setting": lambda row: row["history_only"] and row["attribute"] == "setting",
     "character": lambda row: row["history_only"] and row["attribute"] == "character",
     "prop": lambda row: row["history_only"] and row["attribute"] == "prop",
