@@ -23,7 +23,6 @@ import sys
 import tempfile
 import time
 from dataclasses import fields
-from functools import reduce
 from itertools import groupby
 from pathlib import Path
 
@@ -401,10 +400,9 @@ class WorldJudge:
                 *distance("Fréchet distance on the frame reader's features (not an FID)", together(findings, "real"), together(findings, "drawn"))]
 
 # %% ../nbs/14_command_line.ipynb #47697495
-def together(findings:list, *path)->torch.Tensor:
+def together(findings:list, name:str)->torch.Tensor:
     "One tensor of all findings, frame after frame."
-    pick = lambda finding: finding if not path else reduce(lambda inner, key: inner[key], path, finding)
-    return torch.cat([pick(finding) for finding in findings])
+    return torch.cat([finding[name] for finding in findings])
 
 def distance(name:str, real:torch.Tensor, drawn:torch.Tensor)->list:
     "A Fréchet distance of features (N, D) (rounding below zero cut off), or nothing where there are fewer than two frames."
@@ -455,7 +453,11 @@ class InceptionJudge:
 
     def scores(self, findings:list)->list: # what `look` found, story by story
         "Scores of all stories together."
-        return [line for protocol, name in self.protocols.items() for line in distance(name, together(findings, protocol, "real"), together(findings, protocol, "drawn"))]
+        lines = []
+        for protocol, name in self.protocols.items():
+            found = [finding[protocol] for finding in findings]
+            lines += distance(name, together(found, "real"), together(found, "drawn"))
+        return lines
 
 # %% ../nbs/14_command_line.ipynb #9e731534
 def in_range(
