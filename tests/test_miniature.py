@@ -14,7 +14,7 @@ from transformers.utils import logging
 
 import causal_story.miniature as miniature
 from causal_story.encoders import HistoryEncoder, tiny_history_encoder, tiny_tokenizers
-from causal_story.miniature import (SAVED_PARTS, STAGES, HistoryPretrainer, LatentPool, altered, caption_corpus,
+from causal_story.miniature import (LATENT_CHANNELS, SAVED_PARTS, STAGES, FactAutoencoder, HistoryPretrainer, LatentPool, altered, caption_corpus,
                                     continue_pretraining, encode_pool, history_batches, make_pool, measure_latents, pool_batches, pretrain,
                                     stage_configs, tokenize, training_caption, with_stories)
 from causal_story.metrics import scene_targets
@@ -55,7 +55,7 @@ def test_everything_is_saved_and_nothing_else(finished):
     assert {path.name for path in folder.iterdir()} == {*SAVED_PARTS, "pretraining.json"}
     assert {stage: len(values) for stage, values in losses.items()} == STEPS
     record = json.loads((folder / "pretraining.json").read_text())
-    assert record["seed"] == 0 and {stage: record["configs"][stage]["steps"] for stage in STAGES} == STEPS
+    assert record["seed"] == 0 and record["timestep_shift"] == 2.0 and {stage: record["configs"][stage]["steps"] for stage in STAGES} == STEPS
 
 
 def test_parts_load_and_fit_together(finished):
@@ -66,7 +66,7 @@ def test_parts_load_and_fit_together(finished):
     ids, mask = tokenize(tokenizer, ["Milo waves at the beach.", ""])
     with torch.no_grad():
         states = text_encoder(ids).last_hidden_state
-        prediction = unet(torch.zeros(2, 8, 8, 8), 5, states, encoder_attention_mask=mask).sample
+        prediction = unet(torch.zeros(2, LATENT_CHANNELS, 8, 8), 5, states, encoder_attention_mask=mask).sample
         assert decode_latents(vae, prediction).shape == (2, 3, 64, 64)
         assert history(torch.zeros(2, 3, 64, 64), *tokenize(words, ["Kiki jumps.", ""])).shape == (2, 36, states.shape[-1])
 
@@ -83,8 +83,8 @@ def test_measured_latents_are_in_the_saved_configuration(finished):
     vae.float()
     means, stds = encode_pool(vae, pool, progress=False)
     latents, spread = normalise_latents(vae, means), stds / torch.tensor(vae.config.latents_std).view(-1, 1, 1)
-    assert_close(latents.mean((0, 2, 3)), torch.zeros(8), atol=1e-3, rtol=0)
-    assert_close(latents.var((0, 2, 3)) + spread.square().mean((0, 2, 3)), torch.ones(8), atol=1e-3, rtol=0)
+    assert_close(latents.mean((0, 2, 3)), torch.zeros(LATENT_CHANNELS), atol=1e-3, rtol=0)
+    assert_close(latents.var((0, 2, 3)) + spread.square().mean((0, 2, 3)), torch.ones(LATENT_CHANNELS), atol=1e-3, rtol=0)
 
 
 @pytest.mark.parametrize("function", ["train_decoder", "train_caption_encoder", "train_text_to_image", "train_history_encoder", "_move_into_place"])
@@ -371,6 +371,40 @@ def test_autoencoder_batches_cover_the_pool():
     batch = pool_batches(pool, TrainingConfig(steps=4, batch_size=2))
     seen = torch.cat([batch(step)[0] for step in range(4)])[:7]
     assert_close(seen.flatten(1).sum(1).sort().values, pool.pixels(slice(None)).flatten(1).sum(1).sort().values)
+
+
+def test_facts_are_read_from_the_latents_alone():
+    "The second loss is the reader's on noisy latents at unit variance: neither pixels nor the decoder reach it."
+    pool = make_pool(4, progress=False)
+    torch.manual_seed(0)
+    model = FactAutoencoder(tiny_vae())
+    pixels, targets, key = pool_batches(pool, TrainingConfig(steps=1, batch_size=4))(0)
+    draw = lambda: miniature.sample_generator(*key, "posterior")
+    reconstruction, facts = model(pixels, targets, draw())
+    assert_close(miniature.autoencoder_loss(model, (pixels, targets, key), 0, fact_weight=0.5), reconstruction + 0.5 * facts)
+    assert_close(miniature.autoencoder_loss(model, (pixels, targets, key), 0, fact_weight=0), reconstruction)
+    for p in model.vae.decoder.parameters(): p.data.zero_()
+    broken, still = model(pixels, targets, draw())
+    assert not torch.equal(broken, reconstruction) and torch.equal(still, facts)
+    wrong = {name: t.roll(1, 0) for name, t in targets.items()}
+    assert not torch.equal(model(pixels, wrong, draw())[1], facts)
+
+
+def test_facts_keep_what_pixels_would_let_go():
+    "Forty steps on eight frames: with a weight, their facts are learned through the noise; with none, nothing asks for them."
+    pool, config = make_pool(8, progress=False), TrainingConfig(steps=40, batch_size=8, learning_rate=2e-3, warmup_steps=2, weight_decay=0)
+    ends = []
+    for weight in (0.0, 1.0):
+        torch.manual_seed(0)
+        model, seen = FactAutoencoder(tiny_vae()), []
+        def loss(model, batch, step):
+            pixels, targets, key = batch
+            reconstruction, facts = model(pixels, targets, miniature.sample_generator(*key))
+            seen.append(facts.item())
+            return reconstruction + weight * facts
+        miniature.fit(model, loss, pool_batches(pool, config), config, progress=False)
+        ends.append(sum(seen[-8:]) / 8)
+    assert ends[1] < ends[0] - 1
 
 
 def test_language_loss_sees_no_later_word_and_no_padding():
