@@ -665,6 +665,7 @@ def _sample(a):
 # %% ../nbs/14_command_line.ipynb #29aeed38
 def _evaluate(a):
     if a.out and Path(a.out).exists(): raise FileExistsError(f"{a.out} is there already: remove it, or name another file")
+    if a.stories is not None and a.stories < 1: raise ValueError(f"--stories must be at least 1, got {a.stories}")
     drawn = None if _is_model(a.model) else DrawnStories(a.model)
     task, split = (_agreed(a, drawn, name, default) for name, default in (("task", "visualization"), ("split", "test")))
     dataset = StoryDataset(a.data, split, task)
@@ -713,7 +714,7 @@ def _judges(a, truth:bool)->list:
 
 # %% ../nbs/14_command_line.ipynb #192fa158
 def _experiment(a):
-    records = run_experiment(a.out, a.arms, a.seeds, a.steps, test_stories=a.stories, split=a.split, base=a.base)
+    records = run_experiment(a.out, a.arms, a.seeds, a.steps, train_stories=a.train_stories, test_stories=a.stories, split=a.split, base=a.base)
     for record in records:
         shares = {history: sum(rows) / len(rows) for history in record["correct"] if (rows := [row["correct"] for row in run_rows(record, history) if row["history_only"]])}
         print(f"{record['arm']:24} seed {record['seed']}   " + "   ".join(f"{history} history {share:.3f}" for history, share in shares.items()))
@@ -809,7 +810,7 @@ _VERBS = {
     "experiment": (_experiment, "Tune several arms with several seeds and score them on stories. Continues an interrupted experiment.", "causal-story experiment results --arms full weighted --seeds 0 1 2",
                    ("out", dict(help="folder for one JSON file a run")), ("--arms", dict(nargs="+", default=["full", "weighted"], choices=tuple(ARMS), help="what is compared")),
                    ("--seeds", dict(nargs="+", type=int, default=[0, 1, 2], help="one run a seed and arm")), ("--steps", dict(type=int, default=600, help="optimizer steps of every run")),
-                   ("--stories", dict(type=int, default=200, help="stories that are drawn")), ("--split", dict(default="test", choices=("val", "test"), help="val while anything is still being chosen")),
+                   ("--train-stories", dict(type=int, default=1200, help="stories to tune on")), ("--stories", dict(type=int, default=200, help="stories that are drawn")), ("--split", dict(default="test", choices=("val", "test"), help="val while anything is still being chosen")),
                    ("--base", dict(default="miniature", help="folder that `pretrain` wrote"))),
     "demo": (_demo, "Story data, adapter tuning and a drawn story in one go.", "causal-story demo --steps 100", ("--base", dict(default="miniature", help="folder that `pretrain` wrote")),
              ("--stories", dict(type=int, default=1200, help="training stories")), ("--steps", dict(type=int, default=600, help="optimizer steps")),

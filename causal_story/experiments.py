@@ -187,7 +187,7 @@ def plot_looks(
         values = np.asarray(values, dtype=float)
         ax.imshow(values, cmap="Oranges", vmin=0, vmax=max(values.max(), 1e-9))
         for (i, k), value in np.ndenumerate(values):
-            if k < i + given: ax.text(k, i, f"{value:.2f}", ha="center", va="center", fontsize=8)
+            if k < i + given: ax.text(k, i, f"{value:.2f}", ha="center", va="center", fontsize=8, color="white" if value > 0.65 * values.max() else "black")
         for fact in (truth or {}).get("facts", []):
             for source in () if fact["stated"] else fact["sources"]:
                 if fact["frame"] >= given: ax.add_patch(plt.Circle((source, fact["frame"] - given), 0.42, fill=False, ec="#2a9d8f", lw=1.5))
@@ -312,8 +312,8 @@ def run_arm(
     "Tune, draw, read, write. Raises ValueError for an unknown arm, or if the run that lies there was made with another base, other settings or stories."
     if name not in ARMS: raise ValueError(f"there is no arm {name!r}; choose from {', '.join(ARMS)}")
     path, before = Path(folder) / f"{name}-{seed}.json", fingerprint(load_base(base)["unet"])
-    config = TrainingConfig(**{**asdict(config), "seed": seed})
-    if path.exists(): return _same_run(path, dict(base=before, stories=stories, settings=asdict(ARMS[name]), config=asdict(config)))
+    config, told = TrainingConfig(**{**asdict(config), "seed": seed}), len(next(iter(cache.values())))
+    if path.exists(): return _same_run(path, dict(base=before, stories=stories, train_stories=told, settings=asdict(ARMS[name]), config=asdict(config)))
     records = story_records(make_stories(**stories))
     pipe, result, counts = tune_arm(ARMS[name], base, cache, config, Path(folder) / "runs" / f"{name}-{seed}-{before[:6]}", progress)
     pipe.save_tuned(Path(folder) / "tuned" / f"{name}-{seed}", base=None if ARMS[name].method in ("adapter", "none") else before)
@@ -323,7 +323,7 @@ def run_arm(
         correct[history] = "".join(str(int(row["correct"])) for row in rows)
     record = dict(arm=name, settings=asdict(ARMS[name]), seed=seed, base=before, config=asdict(config), seconds_a_step=round(result.seconds / max(1, len(result.losses)), 4),
                   minutes=round(result.seconds / 60, 2), machine=machine(), trained={part: trained for part, (trained, _) in counts.items()},
-                  last_loss=round(float(np.mean(result.losses[-50:])), 5), stories=stories, correct=correct)
+                  last_loss=round(float(np.mean(result.losses[-50:])), 5), train_stories=told, stories=stories, correct=correct)
     path.parent.mkdir(parents=True, exist_ok=True)
     aside = path.with_suffix(".tmp")
     aside.write_text(json.dumps(record, indent=1))
@@ -476,7 +476,7 @@ def plot_arms(
         ax.plot(scores["mean"], y, "|", color="#264653", ms=14, mew=2)
     if chance is not None: ax.axvline(chance, color="grey", ls=":")
     ax.set(yticks=range(len(table)), yticklabels=list(table), title=title, xlabel="share of facts drawn right")
-    ax.invert_yaxis(); ax.grid(axis="x", alpha=.3)
+    ax.margins(y=.4 / len(table)); ax.invert_yaxis(); ax.grid(axis="x", alpha=.3)
     fig.tight_layout()
     return fig
 

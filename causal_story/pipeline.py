@@ -279,10 +279,10 @@ class TunedPartsMixin:
     def save_tuned(self,
         folder,          # gets a subfolder for each part that tuning changed, and tuned.json
         half:bool=True,  # store in half precision
-        base:str|None=None, # `fingerprint` of the U-Net that tuning started from, if it moved that one too; None: it did not
+        base:str|None=None, # `fingerprint` of the U-Net that tuning started from, if it moved that one too; None: it did not, or `from_tuned` knows
     ):
         "Save what tuning changed and not the base: a fraction of the size. Replaces the folder only when all is written."
-        folder = Path(folder)
+        folder, base = Path(folder), base or getattr(self, "_moved_from", None)
         aside = folder.with_name(f".tmp-{folder.name}")
         shutil.rmtree(aside, ignore_errors=True)
         aside.mkdir(parents=True)
@@ -306,10 +306,13 @@ class TunedPartsMixin:
         folder, parts = Path(folder), load_base(base)
         if not (folder / "tuned.json").is_file(): raise FileNotFoundError(f"{folder / 'tuned.json'} is missing: give a folder that save_tuned wrote")
         record = json.loads((folder / "tuned.json").read_text())
-        if record.pop("base") != fingerprint(parts["unet"]):
+        tuned_on = record.pop("base")
+        if tuned_on != fingerprint(parts["unet"]):
             raise ValueError(f"{folder} was tuned on another base than {base}: its adapters would sit in a U-Net they do not know")
         parts |= {name: load_part(kind, folder / name) for name, kind in (TUNED_PARTS | dict(unet=UNet2DConditionModel)).items() if (folder / name).is_dir()}
-        return cls(**parts, **record)
+        pipe = cls(**parts, **record)
+        if (folder / "unet").is_dir(): pipe._moved_from = tuned_on
+        return pipe
 
 # %% ../nbs/06_pipeline.ipynb #a299d507
 class StoryComponents(TunedPartsMixin, StoryLoopMixin, DiffusionPipeline):

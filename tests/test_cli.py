@@ -410,6 +410,11 @@ def test_judges_that_cannot_judge_are_named(mixed, truth, tmp_path, words, named
     assert named in said(capsys)
 
 
+@pytest.mark.parametrize("n", [0, -1])
+def test_no_stories_are_not_judged(data, n, capsys):
+    assert main(["evaluate", "miniature", str(data), f"stories={n}"]) == 1 and "--stories must be at least 1" in said(capsys)
+
+
 def test_a_model_draws_and_is_judged(data, tmp_path, capsys):
     words = ["evaluate", "miniature", str(data), "stories=1", "task=continuation", "num_inference_steps=1", f"folder={tmp_path / 'drawn'}"]
     assert main(words) == 0

@@ -160,6 +160,8 @@ def test_every_tuning_method_is_stored_and_comes_back(tmp_path, records, name):
     assert not any("lora" in key for key in back.unet.state_dict())
     drawn = [p([records[0].captions], generator=[torch.Generator().manual_seed(0)], output_type="latent", num_inference_steps=2).frames for p in (pipe, back)]
     assert_close(*drawn, atol=1e-3, rtol=1e-3)
+    back.save_tuned(tmp_path / "again", half=False)    # a moved U-Net stays a moved one, without being told
+    assert fingerprint(CausalStoryPipeline.from_tuned(tmp_path / "again").unet) == fingerprint(back.unet)
 
 
 @pytest.mark.parametrize("name", ["weighted", "full-tuning"])
