@@ -542,25 +542,18 @@ def _prepare(a):
 
 # %% ../nbs/14_command_line.ipynb #63a60e6d
 def _pretrain(a):
-    rounds, steps = PRESETS[a.preset], dict(_stage_steps(words) for words in a.steps)
-    shared = dict(seed=a.seed, overwrite=a.overwrite, only=a.only, half=a.half)
-    if a.start: losses = _second_round(a.out, a.start, SECOND | dict(steps=steps or SECOND["steps"]), shared)
-    elif len(rounds) == 1: losses = pretrain(a.out, **rounds[0] | dict(steps=rounds[0]["steps"] | steps), **shared)
-    else: losses = _two_rounds(a, rounds, steps, shared)
+    preset, steps = PRESETS[a.preset], dict(_stage_steps(words) for words in a.steps)
+    shared = dict(overwrite=a.overwrite, only=a.only, half=a.half)
+    if a.start: losses = _go_on(a, SECOND | dict(steps=steps or SECOND["steps"]), shared)
+    else: losses = pretrain(a.out, **preset | dict(steps=preset["steps"] | steps), seed=a.seed, **shared)
     if a.only: print(f"stage {a.only} is done ({len(losses[a.only])} steps); without --only the other stages follow and the base is written")
     else: print(f"wrote the base to {a.out}; next: causal-story train {a.out} DATA.h5 OUT")
 
-def _second_round(out, start, settings, shared):
-    return continue_pretraining(out, start if start == "miniature" else local_folder(start, "--start", "a base that `pretrain` wrote"), **settings, **shared | dict(seed=shared["seed"] + 1))
+def _go_on(a, settings, shared):
+    "A second round, with the seed after that of the first."
+    start = a.start if a.start == "miniature" else local_folder(a.start, "--start", "a base that `pretrain` wrote")
+    return continue_pretraining(a.out, start, **settings, seed=a.seed + 1, **shared)
 
-def _two_rounds(a, rounds, steps, shared):
-    "From nothing, then on from there; the first round's weights stay in OUT/runs until the second is done."
-    if steps or a.only: raise ValueError(f"--preset {a.preset} has two rounds: run `--preset quick` with --steps or --only, then `--start` with its folder")
-    first, present = Path(a.out) / "runs" / "first", Path(a.out) / "pretraining.json"
-    if present.exists() and not a.overwrite: raise FileExistsError(f"{a.out} already holds weights; choose another folder or say --overwrite")
-    if (Path(a.out) / "runs").exists() and not first.exists(): raise ValueError(f"{a.out}/runs holds an unfinished run of another preset; finish it, remove it, or choose another folder")
-    if not (first / "pretraining.json").exists(): pretrain(first, **rounds[0], seed=a.seed, overwrite=True)
-    return _second_round(a.out, first, rounds[1], shared)
 
 # %% ../nbs/14_command_line.ipynb #769e2b67
 def _stage_steps(words:str):
@@ -786,7 +779,7 @@ _VERBS = {
     "prepare": (_prepare, "Raw stories to one HDF5 file.", "causal-story prepare folder my_world stories.h5",
                 ("kind", dict(choices=("flintstones", "pororo", "folder"), help="layout of the raw data")), ("raw", dict(help="raw folder")), ("out", dict(help="HDF5 file to write"))),
     "pretrain": (_pretrain, "A small base from nothing, on the cartoon world. Continues an interrupted run.", "causal-story pretrain base --preset quick",
-                 ("out", dict(help="folder to write")), ("--preset", dict(default="quick", choices=tuple(PRESETS), help="quick: at most 90 minutes on two cores; shipped: two rounds, what made the base of the package")),
+                 ("out", dict(help="folder to write")), ("--preset", dict(default="quick", choices=tuple(PRESETS), help="quick: at most 90 minutes on two cores; shipped: what made the base of the package")),
                  ("--steps", dict(nargs="*", default=[], metavar="STAGE=N", help=f"other numbers of optimizer steps; stages: {', '.join(STAGES)}")),
                  ("--start", dict(metavar="FOLDER", help="go on from this finished base, or from miniature: a second round for decoder and text_to_image")),
                  ("--only", dict(choices=STAGES, help="this stage alone, so that stages can run side by side")), ("--overwrite", dict(action="store_true", help="replace finished weights")),

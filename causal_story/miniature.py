@@ -521,10 +521,10 @@ def history_batches(
 # %% ../nbs/09_miniature.ipynb #488b91e7
 STAGES = ("autoencoder", "decoder", "captions", "text_to_image", "history", "reader")
 SAVED_PARTS = ("vae", "text_encoder", "tokenizer", "unet", "scheduler", "history_encoder", "history_tokenizer", "reader")
-QUICK = dict(steps=dict(autoencoder=3200, decoder=4000, captions=1500, text_to_image=9000, history=3000, reader=2400), stories=1000,
+QUICK = dict(steps=dict(autoencoder=3200, decoder=4000, captions=1500, text_to_image=10000, history=3000, reader=2400), stories=1000,
              frames=dict.fromkeys([stage for stage in STAGES if stage != "captions"], 16000))
-SECOND = dict(steps=dict(decoder=12000, text_to_image=5000), stories=1000, frames=dict(decoder=16000, text_to_image=16000))
-PRESETS = dict(quick=(QUICK,), shipped=(QUICK, SECOND))  # one entry a round
+SECOND = dict(steps=dict(decoder=12000, text_to_image=5000), stories=1000, frames=dict(decoder=16000, text_to_image=16000))  # to go on
+PRESETS = dict(quick=QUICK, shipped=QUICK | dict(steps=QUICK["steps"] | dict(decoder=14000)))
 
 def stage_configs(
     steps:dict,   # stage -> optimizer steps, for all of `STAGES`

@@ -292,30 +292,6 @@ def test_a_drawing_with_guided_steps_is_continued(data, tmp_path):
     assert sorted(path.name for path in (tmp_path / "drawn").iterdir()) == ["00000000", "00000001", "drawn.json"]
 
 
-def test_two_rounds_are_one_command(tmp_path, monkeypatch, capsys):
-    calls = []
-    def first(out, **settings):
-        calls.append(("first", settings["seed"]))
-        (Path(out) / "pretraining.json").parent.mkdir(parents=True, exist_ok=True)
-        (Path(out) / "pretraining.json").write_text("{}")
-    def power_cut(*words, **settings): raise KeyboardInterrupt
-    def second(out, start, **settings):
-        calls.append(("second", settings["seed"], Path(start).name))
-        (Path(out) / "pretraining.json").write_text("{}")
-        return {}
-    monkeypatch.setattr(cli, "pretrain", first)
-    with monkeypatch.context() as patch:
-        patch.setattr(cli, "continue_pretraining", power_cut)
-        with pytest.raises(KeyboardInterrupt): cli._pretrain(cli._read_words(cli._parsers()[1]["pretrain"], [str(tmp_path), "--preset", "shipped"]))
-    monkeypatch.setattr(cli, "continue_pretraining", second)
-    assert main(["pretrain", str(tmp_path), "--preset", "shipped"]) == 0
-    assert calls == [("first", 0), ("second", 1, "first")]
-    assert main(["pretrain", str(tmp_path), "--preset", "shipped"]) == 1 and "already holds weights" in said(capsys)
-    (tmp_path / "quick" / "runs" / "autoencoder").mkdir(parents=True)
-    assert main(["pretrain", str(tmp_path / "quick"), "--preset", "shipped"]) == 1 and "unfinished run of another preset" in said(capsys)
-    assert len(calls) == 2
-
-
 def test_a_folder_holds_one_drawing(tmp_path):
     cli.claim_folder(tmp_path / "drawn", dict(seed=0, task="visualization"))
     cli.claim_folder(tmp_path / "drawn", dict(seed=0, task="visualization"))
