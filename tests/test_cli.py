@@ -67,8 +67,6 @@ def test_the_examples_in_the_help_are_understood(verb):
 @pytest.mark.parametrize("words, named", [
     (["pretrain", "{0}/base", "--steps", "unet=3"], "unet=3"),
     (["pretrain", "{0}/base", "--steps", "decoder=0"], "decoder=0"),
-    (["pretrain", "{0}/base", "--preset", "shipped", "--steps", "decoder=3"], "two rounds"),
-    (["pretrain", "{0}/base", "--preset", "shipped", "--only", "reader"], "two rounds"),
     (["pretrain", "{0}/base", "--start", "{0}/nowhere"], "nowhere"),
     (["pretrain", "{0}/base", "--start", "miniature", "--steps", "captions=3"], "captions"),
     (["sample", "miniature", "{1}", "--guidance-interval", "0.5"], "expected 2 arguments"),

@@ -3,8 +3,7 @@
     python nbs/images/pretraining.py CHECKPOINTS   a folder of step-XXXXXXXX.safetensors, copies of the text_to_image
                                                    checkpoints of a run of `causal-story pretrain`
 
-The autoencoder, the tokenizer and the last row are those that come with the package. (The picture in the repository was
-drawn when the first round of pre-training had ended; its last row, "9,000 steps", shows the weights of then.)
+The autoencoder, the tokenizer and the last row are those that come with the package.
 """
 import random
 import sys
