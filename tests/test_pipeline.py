@@ -6,6 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from torch.testing import assert_close
 from diffusers import DDIMScheduler, DDPMScheduler, DPMSolverMultistepScheduler
 from diffusers.utils import logging as diffusers_logging
 from hypothesis import given, strategies as st
@@ -188,7 +189,10 @@ def test_the_interval_is_stored_and_loading_says_nothing(tmp_path, caplog):
     assert not [record for record in caplog.records if "interval" in record.getMessage()]
     loaded.set_progress_bar_config(disable=True)
     assert tuple(loaded.config.guidance_interval) == (0.25, 0.75)
-    assert torch.equal(draw(loaded), draw(pipe)) and torch.equal(draw(loaded), draw(loaded, guidance_interval=(0.25, 0.75)))
+    drawn = draw(loaded)
+    assert torch.equal(drawn, draw(loaded, guidance_interval=(0.25, 0.75)))
+    assert_close(drawn, draw(pipe), atol=1e-4, rtol=1e-4)       # loaded weights lie elsewhere in memory: the last bit may round otherwise
+    assert (drawn - draw(loaded, guidance_interval=(0.0, 1.0))).abs().max() > 1e-2
 
 
 def test_tuned_parts_store_it_and_older_ones_guide_everywhere(tmp_path):
