@@ -806,7 +806,7 @@ _VERBS = {
                    ("--train-stories", dict(type=int, default=1200, help="stories to tune on")), ("--stories", dict(type=int, default=200, help="stories that are drawn")), ("--split", dict(default="test", choices=("val", "test"), help="val while anything is still being chosen")),
                    ("--base", dict(default="miniature", help="folder that `pretrain` wrote"))),
     "demo": (_demo, "Story data, adapter tuning and a drawn story in one go.", "causal-story demo --steps 100", ("--base", dict(default="miniature", help="folder that `pretrain` wrote")),
-             ("--stories", dict(type=int, default=1200, help="training stories")), ("--steps", dict(type=int, default=600, help="optimizer steps")),
+             ("--stories", dict(type=int, default=1200, help="training stories")), ("--steps", dict(type=int, default=900, help="optimizer steps")),
              ("--test-stories", dict(type=int, default=40, help="held-out stories that are drawn and read")), ("--out", dict(default="story.png", help="picture to write"))),
 }
 
