@@ -762,7 +762,7 @@ def continue_pretraining(
     size:int=64,            # pixels a side, as in the first round
     seed:int=1,             # another one than in the first round: new frames, new order, new noise
     overwrite:bool=False, progress:bool=True, configs:dict|None=None, half:bool=False, only:str|None=None, # as for `pretrain`
-    timestep_shift:float=2.5, # of text_to_image
+    timestep_shift:float=2.0, # of text_to_image, as in the first round
 )->dict:                    # stage -> losses, one a step
     """A second round for decoder and U-Net; every other part is taken over from `start`.
 

@@ -290,6 +290,14 @@ def test_a_drawing_with_guided_steps_is_continued(data, tmp_path):
     assert sorted(path.name for path in (tmp_path / "drawn").iterdir()) == ["00000000", "00000001", "drawn.json"]
 
 
+def test_a_base_goes_on_with_the_seed_after_its_own(tmp_path, monkeypatch):
+    calls = []
+    monkeypatch.setattr(cli, "continue_pretraining", lambda out, start, **settings: calls.append((start, settings["seed"], settings["steps"])))
+    assert main(["pretrain", str(tmp_path / "base"), "--start", "miniature", "--steps", "decoder=7"]) == 0
+    assert main(["pretrain", str(tmp_path / "base"), "--start", "miniature", "--seed", "4"]) == 0
+    assert calls == [("miniature", 1, dict(decoder=7)), ("miniature", 5, cli.SECOND["steps"])]
+
+
 def test_a_folder_holds_one_drawing(tmp_path):
     cli.claim_folder(tmp_path / "drawn", dict(seed=0, task="visualization"))
     cli.claim_folder(tmp_path / "drawn", dict(seed=0, task="visualization"))

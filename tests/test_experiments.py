@@ -79,12 +79,14 @@ def test_the_shipped_pipeline_is_the_base_and_what_was_tuned():
 
 # ---------------------------------------------------------------- drawing and looking
 
-def test_a_story_does_not_depend_on_its_batch(pipe, records):
-    "Up to rounding, which a batch of another size does in another order: single pixels by a few of 255. Other noise moves every frame by more than 5 on average."
+def test_a_story_does_not_depend_on_its_batch(records):
+    "In double precision, where the rounding of a batch of another size stays far below a level of 255."
+    pipe = CausalStoryPipeline.from_pretrained("miniature").to(torch.float64)
+    pipe.set_progress_bar_config(disable=True)
     whole = draw_stories(pipe, records, batch_size=3, progress=False, num_inference_steps=3)
     parts = draw_stories(pipe, records, batch_size=2, progress=False, num_inference_steps=3)
     for a, b in zip(whole, parts):
-        for x, y in zip(a, b): assert np.abs(np.asarray(x, int) - np.asarray(y, int)).mean() < 0.05
+        for x, y in zip(a, b): assert np.abs(np.asarray(x, int) - np.asarray(y, int)).max() <= 1
 
 
 @pytest.mark.parametrize("task", ["visualization", "continuation"])

@@ -230,7 +230,7 @@ def test_second_round_moves_decoder_and_unet_and_nothing_else(finished, tmp_path
     assert all(torch.equal(a, b) for a, b in zip(first.encoder.parameters(), second.encoder.parameters()))
     record = json.loads((tmp_path / "pretraining.json").read_text())
     assert record["first_round"] == json.loads((folder / "pretraining.json").read_text())
-    assert record["seed"] == 1 and record["timestep_shift"] == 2.5
+    assert record["seed"] == 1 and record["timestep_shift"] == 2.0
     assert not any(str(folder) in path.read_text() for path in tmp_path.rglob("*.json"))
 
 
