@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['OPTIONS', 'scene_targets', 'frames_tensor', 'Residual', 'FrameReader', 'reader_loss', 'train_reader', 'read_frames',
            'reader_accuracy', 'fact_rows', 'score_facts', 'bootstrap_means', 'summarise', 'paired_difference',
-           'scarf_consistency', 'character_f1', 'frame_accuracy', 'frechet_distance', 'protocol_frames',
-           'frechet_inception_distance', 'frechet_reader_distance']
+           'scarf_appearances', 'scarf_consistency', 'character_f1', 'frame_accuracy', 'frechet_distance',
+           'protocol_frames', 'frechet_inception_distance', 'frechet_reader_distance']
 
 # %% ../nbs/07_metrics.ipynb #b92caab8
 import random
@@ -93,8 +93,8 @@ class FrameReader(ModelMixin, ConfigMixin):
         **options, # of diffusers' `from_pretrained`
     ):
         "A saved reader, in float32 and evaluation mode. Raises ValueError that names a folder whose weights cannot be read."
-        if str(pretrained_model_name_or_path) != "miniature": return super().from_pretrained(pretrained_model_name_or_path, **options)
-        return load_part(cls, shipped_weights("reader"))
+        if options: return super().from_pretrained(pretrained_model_name_or_path, **options)
+        return load_part(cls, shipped_weights("reader") if str(pretrained_model_name_or_path) == "miniature" else pretrained_model_name_or_path)
 
     def map(self, frames): # (N, 3, H, W) in [-1, 1]
         "Feature map (N, width, 8, 8); frames of another size are brought to 64x64 first."
@@ -283,25 +283,32 @@ def paired_difference(
     return dict(difference=float(numpy.mean(values)), low=float(low), high=float(high), n=len(values), stories=len(set(stories)))
 
 # %% ../nbs/07_metrics.ipynb #dde50c9e
+def scarf_appearances(
+    truths:list, # `Story.truth()` of each story
+    task:str="visualization", # "continuation": the given frame is not drawn
+)->list: # rows: story, frame, attribute, name, first (frame), nearest (frames since the last appearance)
+    "Every later appearance of a character among the drawn frames: where `scarf_consistency` looks, in its order."
+    rows, given = [], int(task == "continuation")
+    for story, truth in enumerate(truths):
+        frames = {}
+        for k, scene in enumerate(truth["scenes"][given:], given):
+            for actor in scene["actors"]: frames.setdefault(actor["name"], []).append(k)
+        for name, (first, *later) in frames.items():
+            for k, last in zip(later, [first, *later]): rows.append(dict(story=story, frame=k, attribute="scarf", name=name, first=first, nearest=k - last))
+    return rows
+
 def scarf_consistency(
     reader:FrameReader, # trained
     drawn:list, # one list of PIL frames for each story
     truths:list, # their `Story.truth()`
     task:str="visualization", # or "continuation"; the given frame does not count, for the model did not draw it
-)->list: # rows for `summarise`: story, frame, name, nearest (frames since it was last drawn), seen (in this and the first frame), correct
+)->list: # rows of `scarf_appearances`, for `summarise`, with seen (in this and the first frame) and correct
     "Agreement of a character's scarf with how this model first drew it, whether or not that was true. Our choice."
     rows = []
     for story, truth, offset, said in _story_readings(reader, drawn, truths, task):
-        times = {}
-        for k in range(len(drawn[story])):
-            for actor in truth["scenes"][k + offset]["actors"]: times.setdefault(actor["name"], []).append(k)
-        for name, (first, *later) in times.items():
-            c, last = CHARACTERS.index(name), first
-            for k in later:
-                rows.append(dict(story=story, frame=k + offset, name=name, nearest=k - last,
-                                 seen=bool(said["presence"][[first, k], c].all()),
-                                 correct=bool(said["scarf"][k, c] == said["scarf"][first, c])))
-                last = k
+        for row in scarf_appearances([truth], task):
+            c, first, k = CHARACTERS.index(row["name"]), row["first"] - offset, row["frame"] - offset
+            rows.append(row | dict(story=story, seen=bool(said["presence"][[first, k], c].all()), correct=bool(said["scarf"][k, c] == said["scarf"][first, c])))
     return rows
 
 # %% ../nbs/07_metrics.ipynb #2649b12a

@@ -202,14 +202,14 @@ class StoryLoopMixin:
     def _read(self, model, pictures, captions):
         "BLIP's block for one (frame, caption) pair of every story: states (B, 1, S, D) and mask (B, 1, S)."
         size = self.history_encoder.config["vision_config"]["image_size"]
-        seen = pixels(pictures, size, CLIP_IMAGE_MEAN, CLIP_IMAGE_STD).to(self.device, self.history_encoder.dtype)
+        seen = pixels(pictures, size, CLIP_IMAGE_MEAN, CLIP_IMAGE_STD).to(self._execution_device, self.history_encoder.dtype)
         ids, mask = self.tokens(self.history_tokenizer, [[caption] for caption in captions])
         return model.read_history(ids, mask, frames=seen[:, None]), mask
 
     def _draw(self, stories, images, source_captions, task, visible, weighted, steps, scale, interval, generator, history_frames, history_captions, kept_frames, callback):
         model, B, V, F = self.as_model(), len(stories), *visible.shape
         channels, side = self.unet.config.in_channels, self.unet.config.sample_size
-        noise = story_noise((V, channels, side, side), B, generator, self.device).to(self.unet.dtype)
+        noise = story_noise((V, channels, side, side), B, generator, self._execution_device).to(self.unet.dtype)
         caption_ids, caption_mask = self.tokens(self.tokenizer, stories)
         caption_states, times = model.read_captions(caption_ids, caption_mask), frame_times(V, task)
         blocks = [self._read(model, images, source_captions)] if images else []
@@ -218,7 +218,7 @@ class StoryLoopMixin:
             for i in range(V):
                 history, mask = self._history(blocks, B, caption_states)
                 n = history.shape[1]
-                arguments = dict(visible=visible[i:i+1, :n].to(self.device), times=times[i:i+1], weighted=weighted, context_layer=self.config.context_layer)
+                arguments = dict(visible=visible[i:i+1, :n].to(self._execution_device), times=times[i:i+1], weighted=weighted, context_layer=self.config.context_layer)
                 told = model.condition(caption_states[:, i:i+1], caption_mask[:, i:i+1], history, mask, **arguments)
                 if i < n_kept: drawn.append([story[i] for story in kept_frames])
                 else:
@@ -238,7 +238,7 @@ class StoryLoopMixin:
 
     def _denoise(self, model, latents, told, empty, steps, scale, interval, frame, bar, callback):
         "One frame of every story, (B, C, h, w), from noise to clean latents."
-        self.scheduler.set_timesteps(steps, device=self.device)
+        self.scheduler.set_timesteps(steps, device=self._execution_device)
         latents, timesteps = latents * self.scheduler.init_noise_sigma, self.scheduler.timesteps
         guided = [empty is not None and inside for inside in guided_steps(interval, len(timesteps))]
         contexts = {both: (_stack(empty, told, len(latents)) if both else told).groups(dtype=latents.dtype) for both in set(guided)}
@@ -267,12 +267,15 @@ class TunedPartsMixin:
         pretrained_model_name_or_path, # a folder that `save_pretrained` wrote, a hub id, or "miniature": the one that comes with the package
         **options,                     # of diffusers' `from_pretrained`: components to use instead, torch_dtype ...
     ):                                 # CausalStoryPipeline
-        "Load a tuned pipeline. Raises FileNotFoundError for what is neither a folder nor the form of a hub id."
+        "Load a tuned pipeline. Raises FileNotFoundError for what is neither a folder nor the form of a hub id, ValueError naming a part whose weights do not fit."
         name = str(pretrained_model_name_or_path)
         if name != "miniature":
             if not Path(name).is_dir() and not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", name):
                 raise FileNotFoundError(f"there is no folder {name}; give a folder that save_pretrained wrote, a hub id (owner/name), or 'miniature'")
-            return super().from_pretrained(name, **options)
+            known = {part: load_part(kind, Path(name) / part) for part, kind in (BASE_PARTS | TUNED_PARTS).items()
+                     if not set(options) - {"torch_dtype"} and issubclass(kind, torch.nn.Module) and (Path(name) / part).is_dir()}
+            pipe = super().from_pretrained(name, **known, **options)
+            return pipe.to(dtype=options["torch_dtype"]) if known and "torch_dtype" in options else pipe
         if options: raise ValueError(f"'miniature' takes no further options (got {', '.join(options)}); move it afterwards with .to()")
         return cls.from_tuned(shipped_weights("story"))
 
@@ -292,7 +295,9 @@ class TunedPartsMixin:
             part = merged(copy.deepcopy(part))
             part.register_to_config(_name_or_path="")  # where it came from belongs to this machine
             (part.half() if half else part).save_pretrained(aside / name)
-        record = dict(base=base or fingerprint(self.unet), **{name: self.config[name] for name in STORED_SETTINGS})
+        stored = [name for name, part in changed.items() if part is not None]
+        record = dict(base=base or fingerprint(self.unet), vae=fingerprint(self.vae), text_encoder=fingerprint(self.text_encoder), parts=stored,
+                      **{name: self.config[name] for name in STORED_SETTINGS})
         (aside / "tuned.json").write_text(json.dumps(record, indent=1) + "\n")
         shutil.rmtree(folder, ignore_errors=True)
         os.replace(aside, folder)
@@ -302,22 +307,26 @@ class TunedPartsMixin:
         folder,            # from `save_tuned`
         base="miniature",  # the base it was tuned on: what `load_base` takes
     ):                     # CausalStoryPipeline
-        "A base with what tuning changed. Raises ValueError if it was tuned on another base, FileNotFoundError if a part is missing."
-        folder, parts = Path(folder), load_base(base)
+        "A base with what tuning changed. Raises ValueError if it was tuned on another base or a part cannot be read, FileNotFoundError if one is missing."
+        folder, parts, kinds = Path(folder), load_base(base), TUNED_PARTS | dict(unet=UNet2DConditionModel)
         if not (folder / "tuned.json").is_file(): raise FileNotFoundError(f"{folder / 'tuned.json'} is missing: give a folder that save_tuned wrote")
-        record = json.loads((folder / "tuned.json").read_text())
-        tuned_on = record.pop("base")
-        if tuned_on != fingerprint(parts["unet"]):
-            raise ValueError(f"{folder} was tuned on another base than {base}: its adapters would sit in a U-Net they do not know")
-        parts |= {name: load_part(kind, folder / name) for name, kind in (TUNED_PARTS | dict(unet=UNet2DConditionModel)).items() if (folder / name).is_dir()}
-        pipe = cls(**parts, **record)
-        if (folder / "unet").is_dir(): pipe._moved_from = tuned_on
+        try: record = json.loads((folder / "tuned.json").read_text())
+        except ValueError as error: raise ValueError(f"{folder / 'tuned.json'} is not a whole JSON file ({error}): copy the folder again") from None
+        tuned_on, stored = record.pop("base"), record.pop("parts", [name for name in kinds if (folder / name).is_dir()])
+        known = dict(unet=tuned_on) | {name: record.pop(name) for name in ("vae", "text_encoder") if name in record}
+        for name, expected in known.items():
+            if expected != fingerprint(parts[name]): raise ValueError(f"{folder} was tuned on another base than {base}: {name} differs, and what was tuned would not fit it")
+        for name in stored:
+            if not (folder / name).is_dir(): raise FileNotFoundError(f"{folder / name} is missing: this model was stored with {', '.join(stored)}; copy the folder again")
+        pipe = cls(**parts | {name: load_part(kinds[name], folder / name) for name in stored}, **record)
+        if "unet" in stored: pipe._moved_from = tuned_on
         return pipe
 
 # %% ../nbs/06_pipeline.ipynb #a299d507
 class StoryComponents(TunedPartsMixin, StoryLoopMixin, DiffusionPipeline):
     "What a `CausalStoryPipeline` holds. Components are saved and loaded one folder each; adapters are one of them."
     _optional_components = ["adapters"]
+    _exclude_from_cpu_offload = ["adapters"]  # small, and they work inside the U-Net
     model_cpu_offload_seq = "text_encoder->history_encoder->story_context->unet->vae"
 
     def __init__(self,
@@ -352,8 +361,8 @@ class StoryComponents(TunedPartsMixin, StoryLoopMixin, DiffusionPipeline):
     def as_model(self)->CausalStoryModel:
         "The same modules as the model that trains; changes to one are changes to the other."
         return CausalStoryModel(self.vae, self.text_encoder, self.history_encoder, self.story_context, self.unet, self.scheduler,
-                                null_caption_ids(self.tokenizer, self.max_length).to(self.device),
-                                null_caption_ids(self.history_tokenizer, self.max_length).to(self.device), self.adapters)
+                                null_caption_ids(self.tokenizer, self.max_length).to(self._execution_device),
+                                null_caption_ids(self.history_tokenizer, self.max_length).to(self._execution_device), self.adapters)
 
     def tokens(self,
         tokenizer,
@@ -363,7 +372,7 @@ class StoryComponents(TunedPartsMixin, StoryLoopMixin, DiffusionPipeline):
         flat = [caption for story in captions for caption in story]
         out = tokenizer(flat, padding="max_length", truncation=True, max_length=self.max_length, return_tensors="pt")
         shape = (len(captions), len(captions[0]), self.max_length)
-        return out.input_ids.view(shape).to(self.device), out.attention_mask.bool().view(shape).to(self.device)
+        return out.input_ids.view(shape).to(self._execution_device), out.attention_mask.bool().view(shape).to(self._execution_device)
 
     @torch.no_grad()
     def decode(self,
@@ -414,6 +423,7 @@ class CausalStoryPipeline(StoryComponents):
         interval = check_interval(self.config.guidance_interval if guidance_interval is None else guidance_interval)
         frames, relevance, latents = self._draw(stories, images, source_captions, task, visible, policy == "weighted", steps, scale, interval,
                                                 generator, history_frames, history_captions or stories, kept_frames, callback_on_step_end)
+        self.maybe_free_model_hooks()
         output = dict(pil=frames, latent=latents).get(output_type) if output_type in ("pil", "latent") else self._as_array(frames, output_type)
         return CausalStoryOutput(output, relevance) if return_dict else (output, relevance)
 

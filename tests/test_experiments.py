@@ -14,7 +14,7 @@ import causal_story.experiments as experiments
 from causal_story.causal_mask import frame_mask
 from causal_story.experiments import (ARMS, Arm, attention_mass, causal_effect, draw_stories, look_hits, run_arm, run_rows,
                                       seeds_and_stories, story_cache, story_records, tune_arm)
-from causal_story.metrics import FrameReader
+from causal_story.metrics import FrameReader, scarf_consistency, score_facts
 from causal_story.pipeline import BASE_PARTS, CausalStoryPipeline, fingerprint, load_base, load_part, shipped_weights, story_pipeline
 from causal_story.storyworld import make_stories
 from causal_story.training import TrainingConfig
@@ -83,8 +83,8 @@ def test_a_story_does_not_depend_on_its_batch(records):
     "In double precision, where the rounding of a batch of another size stays far below a level of 255."
     pipe = CausalStoryPipeline.from_pretrained("miniature").to(torch.float64)
     pipe.set_progress_bar_config(disable=True)
-    whole = draw_stories(pipe, records, batch_size=3, progress=False, num_inference_steps=3)
-    parts = draw_stories(pipe, records, batch_size=2, progress=False, num_inference_steps=3)
+    whole = draw_stories(pipe, records, batch_size=3, progress=False, num_inference_steps=2)
+    parts = draw_stories(pipe, records, batch_size=2, progress=False, num_inference_steps=2)
     for a, b in zip(whole, parts):
         for x, y in zip(a, b): assert np.abs(np.asarray(x, int) - np.asarray(y, int)).max() <= 1
 
@@ -140,6 +140,47 @@ def test_runs_are_written_once_and_not_repeated(tmp_path, records, monkeypatch):
     rows = run_rows(first, "true")
     assert rows and "".join(str(int(row["correct"])) for row in rows) == first["correct"]["true"]
     with pytest.raises(ValueError, match="other stories"): run_rows(first | dict(stories=dict(n=3, split="val", seed=2)), "true")
+    with pytest.raises(ValueError, match="other stories"): run_rows(first | dict(world="0" * 16), "true")  # as many facts, but others
+
+
+def test_a_run_keeps_every_verdict(tmp_path, records, monkeypatch):
+    save_tuned = CausalStoryPipeline.save_tuned
+    monkeypatch.setattr(CausalStoryPipeline, "save_tuned", lambda self, folder, base=None: save_tuned(self, folder, half=False, base=base))
+    cache, reader = story_cache(story_pipeline("miniature"), records[:2], progress=False), FrameReader.from_pretrained("miniature")
+    run = lambda name: run_arm(name, 0, tmp_path, "miniature", cache, dict(n=2, split="val", seed=2), reader, FEW, progress=False)
+    weighted, full = run("weighted"), run("full")
+    assert set(weighted["correct"]) == {"true", "drawn", "continued", "stays", "looks"} and set(full["correct"]) == set(weighted["correct"]) - {"looks"}
+    stories = make_stories(2, "val", seed=2)
+    pipe = CausalStoryPipeline.from_tuned(tmp_path / "tuned" / "weighted-0")
+    pipe.set_progress_bar_config(disable=True)
+    told, truths = story_records(stories), [story.truth() for story in stories]
+    expected = dict(continued=score_facts(reader, draw_stories(pipe, told, "continuation", progress=False), truths, "continuation"),
+                    stays=scarf_consistency(reader, draw_stories(pipe, told, progress=False), truths), looks=look_hits(experiments.story_relevance(pipe, told), truths))
+    for kind, rows in expected.items():
+        found = run_rows(weighted, kind)
+        keys = set(found[0]) - {"correct", "seen"}
+        assert [{key: row[key] for key in keys} for row in rows] == [{key: row[key] for key in keys} for row in found]
+        assert [bool(row["correct"]) for row in rows] == [row["correct"] for row in found], kind
+    files = [path.stat().st_size for path in (tmp_path / "tuned" / "weighted-0").rglob("*") if path.is_file()]
+    assert weighted["stored_mb"] == round(sum(files) / 1e6, 2)
+
+
+def test_relevance_without_drawing_is_that_of_drawing(pipe, records):
+    drawn = pipe([r.captions for r in records], history_frames=[r.frames for r in records], num_inference_steps=1, generator=[torch.Generator().manual_seed(k) for k in range(len(records))])
+    assert_close(experiments.story_relevance(pipe, records, batch_size=2), drawn.relevance, atol=1e-5, rtol=1e-4)
+    with pytest.raises(ValueError, match="weighs nothing"): experiments.story_relevance(story_pipeline("miniature", history_policy="full"), records)
+
+
+def test_hits_and_their_chance_know_the_mask():
+    truth = make_stories(1, "val", seed=5)[0].truth()
+    free, narrow = look_hits(np.ones((1, 5, 5)), [truth]), look_hits(np.ones((1, 5, 5)), [truth], visible=frame_mask("local", 5, "visualization", 2))
+    assert {row["frame"] for row in free} == {row["frame"] for row in narrow}
+    sources = {(f["frame"], f["attribute"], f["value"]): set(f["sources"]) for f in truth["facts"]}
+    for row in narrow:
+        seen = {row["frame"] - 2, row["frame"] - 1}
+        telling = [s for (frame, attribute, _), s in sources.items() if (frame, attribute) == (row["frame"], row["attribute"])]
+        assert row["chance"] in [len(seen & s) / 2 for s in telling]
+        assert not row["correct"] or any(min(seen) in s for s in telling)   # equal weights: the first visible one is the largest
 
 
 @pytest.mark.parametrize("name", sorted(ARMS))
@@ -197,7 +238,7 @@ def test_runs_on_different_bases_are_not_compared(tmp_path):
 def test_cost_is_measured_in_a_process_of_its_own():
     cost = experiments.tuning_cost("only-adapters-and-layer", stories=2, batch_size=1, steps=3)
     assert set(cost["trained"]) == {"adapters", "story_context"} and cost["seconds_a_step"] > 0
-    assert cost["stored_mb"] == sum(cost["trained"].values()) * 2 / 1e6 and (cost["peak_mb"] is None or 100 < cost["peak_mb"] < 20_000)
+    assert cost["stored_mb"] > sum(cost["trained"].values()) * 2 / 1e6 and (cost["peak_mb"] is None or 100 < cost["peak_mb"] < 20_000)
     with pytest.raises(ValueError, match="no arm 'best'"): experiments.tuning_cost("best")
     with pytest.raises(RuntimeError, match="nowhere"): experiments.tuning_cost("full", base="nowhere", stories=2)
 

@@ -1,11 +1,14 @@
 "What a reader of 06_pipeline need not see: exactness of the fast loop for every task and setting, and where guidance is computed."
 import json
 import math
+import shutil
 from contextlib import nullcontext
 from types import SimpleNamespace
 
 import pytest
 import torch
+from PIL import Image
+from safetensors.torch import load_file, save_file
 from torch.testing import assert_close
 from diffusers import DDIMScheduler, DDPMScheduler, DPMSolverMultistepScheduler
 from diffusers.utils import logging as diffusers_logging
@@ -14,6 +17,7 @@ from hypothesis import given, strategies as st
 import causal_story.pipeline as pipeline
 from causal_story.encoders import StoryContext, tiny_history_encoder, tiny_text_encoder, tiny_tokenizers
 from causal_story.miniature import pretraining_schedule
+from causal_story.metrics import FrameReader
 from causal_story.model import tiny_vae
 from causal_story.pipeline import CausalStoryPipeline, check_interval, guide, guided_steps, use_scheduler
 from causal_story.storyworld import make_stories
@@ -215,3 +219,83 @@ def test_no_scheduler_clips_latents(name):
     for stored in (pretraining_schedule(), DDPMScheduler()):
         pipe = use_scheduler(SimpleNamespace(scheduler=stored), name)
         assert not pipe.scheduler.config.clip_sample
+
+
+# ---------------------------------------------------------------- stored models are whole, or refused
+
+def spoil(folder):
+    "Take the largest tensor out of a part's weights."
+    path = next(folder.glob("*.safetensors"))
+    tensors = load_file(path)
+    del tensors[max(tensors, key=lambda name: tensors[name].numel())]
+    save_file(tensors, path, {"format": "pt"})
+
+
+def test_a_tuned_model_comes_back_whole_or_not_at_all(tmp_path):
+    folder = tmp_path / "tuned"
+    for part in ("adapters", "story_context", "history_encoder"):
+        pipeline.story_pipeline("miniature").save_tuned(folder)
+        shutil.rmtree(folder / part)
+        with pytest.raises(FileNotFoundError, match=f"{part} is missing"): CausalStoryPipeline.from_tuned(folder)
+        pipeline.story_pipeline("miniature").save_tuned(folder)
+        spoil(folder / part)
+        with pytest.raises(ValueError, match=f"{part} cannot be read"): CausalStoryPipeline.from_tuned(folder)
+    pipeline.story_pipeline("miniature").save_tuned(folder)
+    (folder / "tuned.json").write_text((folder / "tuned.json").read_text()[:40])
+    with pytest.raises(ValueError, match="tuned.json is not a whole JSON file"): CausalStoryPipeline.from_tuned(folder)
+
+
+@pytest.mark.parametrize("part", ["unet", "vae", "text_encoder"])
+def test_another_base_is_refused_whichever_part_differs(tmp_path, part):
+    pipe = pipeline.story_pipeline("miniature")
+    with torch.no_grad(): next(getattr(pipe, part).parameters()).add_(1)
+    pipe.save_tuned(tmp_path / "tuned")
+    with pytest.raises(ValueError, match=f"another base than miniature: {part} differs"): CausalStoryPipeline.from_tuned(tmp_path / "tuned")
+
+
+@pytest.mark.parametrize("part", ["unet", "vae", "text_encoder", "history_encoder", "story_context", "adapters"])
+def test_a_stored_pipeline_that_lacks_a_tensor_is_refused(tmp_path, part):
+    pipeline.story_pipeline("miniature").save_pretrained(tmp_path)
+    spoil(tmp_path / part)
+    with pytest.raises(ValueError, match=f"{part} cannot be read"): CausalStoryPipeline.from_pretrained(tmp_path)
+
+
+def test_a_stored_pipeline_takes_a_dtype(tmp_path):
+    pipeline.story_pipeline("miniature").save_pretrained(tmp_path)
+    half = CausalStoryPipeline.from_pretrained(tmp_path, torch_dtype=torch.bfloat16)
+    assert {getattr(half, name).dtype for name in ("unet", "vae", "history_encoder", "story_context", "adapters")} == {torch.bfloat16}
+
+
+def test_a_stored_reader_that_lacks_a_tensor_is_refused(tmp_path):
+    FrameReader.from_pretrained("miniature").save_pretrained(tmp_path / "reader")
+    assert not FrameReader.from_pretrained(tmp_path / "reader").training
+    spoil(tmp_path / "reader")
+    with pytest.raises(ValueError, match="reader cannot be read"): FrameReader.from_pretrained(tmp_path / "reader")
+
+
+# ---------------------------------------------------------------- offloading
+
+@pytest.mark.parametrize("task", ["visualization", "continuation"])
+def test_offloading_wakes_every_part_before_it_works(as_if_tuned, monkeypatch, task):
+    "diffusers moves a part to the accelerator when it is called and away when the next one is. On a CPU nothing moves, but who is awake can be followed."
+    from accelerate.hooks import CpuOffload
+    pipe, awake, asleep = as_if_tuned(), set(), []
+    pipe.set_progress_bar_config(disable=True)
+    request = dict(generator=torch.Generator().manual_seed(0), num_inference_steps=2, task=task)
+    story = [f"Milo waves {place}." for place in ("at home", "on the moon", "in the snow")]
+    if task == "continuation": request |= dict(source_image=Image.new("RGB", (64, 64), "green"), source_caption="Milo jumps at the beach.")
+    before = pipe(story, **request, output_type="latent").frames
+    wake, sleep = CpuOffload.pre_forward, CpuOffload.init_hook
+    monkeypatch.setattr(CpuOffload, "pre_forward", lambda self, module, *a, **k: (wake(self, module, *a, **k), awake.add(id(module)))[0])
+    monkeypatch.setattr(CpuOffload, "init_hook", lambda self, module: (awake.discard(id(module)), sleep(self, module))[1])
+    pipe.enable_model_cpu_offload(device="cpu")
+    monkeypatch.setattr(CausalStoryPipeline, "device", property(lambda self: torch.device("meta")))  # where weights rest is no place to compute
+    parts = {name: getattr(pipe, name) for name in ("vae", "unet", "text_encoder", "history_encoder", "story_context")}
+    for name, part in parts.items():
+        for leaf in part.modules():
+            if not list(leaf.children()): leaf.register_forward_pre_hook(lambda *_, name=name, part=part: asleep.append(name) if id(part) not in awake else None)
+    request["generator"] = torch.Generator().manual_seed(0)
+    after = pipe(story, **request, output_type="latent").frames
+    assert not asleep, f"worked while away from the accelerator: {sorted(set(asleep))}"
+    assert not awake                                            # the last one is sent away as well
+    assert_close(after, before, atol=1e-5, rtol=1e-5)
