@@ -77,17 +77,25 @@ def read_settings(
     actions:dict,  # key -> argparse action: the settings that there are
     config=None,   # YAML file: one mapping
     words=(),      # "KEY=VALUE"; they win over the file
+    verb=None,     # whose settings these are: in the file, what stands under its name is for it alone and wins
+    others=None,   # verb -> its actions: a file may hold settings that other verbs know
 )->dict:           # key -> value
     "The settings of a file and of words. Raises ValueError that names file, key and the nearest known key; FileNotFoundError."
-    found = {}
-    def take(where, content):
+    found, others = {}, others or {}
+    elsewhere = set().union(*others.values()) if others else set()
+    def take(where, content, shared=False):
         for key, value in content.items():
             name = str(key).replace("-", "_")
+            if shared and name in others and isinstance(value, dict): continue
+            if shared and name not in actions and name in elsewhere: continue
             if name not in actions:
                 near = difflib.get_close_matches(name, actions, 1)
                 raise ValueError(f"{where}: there is no setting {key!r}" + (f"; did you mean {near[0]!r}?" if near else f"; there are {', '.join(actions)}"))
             found[name] = as_setting(actions[name], value, where)
-    if config: take(config, read_yaml(config))
+    if config:
+        content = read_yaml(config)
+        take(config, content, shared=True)
+        if isinstance(content.get(verb), dict): take(f"{config}, {verb}", content[verb])
     for word in words:
         key, _, value = word.partition("=")
         action = actions.get(key.replace("-", "_"))
@@ -574,6 +582,7 @@ def _full_size(a)->dict:
 # %% ../nbs/14_command_line.ipynb #f3b0eba2
 def _cache(a):
     dataset, a.preset = StoryDataset(a.data, a.split), a.preset or "causal-story"
+    _check_kind(a, dataset)
     pipe = new_pipeline(a.base, **_full_size(a)).to(best_device(a.device))
     model = prepare_preset(pipe.as_model(), a.preset, bool(a.words or a.dataset)).eval()
     path = cache_path(a.data, cache_settings(model, dataset, story_collator(pipe), a.half))
@@ -590,9 +599,10 @@ def best_device(name=None)->str:
 def _train(a):
     run, config, settings = Path(a.out) / "run", _training_config(a), {key: value for key, value in vars(a).items() if key not in ("run", "config")}
     _check_out(Path(a.out))
-    StoryDataset(a.data, "train")
+    _check_kind(a, StoryDataset(a.data, "train"))
     own = {} if a.preset else dict(width=a.width if a.method == "adapter" else 0, policy=a.policy)
     pipe = new_pipeline(a.base, **_full_size(a), window=a.window, seed=a.seed, **own)
+    _import_checkpoint(a, pipe)
     accelerator = make_accelerator(config)
     options = dict(folder=run, accelerator=accelerator)
     if accelerator.is_main_process:
@@ -604,7 +614,7 @@ def _train(a):
     else: train_stories(pipe, a.data, config, method=a.method, width=a.width, **options)
     if accelerator.is_main_process:
         log.close()
-        pipe.save_pretrained(a.out)
+        pipe.save_whole(a.out)
         print(f"wrote the tuned pipeline to {a.out}; next: causal-story sample {a.out} {a.data}")
 
 # %% ../nbs/14_command_line.ipynb #1b48e27b
@@ -625,11 +635,22 @@ def _check_out(out:Path):
         raise FileExistsError(f"{out} is there and holds no run of `train`: name another folder")
 
 # %% ../nbs/14_command_line.ipynb #f0aed625
+def _import_checkpoint(a, pipe):
+    "Put AR-LDM's checkpoint, if there is one, into a pipeline; one process reports."
+    if not a.checkpoint: return
+    report = import_arldm_checkpoint(a.checkpoint, pipe, a.dataset, tuple(a.words))
+    if int(os.environ.get("RANK", 0)) == 0: print(report)
+
+def _check_kind(a, dataset):
+    "Raise ValueError if the new words are those of another data set than the file holds."
+    if a.dataset and dataset.kind and dataset.kind != a.dataset:
+        raise ValueError(f"{a.data} holds {dataset.kind} stories, and --dataset says {a.dataset}: the new words would be the wrong characters")
+
 def _drawing(a):
     "(model, options of its call), as `sample` and `evaluate` ask."
     full = _full_size(a)
     pipe = new_pipeline(a.model, **full) if a.preset else load_pipeline(a.model)
-    if a.checkpoint: print(import_arldm_checkpoint(a.checkpoint, pipe, a.dataset, tuple(a.words)))
+    _import_checkpoint(a, pipe)
     if a.scheduler: use_scheduler(pipe, a.scheduler)
     if a.device or torch.cuda.is_available(): pipe.to(best_device(a.device))
     return pipe, dict(num_inference_steps=a.num_inference_steps, guidance_scale=a.guidance_scale, guidance_interval=a.guidance_interval and list(check_interval(a.guidance_interval)), history_policy=a.policy, window=a.window)
@@ -648,6 +669,7 @@ def _draw_folder(a, folder, dataset, task, index):
 # %% ../nbs/14_command_line.ipynb #76135be3
 def _sample(a):
     dataset = StoryDataset(a.data, a.split, a.task)
+    _check_kind(a, dataset)
     for k in a.story or []: story_of(dataset, k)
     if a.folder:
         if _draw_folder(a, a.folder, dataset, a.task, a.story): print(f"wrote {len(DrawnStories(a.folder).paths)} stories to {a.folder}; next: causal-story evaluate {a.folder} {a.data}")
@@ -662,6 +684,7 @@ def _evaluate(a):
     drawn = None if _is_model(a.model) else DrawnStories(a.model)
     task, split = (_agreed(a, drawn, name, default) for name, default in (("task", "visualization"), ("split", "test")))
     dataset = StoryDataset(a.data, split, task)
+    _check_kind(a, dataset)
     judges = _judges(a, story_of(dataset, 0).truth is not None)
     with contextlib.ExitStack() as stack:
         if drawn is None:
@@ -765,7 +788,8 @@ _TUNED = ("what trains", ("--method", dict(choices=("adapter", "attention", "ful
           ("--policy", dict(choices=POLICIES, help="history policy; left out: weighted")), _WINDOW)
 
 # %% ../nbs/14_command_line.ipynb #71ef771e
-_CACHED = (("--half", dict(action="store_true", help="with a preset: keep features in half precision")), ("--no-cache", dict(action="store_true", help="with a preset: compute features at every step")),
+_CHECKPOINT = ("--checkpoint", dict(help="with --preset: AR-LDM's .ckpt, put into the model"))
+_CACHED = (_CHECKPOINT, ("--half", dict(action="store_true", help="with a preset: keep features in half precision")), ("--no-cache", dict(action="store_true", help="with a preset: compute features at every step")),
            ("--gradient-checkpointing", dict(action="store_true", help="with a preset: less memory, a third more computing")))
 
 # %% ../nbs/14_command_line.ipynb #9661554b
@@ -822,7 +846,8 @@ class _Parser(argparse.ArgumentParser):
         raise ValueError(message + (f"; did you mean {near[0]}?" if near else ""))
 
 # %% ../nbs/14_command_line.ipynb #a1a8af67
-_RULE = "Every setting above is a flag, a word KEY=VALUE and a key of the YAML file that --config names;\nwords and flags win over the file: --learning-rate 1e-4, learning_rate=1e-4, learning_rate: 1e-4."
+_RULE = ("Every setting above is a flag, a word KEY=VALUE and a key of the YAML file that --config names;\nwords and flags win over the file: --learning-rate 1e-4, learning_rate=1e-4, learning_rate: 1e-4.\n"
+         "One file can serve several verbs: keys that only others know are passed over, and what stands under\na verb's name (train: {steps: 500}) is for that verb alone.")
 
 # %% ../nbs/14_command_line.ipynb #420a7b5a
 _SIGNS = {int: "N", float: "X"}
@@ -866,7 +891,8 @@ def _read_words(parser, words):
     actions = {action.dest: action for action in parser._actions if action.dest not in ("help", "config")}
     settings, rest = _split_words(words, actions)
     config = parser.parse_intermixed_args(rest).config
-    parser.set_defaults(**read_settings(actions, config, settings))
+    verbs = {name: {action.dest for action in other._actions} - {"help", "config"} for name, other in _parsers()[1].items()}
+    parser.set_defaults(**read_settings(actions, config, settings, parser.prog.split()[-1], verbs))
     a = parser.parse_intermixed_args(rest)
     missing = [name for name, action in actions.items() if not action.option_strings and getattr(a, name) is None]
     if missing: raise ValueError(f"{missing[0].upper()} is missing ({actions[missing[0]].help}); {parser.format_usage().strip()}")

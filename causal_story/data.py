@@ -459,6 +459,7 @@ def write_hdf5(
     read_story:Callable,  # (split, key) -> RawStory
     out,                  # HDF5 file to write; replaced only by a complete one
     progress:bool=True,   # show a progress bar
+    kind:str="",          # "pororo", "flintstones", or "" for any other data; `StoryFile.kind` reads it
 )->Path:                  # `out`
     """Writes an HDF5 file, version 2, atomically and one story at a time. Our choice.
 
@@ -469,7 +470,7 @@ def write_hdf5(
     with atomic_path(out) as partial, PatientFile(partial, "w+") as disk:
         bar = tqdm(total=total, desc=f"writing {out.name}", unit="story", disable=not progress)
         with h5py.File(disk, "w") as file, bar:
-            file.attrs.update(schema=2, colour="rgb")
+            file.attrs.update(schema=2, colour="rgb", kind=kind)
             for split, keys in keys_by_split.items():
                 group = file.create_group(split)
                 for index, key in enumerate(keys):
@@ -513,7 +514,10 @@ def _check_layout(
     expected = f"a {name} folder holds {', '.join(files)}"
     if not raw.is_dir(): raise FileNotFoundError(f"raw={str(raw)!r} is not a folder: {expected}")
     missing = [file for file in files if not (raw / file).exists()]
-    if missing: raise FileNotFoundError(f"{raw} lacks {', '.join(missing)}: {expected}")
+    if missing:
+        other = [kind for kind, theirs in dict(FlintstonesSV=FLINTSTONES_FILES, PororoSV=PORORO_FILES, plain=("stories.jsonl",)).items()
+                 if theirs != files and all((raw / file).exists() for file in theirs)]
+        raise FileNotFoundError(f"{raw} lacks {', '.join(missing)}: {expected}" + (f". It looks like a {other[0]} folder" if other else ""))
     return raw
 
 
@@ -588,7 +592,7 @@ def convert_flintstones(
         strips = [_flintstones_strip(raw / "video_frames_sampled" / f"{clip}.npy") for clip in clips]
         return RawStory(first, [descriptions[clip] for clip in clips], strips, truths.get(first))
     keys = {split: [clip for clip in splits[split] if len(followings.get(clip, ())) == 4] for split in STORY_SPLITS}
-    return write_hdf5(keys, read_story, out, progress)
+    return write_hdf5(keys, read_story, out, progress, "flintstones")
 
 # %% ../nbs/01_data.ipynb #b388a0ac
 def _plain_text(
@@ -650,7 +654,7 @@ def convert_pororo(
         captions = [clean_caption(_plain_text(descriptions[name][0])) for name in names]
         strips = [open_image(raw / f"{name}.png", f"{raw / name}.png (story {names[0]!r})") for name in names]
         return RawStory(names[0], captions, strips, truths.get(names[0]))
-    return write_hdf5(keys, read_story, out, progress)
+    return write_hdf5(keys, read_story, out, progress, "pororo")
 
 # %% ../nbs/01_data.ipynb #ff02d40b
 def _check_line(
@@ -846,7 +850,7 @@ class StoryFile:
         split:str, # group of the file
     ):
         self.path, self.split, self._file, self._owner = str(path), split, None, None
-        with open_stories(path) as file: self.schema, self.keys = story_schema(file), story_keys(file, split)
+        with open_stories(path) as file: self.schema, self.keys, self.kind = story_schema(file), story_keys(file, split), str(file.attrs.get("kind", ""))
 
     def __len__(self): return len(self.keys)
     def __getstate__(self): return {**self.__dict__, "_file": None, "_owner": None}

@@ -279,6 +279,21 @@ class TunedPartsMixin:
         if options: raise ValueError(f"'miniature' takes no further options (got {', '.join(options)}); move it afterwards with .to()")
         return cls.from_tuned(shipped_weights("story"))
 
+    def save_whole(self,
+        folder,  # gets a subfolder a part and model_index.json; what else lies there stays
+    ):
+        "`save_pretrained`, but an older pipeline in the folder is replaced only when the new one is written, and half of one is never taken for a pipeline."
+        folder = Path(folder)
+        aside = folder / ".tmp-pipeline"
+        shutil.rmtree(aside, ignore_errors=True)
+        try:
+            self.save_pretrained(aside)
+            (folder / "model_index.json").unlink(missing_ok=True)
+            for part in sorted(aside.iterdir(), key=lambda path: path.name == "model_index.json"):   # the table of contents last
+                if part.is_dir(): shutil.rmtree(folder / part.name, ignore_errors=True)
+                os.replace(part, folder / part.name)
+        finally: shutil.rmtree(aside, ignore_errors=True)
+
     def save_tuned(self,
         folder,          # gets a subfolder for each part that tuning changed, and tuned.json
         half:bool=True,  # store in half precision

@@ -489,7 +489,7 @@ def check_disk(
     free, need = shutil.disk_usage(folder).free, int(1.01 * n_bytes) + 2 ** 20
     if free < need:
         raise OSError(errno.ENOSPC, f"{what} needs {need / 1e9:.2f} GB in {folder}, and only {free / 1e9:.2f} GB are free. "
-                                    "Nothing was started. half=True halves it; cache=False trains without")
+                                    "Nothing was started. Half precision (half=True, on the command line --half) halves it; cache=False (--no-cache) trains without")
 
 # %% ../nbs/11_full_scale.ipynb #e5f2444e
 @torch.no_grad()
@@ -566,7 +566,7 @@ class FeatureCache:
         path,               # file that `write_cache` wrote
         settings:dict=None, # what it must have been made with; None: whatever
     ):
-        if not Path(path).is_file(): raise FileNotFoundError(f"{path}: there is no such cache; make it with open_cache(...) in one process, before several train from it")
+        if not Path(path).is_file(): raise FileNotFoundError(f"{path}: there is no such cache; make it in one process, with `causal-story cache` or open_cache(...), before several train from it")
         try: self.file = h5py.File(path, "r", locking=False)
         except OSError as error: raise ValueError(f"{path}: cut short, or no HDF5 file; delete it, it will be made again ({error})") from error
         self.path = Path(path)
@@ -743,7 +743,7 @@ def train_full_scale(
     loss = shared_loss(accelerator, pipe.config.history_policy, pipe.config.window, pipe.config.context_layer)
     result = fit(model, loss, batches, config, folder, accelerator, progress=progress, **options)
     result.use_ema(model).eval()
-    if out and accelerator.is_main_process: pipe.save_pretrained(out)
+    if out and accelerator.is_main_process: pipe.save_whole(out)
     accelerator.wait_for_everyone()
     return result
 

@@ -101,6 +101,7 @@ def save_checkpoint(
         for file in temporary.iterdir(): _to_disk(file)
         shutil.rmtree(final, ignore_errors=True)
         os.replace(temporary, final)
+        _to_disk(folder)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
@@ -108,8 +109,11 @@ def save_checkpoint(
     return final
 
 def _to_disk(path):
-    "Wait until a file's bytes are on the disk and not only on their way: a rename may overtake them when the power fails."
-    with open(path, "rb+") as file: os.fsync(file.fileno())
+    "Wait until a file's bytes, or a folder's names, are on the disk and not only on their way: a rename may overtake them when the power fails."
+    if Path(path).is_dir() and os.name == "nt": return   # Windows opens no folders
+    handle = os.open(path, os.O_RDONLY if Path(path).is_dir() else os.O_RDWR)
+    try: os.fsync(handle)
+    finally: os.close(handle)
 
 def list_checkpoints(folder)->list: # oldest first
     "The whole checkpoints of a run."

@@ -17,10 +17,10 @@ from transformers.utils import logging
 
 import causal_story.cli as cli
 from causal_story.cli import DrawnStories, draw_folder, main, read_metrics
-from causal_story.data import StoryDataset, convert_folder, write_folder
+from causal_story.data import StoryDataset, convert_flintstones, convert_folder, write_flintstones_raw, write_folder
 from causal_story.encoders import tiny_tokenizers
 from causal_story.model import sample_generator
-from causal_story.presets import write_tiny_folders
+from causal_story.presets import arldm_state, full_scale_pipeline, write_tiny_folders
 from causal_story.storyworld import make_stories
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*torch.jit")
@@ -127,6 +127,28 @@ def test_words_and_flags_win_over_the_file_and_the_file_over_defaults(tmp_path):
     assert (a["base"], a["data"], a["out"], a["steps"], a["seed"], a["learning_rate"], a["words"], a["half"]) == ("b", "d.h5", "o", 8, 4, 5e-4, ["otto"], True)
     assert a["batch_size"] == 8 and a["betas"] == [0.9, 0.99]
     assert read("x", "steps=2", "y", "--config", path, "z")["data"] == "y"
+
+
+def test_one_file_serves_several_verbs(data, tmp_path, capsys):
+    path, verbs = tmp_path / "all.yaml", cli._parsers()[1]
+    path.write_text(yaml.safe_dump(dict(base="miniature", data=str(data), steps=7, seed=3, train=dict(out="tuned", seed=5), sample=dict(model="tuned", out="x.png"))))
+    a = vars(cli._read_words(verbs["train"], ["--config", str(path)]))
+    assert (a["steps"], a["seed"], a["out"], a["base"]) == (7, 5, "tuned", "miniature")      # what stands under the verb wins
+    b = vars(cli._read_words(verbs["sample"], ["--config", str(path), "seed=9"]))
+    assert (b["seed"], b["out"], b["model"]) == (9, "x.png", "tuned")                        # steps and base are not for it
+    for text, named in (("stepps: 1", "did you mean"), ("train: {model: x}", "all.yaml, train: there is no setting 'model'"), ("train: 3", "there is no setting 'train'")):
+        path.write_text(text)
+        assert main(["train", "miniature", str(data), str(tmp_path / "out"), "--config", str(path)]) == 1 and named in said(capsys)
+
+
+def test_the_file_of_notebook_11_is_understood(tmp_path):
+    "The YAML that a reader is told to write, read by the two verbs that are told to read it."
+    cells = json.loads((Path(__file__).parent.parent / "nbs" / "11_full_scale.ipynb").read_text())["cells"]
+    [text] = ["".join(cell["source"]) for cell in cells if "# pororo.yaml" in "".join(cell["source"])]
+    (tmp_path / "pororo.yaml").write_text(text.split("```yaml\n")[1].split("```")[0])
+    for verb, word in (("cache", {}), ("train", dict(steps=60_000, out="tuned", mixed_precision="bf16", gradient_checkpointing=True))):
+        a = vars(cli._read_words(cli._parsers()[1][verb], ["--config", str(tmp_path / "pororo.yaml")]))
+        assert a.items() >= (dict(preset="causal-story", data="pororo.h5", dataset="pororo", half=True) | word).items()
 
 
 def test_flags_stand_where_one_likes():
@@ -421,3 +443,48 @@ def test_presets_train_from_the_cache_that_the_command_made(data, tmp_path, caps
     kept = yaml.safe_load((tmp_path / "out" / "run" / "settings.yaml").read_text())
     assert kept["learning_rate"] == 1e-4 and kept["method"] is None and kept["preset"] == "causal-story"
     assert main(["train", "--config", str(tmp_path / "out" / "run" / "settings.yaml")]) == 0   # nothing is left to do
+
+
+# ---------------------------------------------------------------- full size
+
+@pytest.fixture(scope="module")
+def published(tmp_path_factory):
+    "Tiny folders in the published layouts, and a FlintstonesSV file."
+    folder = tmp_path_factory.mktemp("published")
+    sd, blip = write_tiny_folders(folder, [caption for story in make_stories(2) for caption in story.captions])
+    write_flintstones_raw(dict(train=make_stories(2), val=make_stories(1, "val"), test=make_stories(1, "test")), folder / "raw", size=32, tiles=2)
+    return sd, blip, convert_flintstones(folder / "raw", folder / "flintstones.h5", progress=False)
+
+
+def test_words_of_another_data_set_are_refused(published, tmp_path, capsys):
+    sd, blip, file = published
+    for verb, out in (("cache", []), ("train", [tmp_path / "out"])):
+        assert main([str(word) for word in (verb, sd, file, *out, "--preset", "causal-story", f"blip={blip}", "dataset=pororo")]) == 1
+        assert "holds flintstones stories, and --dataset says pororo" in said(capsys)
+    assert not (tmp_path / "out").exists()
+
+
+def test_training_goes_on_from_a_checkpoint_of_ar_ldm(published, data, tmp_path, capsys):
+    sd, blip, _ = published
+    theirs = full_scale_pipeline("ar-ldm", sd, blip, image_size=32, max_length=24)
+    with torch.no_grad():
+        for p in theirs.unet.parameters(): p.normal_(std=0.1)
+    torch.save(dict(state_dict=arldm_state(theirs)), tmp_path / "theirs.ckpt")
+    words = ["train", sd, data, tmp_path / "out", "--preset", "causal-story", f"blip={blip}", "image_size=32", "max_length=24", "steps=1", "batch_size=2", "--no-cache"]
+    assert main([str(word) for word in [*words, "--checkpoint", tmp_path / "theirs.ckpt"]]) == 0
+    assert "used" in capsys.readouterr().out
+    mine = cli.load_pipeline(tmp_path / "out").unet.state_dict()
+    for name, value in theirs.unet.state_dict().items(): assert torch.equal(mine[name], value)      # frozen, so as they came
+    assert main([str(word) for word in [*words[:3], tmp_path / "other", *words[4:], "--checkpoint", tmp_path / "nowhere.ckpt"]]) == 1
+    assert "nowhere.ckpt" in said(capsys) and not (tmp_path / "other").exists()
+
+
+def test_two_processes_train_by_command_like_one(data, tmp_path):
+    words = ["steps=3", "batch_size=2", "checkpoint_every=3", "sample_every=3", "sample_steps=1"]
+    assert main(["train", "miniature", str(data), str(tmp_path / "one"), *words]) == 0
+    two_processes(tmp_path, ["train", "miniature", data, tmp_path / "two", *words])
+    for kind in ("losses", "weights"):
+        if kind == "losses": a, b = ([row["loss"] for row in read_metrics(tmp_path / name / "run" / "metrics.csv")] for name in ("one", "two"))
+        else: a, b = ([tensor for _, part in sorted(weights(tmp_path / name).items()) for tensor in part.values()] for name in ("one", "two"))
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+    assert (tmp_path / "two" / "model_index.json").exists() and len(list((tmp_path / "two" / "run" / "samples").glob("*.png"))) == 1

@@ -187,6 +187,22 @@ def test_pororo_sorts_ids_and_takes_the_first_description(form, tmp_path):
     assert found["val"].story(0).id == "Pororo_ENGLISH1_1/ep4/1"
 
 
+def test_a_file_knows_where_its_stories_came_from(flintstones, pororo, tmp_path):
+    convert_flintstones(flintstones, tmp_path / "f.h5", progress=False)
+    convert_pororo(pororo, tmp_path / "p.h5", progress=False)
+    convert_stories({"train": [ToyStory(1)]}, tmp_path / "w.h5", progress=False)
+    assert [StoryDataset(tmp_path / f"{name}.h5", "train").kind for name in "fpw"] == ["flintstones", "pororo", ""]
+    with h5py.File(tmp_path / "w.h5", "r+") as file: del file.attrs["kind"]     # written before there was such a mark
+    assert StoryDataset(tmp_path / "w.h5", "train").kind == ""
+
+
+def test_a_folder_of_the_other_layout_is_recognised(flintstones, pororo, tmp_path):
+    with pytest.raises(FileNotFoundError, match="It looks like a PororoSV folder"): convert_flintstones(pororo, tmp_path / "out.h5")
+    with pytest.raises(FileNotFoundError, match="It looks like a FlintstonesSV folder"): convert_pororo(flintstones, tmp_path / "out.h5")
+    with pytest.raises(FileNotFoundError, match="It looks like a PororoSV folder"): convert_folder(pororo, tmp_path / "out.h5")
+    assert not (tmp_path / "out.h5").exists()
+
+
 def test_pororo_ids_of_equal_length(pororo, tmp_path):
     np.save(pororo / "train_seen_unseen_ids.npy", np.array([[1, 0], [3, 2], [5, 4]]))
     convert_pororo(pororo, tmp_path / "p.h5", progress=False)
@@ -196,7 +212,7 @@ def test_pororo_ids_of_equal_length(pororo, tmp_path):
 def test_version2_as_described(pororo, tmp_path):
     convert_pororo(pororo, tmp_path / "p.h5", progress=False)
     with h5py.File(tmp_path / "p.h5") as file:
-        assert dict(file.attrs) == {"schema": 2, "colour": "rgb"} and list(file) == ["test", "train", "val"]
+        assert dict(file.attrs) == {"schema": 2, "colour": "rgb", "kind": "pororo"} and list(file) == ["test", "train", "val"]
         story = file["val/00000000"]
         assert sorted(story) == ["captions", *(f"image{frame}" for frame in range(5))]
         assert json.loads(story["captions"].asstr()[()]) == captions(4)

@@ -346,9 +346,46 @@ def test_two_processes_train_like_one(world, tmp_path):
     python(world, "train()", tmp_path / "two", settings, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2")
     tensors, record = load_checkpoint(list_checkpoints(tmp_path / "two")[-1])
     torch.testing.assert_close(torch.tensor(record["losses"]), torch.tensor(one.losses), rtol=1e-5, atol=0)
+    alone, _ = load_checkpoint(list_checkpoints(tmp_path / "one")[-1])
+    assert tensors.keys() == alone.keys()
+    for name in alone:
+        if name.startswith(("model/", "ema/")): torch.testing.assert_close(tensors[name], alone[name], rtol=1e-3, atol=1e-5)
     assert sorted(path.name for path in tmp_path.glob("*.writer-*")) == ["two.writer-0"]
     with pytest.raises(ValueError, match="multiple of 4"):
         StoryBatches(StoryDataset(world.data, "train"), story_collator(small(world)), TrainingConfig(batch_size=6, gradient_accumulation_steps=2), n_processes=2)
+
+
+def test_mixed_precision_trains_nearly_the_same(world, tmp_path):
+    settings = SETTINGS | dict(steps=3, batch_size=2, checkpoint_every=3)
+    whole = train_full_scale(small(world), world.data, TrainingConfig(**settings), progress=False)
+    python(world, "train()", tmp_path / "short", settings | dict(mixed_precision="bf16"))      # accelerate allows one precision a process
+    tensors, record = load_checkpoint(list_checkpoints(tmp_path / "short")[-1])
+    assert whole.losses != record["losses"]
+    torch.testing.assert_close(torch.tensor(record["losses"]), torch.tensor(whole.losses), rtol=0.02, atol=0)
+    assert {value.dtype for name, value in tensors.items() if name.startswith("model/")} == {torch.float32}     # only activations are short
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="file size limits are a Unix matter")
+def test_a_full_disk_leaves_the_checkpoint_before_it_whole(world, tmp_path):
+    "A limit on the size of a file fails in the same place as a full disk."
+    settings = SETTINGS | dict(batch_size=2, steps=3, checkpoint_every=1, keep_checkpoints=1)
+    python(world, """
+        import resource, signal
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        def full(step, loss, model):
+            if step == 1: resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, resource.RLIM_INFINITY))
+        try: train(callbacks=[full])
+        except Exception as error: print(type(error).__name__, error)
+        else: raise SystemExit("nothing went wrong")
+        resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+        assert [path.name for path in training.list_checkpoints(run)] == ["step-00000001"]
+        assert not [name for name in os.listdir(run) if name.startswith(".")], os.listdir(run)
+        train()
+        run = run + "-whole"
+        train()
+        """, tmp_path / "run", settings)
+    (stopped, _), (whole, _) = (load_checkpoint(list_checkpoints(tmp_path / name)[-1]) for name in ("run", "run-whole"))
+    assert stopped.keys() == whole.keys() and all(torch.equal(stopped[name], whole[name]) for name in whole)
 
 
 def test_a_killed_run_ends_with_the_same_bits(world, tmp_path):

@@ -3,6 +3,7 @@ import json
 import math
 import shutil
 from contextlib import nullcontext
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -299,3 +300,21 @@ def test_offloading_wakes_every_part_before_it_works(as_if_tuned, monkeypatch, t
     assert not asleep, f"worked while away from the accelerator: {sorted(set(asleep))}"
     assert not awake                                            # the last one is sent away as well
     assert_close(after, before, atol=1e-5, rtol=1e-5)
+
+
+def test_an_older_pipeline_is_replaced_only_by_a_whole_one(tmp_path, monkeypatch):
+    pipe = pipeline.story_pipeline("miniature")
+    (tmp_path / "out" / "run").mkdir(parents=True)
+    pipe.save_whole(tmp_path / "out")
+    before = {path: path.read_bytes() for path in (tmp_path / "out").rglob("*") if path.is_file()}
+    def fails(folder, *_, **__):
+        (Path(folder) / "unet").mkdir(parents=True)
+        raise OSError("no space left on device")
+    monkeypatch.setattr(pipe, "save_pretrained", fails)
+    with pytest.raises(OSError, match="no space"): pipe.save_whole(tmp_path / "out")
+    assert {path: path.read_bytes() for path in (tmp_path / "out").rglob("*") if path.is_file()} == before and (tmp_path / "out" / "run").is_dir()
+    monkeypatch.undo()
+    with torch.no_grad(): pipe.unet.conv_in.bias.add_(1)
+    pipe.save_whole(tmp_path / "out")
+    assert torch.equal(CausalStoryPipeline.from_pretrained(tmp_path / "out").unet.conv_in.bias, pipe.unet.conv_in.bias)
+    assert not [path for path in (tmp_path / "out").iterdir() if path.name.startswith(".")]
