@@ -311,6 +311,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/causal-story', 'doc_host':
                                                                                        'causal_story/experiments.py'),
                                           'causal_story.experiments.causal_effect': ( 'does_it_help.html#causal_effect',
                                                                                       'causal_story/experiments.py'),
+                                          'causal_story.experiments.ceilings': ( 'does_it_help.html#ceilings',
+                                                                                 'causal_story/experiments.py'),
                                           'causal_story.experiments.chosen_rows': ( 'does_it_help.html#chosen_rows',
                                                                                     'causal_story/experiments.py'),
                                           'causal_story.experiments.compare_arms': ( 'does_it_help.html#compare_arms',

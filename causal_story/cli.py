@@ -396,6 +396,7 @@ class WorldJudge:
         given = int(task == "continuation")
         features = lambda frames: self.reader.features(frames_tensor(frames).to(self.reader.device)).cpu()
         return dict(rows=[row | dict(story=record.id) for row in score_facts(self.reader, [drawn], [record.truth], task)],
+                    ceiling=[row | dict(story=record.id) for row in score_facts(self.reader, [record.frames[given:]], [record.truth], task)],
                     seen=torch.from_numpy(read_frames(self.reader, drawn)["presence"]), there=scene_targets(record.truth["scenes"][given:])["presence"] > 0,
                     real=features(record.frames[given:]), drawn=features(drawn))
 
@@ -403,6 +404,7 @@ class WorldJudge:
         "Scores of all stories together."
         rows, seen, there = [row for finding in findings for row in finding["rows"]], together(findings, "seen"), together(findings, "there")
         return [*score("facts drawn right", rows), *score("facts that only the history tells, drawn right", rows, lambda row: row["history_only"]),
+                *score("facts read right off the true frames (the ceiling)", [row for finding in findings for row in finding["ceiling"]]),
                 dict(name="character F1 (frame reader)", value=character_f1(seen, there), n=len(seen)),
                 dict(name="frame accuracy (frame reader)", value=frame_accuracy(seen, there), n=len(seen)),
                 *distance("Fréchet distance on the frame reader's features (not an FID)", together(findings, "real"), together(findings, "drawn"))]

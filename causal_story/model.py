@@ -206,7 +206,10 @@ class CausalStoryModel(StoryConditioner):
     ):                             # (prediction (B, V, C, h, w), Conditioning)
         "Read the story, lay out the context, predict."
         conditioning = self.read_story(batch, policy, window, task, dropped, context_layer)
-        return self.predict(noisy, timesteps, conditioning), conditioning
+        prediction = self.predict(noisy, timesteps, conditioning)
+        if conditioning.relevance is not None: # (B, V, F), also for blocks that nobody may see
+            conditioning.relevance = F.pad(conditioning.relevance, (0, batch["history_ids"].shape[1] - conditioning.relevance.shape[-1]))
+        return prediction, conditioning
 
     def read_story(self, batch:dict, policy:str="full", window:int|None=None, task:str="visualization",
                    dropped:torch.Tensor|None=None, context_layer:bool=True)->Conditioning:

@@ -563,8 +563,9 @@ def write(templates:tuple, # each with {fields}; a part in [brackets] is left ou
           words:dict, # field -> text
           rng:random.Random, # chooses among the templates whose fields outside brackets are all given
          ) -> tuple: # the caption, the set of fields it uses
-    "Write a caption by one template. Our choice."
+    "Write a caption by one template; raises ValueError if every template needs a field that is not given. Our choice."
     usable = [t for t in templates if set(_FIELD.findall(_OPTIONAL.sub("", t))) <= words.keys()]
+    if not usable: raise ValueError(f"no template can do with the fields {', '.join(sorted(words))}: put the others in [brackets]")
     template = _OPTIONAL.sub(lambda part: part[1] if set(_FIELD.findall(part[1])) <= words.keys() else "", rng.choice(usable))
     text = template.format(**words)
     return re.sub(r"(^|[.!] )([a-z])", lambda m: m[1] + m[2].upper(), text), set(_FIELD.findall(template))
@@ -604,6 +605,13 @@ SOLO = dict(train=(
     "Meanwhile {name} {does}[ {place}][ with {prop}][, in {scarf}].",
     "[{place} ]{name}[ finds {prop}. {he}] {does}[ in {scarf}].",
     "Now {name}[ has {prop} and] {does}[ {place}][, in {scarf}].",
+    "[Wearing {scarf}, ]{name} {does}[ {place}][ with {prop}].",
+    "[Holding {prop}, ]{name} {does}[ {place}][ in {scarf}].",
+    "[{place}, ][wearing {scarf}, ]{name} {does}[, holding {prop}].",
+    "Now {name} is {doing}[ {place}][ and wears {scarf}][ and has {prop}].",
+    "{name} {does}[ {place}][, wears {scarf}][ and holds {prop}].",
+    "{name}[ in {scarf}][ finds {prop} and] {does}[ {place}].",
+    "Meanwhile {name}[ holds {prop} and] {does}[ {place}][, wearing {scarf}].",
 ), test=(
     "[In {scarf}, ]{name}[ is {place} and] {does}[ with {prop}].",
     "[With {prop}, ]{name} {does}[ {place}].[ {he} wears {scarf}.]",
@@ -623,6 +631,13 @@ PAIR = dict(train=(
     "{name2} is {place}[ with {prop2}][, in {scarf2}]. {name1}[, wearing {scarf1},] joins {him2}[ with {prop1}]. They both {do}.",
     "{name1}[, wearing {scarf1},] and {name2}[, wearing {scarf2},][ go {way} and] {do}.[ {name1} holds {prop1} and {name2} holds {prop2}.]",
     "Meanwhile {name1}[ in {scarf1}] {does1}[ {place}][, holding {prop1},] and {name2}[ in {scarf2}] {does2}[ with {prop2}].",
+    "{name1} is {doing1}[ {place}][ in {scarf1}][, holding {prop1},] and {name2} is {doing2}[ in {scarf2}][, holding {prop2}].",
+    "[{place} ]{name1} is {doing1}[ with {prop1}].[ {name1} wears {scarf1}.] {name2} is {doing2}[ with {prop2}].[ {name2} wears {scarf2}.]",
+    "[Wearing {scarf1}, ]{name1} {does1}[ {place}][ with {prop1}], and {name2} {does2}[ in {scarf2}][ with {prop2}].",
+    "Look, {name1}[ with {prop1}][ in {scarf1}] and {name2}[ with {prop2}][ in {scarf2}] {do}[ {place}].",
+    "{name1} {does1}[ {place}][ with {prop1}][, wearing {scarf1},] while {name2} {does2}[ with {prop2}][, wearing {scarf2}].",
+    "{name1}[ holds {prop1} and] {does1}[ {place}][, wearing {scarf1}]. {name2}[ holds {prop2} and] {does2}[, wearing {scarf2}].",
+    "[{place} ]{name1}[ has {prop1} and] {does1}[ in {scarf1}]. Meanwhile {name2}[ has {prop2} and] {does2}[ in {scarf2}].",
 ), test=(
     "[{place} ]{name1} is {doing1}[ with {prop1}][ in {scarf1}] while {name2} is {doing2}[ with {prop2}][ in {scarf2}].",
     "Look, {name1}[ in {scarf1}] {does1}[, holding {prop1},] and {name2}[ in {scarf2}] {does2}[, holding {prop2},][ {place}].",
@@ -635,13 +650,15 @@ def describe(scene:Scene, # what to tell
              rng:random.Random, # chooses the template
              split:str="train", # "test" uses templates that training never shows, made of the same words
              say:tuple=("setting", "prop", "scarf"), # which attributes to mention besides names and actions
+             templates:tuple|None=None, # wordings of your own instead of the split's, as in `SOLO` or `PAIR`
             ) -> str:
     "An explicit caption of a scene; raises ValueError on an unknown split or attribute."
     _check("split", split, SPLITS)
     for attribute in say: _check("say", attribute, ("setting", "prop", "scarf"))
-    alone, templates = len(scene.actors) == 1, "test" if split == "test" else "train"
+    alone = len(scene.actors) == 1
+    if templates is None: templates = (SOLO if alone else PAIR)["test" if split == "test" else "train"]
     words = _actor_words(scene.actors[0], say) if alone else _pair_words(scene.actors, say)
-    return write((SOLO if alone else PAIR)[templates], words | _place_words(scene.setting, say), rng)[0]
+    return write(templates, words | _place_words(scene.setting, say), rng)[0]
 
 # %% ../nbs/00_storyworld.ipynb #7b1b7bbe
 @dataclass(frozen=True)
@@ -699,7 +716,8 @@ def facts_of(told:list, # `Told` frames
 TELL = dict(
     intro=dict(
         train=("{name} is {place} and {does}[, holding {prop}][, in {scarf}].", "{place} {name} {does}[ in {scarf}][, holding {prop}].",
-               "{name} {does} {place}[ with {prop}][, wearing {scarf}].", "{name} is {place}[ with {prop}]. {he} {does}[ in {scarf}]."),
+               "{name} {does} {place}[ with {prop}][, wearing {scarf}].", "{name} is {place}[ with {prop}]. {he} {does}[ in {scarf}].",
+               "[Wearing {scarf}, ]{name} is {place} and {does}[ with {prop}].", "[Holding {prop}, ]{name} is {place}[ in {scarf}]. {he} {does}."),
         test=SOLO["test"]),
     stay=dict(
         train=("{he} {does}.", "Then {he} {does}.", "Now {he} {does}.", "{he} is {doing}.", "{name} {does}."),

@@ -5,6 +5,7 @@ import shutil
 import subprocess
 import sys
 import types
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -19,6 +20,7 @@ import causal_story.cli as cli
 from causal_story.cli import DrawnStories, draw_folder, main, read_metrics
 from causal_story.data import StoryDataset, convert_flintstones, convert_folder, write_flintstones_raw, write_folder
 from causal_story.encoders import tiny_tokenizers
+from causal_story.miniature import stage_configs
 from causal_story.model import sample_generator
 from causal_story.presets import arldm_state, full_scale_pipeline, write_tiny_folders
 from causal_story.storyworld import make_stories
@@ -310,6 +312,17 @@ def test_a_drawing_with_guided_steps_is_continued(data, tmp_path):
     words = ["sample", "miniature", str(data), "--folder", str(tmp_path / "drawn"), "--guidance-interval", "0", "0.5", "--num-inference-steps", "1"]
     assert main([*words, "--story", "0"]) == 0 and main(words) == 0
     assert sorted(path.name for path in (tmp_path / "drawn").iterdir()) == ["00000000", "00000001", "drawn.json"]
+
+
+def test_a_base_is_made_by_command(data, tmp_path, monkeypatch, capsys):
+    "The verb from nothing to a base that `train` takes; one step a stage."
+    few = {stage: replace(config, batch_size=2) for stage, config in stage_configs(dict.fromkeys(cli.STAGES, 1)).items()}
+    monkeypatch.setitem(cli.PRESETS, "quick", dict(steps=dict.fromkeys(cli.STAGES, 1), frames={stage: 4 for stage in cli.STAGES if stage != "captions"}, stories=1, corpus=40, configs=few))
+    assert main(["pretrain", str(tmp_path / "base"), "--steps", "decoder=2", "--seed", "3"]) == 0
+    record = json.loads((tmp_path / "base" / "pretraining.json").read_text())
+    assert record["seed"] == 3 and record["configs"]["decoder"]["steps"] == 2 and record["configs"]["text_to_image"]["steps"] == 1
+    assert main(["train", str(tmp_path / "base"), str(data), str(tmp_path / "tuned"), "steps=1", "batch_size=2"]) == 0
+    assert main(["pretrain", str(tmp_path / "base")]) == 1 and "already holds weights" in said(capsys)
 
 
 def test_a_base_goes_on_with_the_seed_after_its_own(tmp_path, monkeypatch):
