@@ -34,7 +34,7 @@ from .metrics import (FrameReader, fact_rows, frames_tensor, paired_difference, 
 from .model import draw_randomness, latent_posterior, normalise_latents, prepare_tuning, sample_generator, trained_by_part
 from .pipeline import CausalStoryPipeline, fingerprint, load_base, story_pipeline, to_pil
 from .storyworld import CHARACTERS, PROPS, SCARVES, SETTINGS, make_stories
-from .training import TrainingConfig, cache_stories, tune
+from .training import TrainingConfig, cache_stories, check_history, story_length, tune
 from .unet import record_attention
 
 # %% ../nbs/10_does_it_help.ipynb #38706635
@@ -320,7 +320,9 @@ def train_stories(
     model = prepare_tuning(pipe.as_model(), method, width)
     collator = StoryCollator(pipe.tokenizer, pipe.history_tokenizer, frame_size=pipe.vae.config.sample_size, max_length=pipe.max_length,
                              history_size=pipe.history_encoder.config["vision_config"]["image_size"])
-    cache = cache_stories(model.eval(), StoryDataset(data, "train", "visualization"), collator, progress=progress, reconstructed=True)
+    dataset = StoryDataset(data, "train", "visualization")
+    check_history(model, pipe.config.history_policy, pipe.config.window, story_length(dataset))
+    cache = cache_stories(model.eval(), dataset, collator, progress=progress, reconstructed=True)
     if progress:
         for part, (trained, total) in trained_by_part(model).items(): print(f"  {part:16} trains {trained:>9,} of {total:>9,} parameters")
     result = tune(model, cache, config, policy=pipe.config.history_policy, window=pipe.config.window, context_layer=pipe.config.context_layer,
@@ -570,6 +572,9 @@ GROUPS = {
     "source two or more back": FAR,
     "  of these, settings": lambda row: FAR(row) and row["attribute"] == "setting",
     "  of these, all else": lambda row: FAR(row) and row["attribute"] != "setting",
+    "source three or more back": lambda row: row["history_only"] and row["nearest"] >= 3,
+    "a source's caption says it": lambda row: row["history_only"] and row["said"],
+    "only seen, never said": lambda row: row["history_only"] and not row["said"],
     "setting": lambda row: row["history_only"] and row["attribute"] == "setting",
     "character": lambda row: row["history_only"] and row["attribute"] == "character",
     "prop": lambda row: row["history_only"] and row["attribute"] == "prop",

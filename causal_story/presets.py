@@ -10,7 +10,7 @@ __all__ = ['FULL_SCALE', 'STABLE_DIFFUSION_HUB', 'BLIP_HUB', 'STORY_DATA', 'Pres
            'cache_settings', 'cache_path', 'StoryContents', 'scan_stories', 'cache_bytes', 'check_disk', 'write_cache',
            'FeatureCache', 'open_cache', 'StoryBatches', 'cached_story_batch', 'shared_loss', 'train_full_scale',
            'story_collator', 'draw_stories', 'full_size_parts', 'FlopCount', 'tflop', 'training_tflop',
-           'sampling_costs', 'sampling_tflop', 'saved_bytes', 'training_memory']
+           'sampling_costs', 'sampling_tflop', 'saved_bytes', 'training_memory', 'matrix_rate', 'measured']
 
 # %% ../nbs/11_full_scale.ipynb #1b945368
 import copy
@@ -20,6 +20,7 @@ import json
 import pickle
 import re
 import shutil
+import time
 import zipfile
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
@@ -937,3 +938,30 @@ def training_memory(
     remembered = n_frames * saved_bytes(runs["U-Net"], modules, parts["unet"] if checkpointing else None)
     remembered += sum(n * saved_bytes(runs[name], modules) for name, n in times.items())
     return dict(weights=4e-9 * everything, gradients=4e-9 * trained, adamw=8e-9 * trained, ema=4e-9 * trained * ema, activations=(0.5 if half else 1) * 1e-9 * remembered)
+
+# %% ../nbs/11_full_scale.ipynb #07a98c6f
+def matrix_rate(
+    device="cpu",
+    dtype=torch.float32,
+    size:int=1024,      # rows and columns
+    repeats:int=12,
+)->float:               # 10**12 operations a second
+    "The best of several products of square matrices on this machine, as it is now."
+    a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
+    return 2 * size ** 3 / 1e12 / min(_seconds(lambda: a @ b, device) for _ in range(repeats))
+
+def measured(
+    function,           # called 1 + repeats + 1 times
+    device="cpu",
+    repeats:int=3,
+)->tuple:               # (10**12 operations of a call, seconds: the median)
+    "Operations and time of a call."
+    function()          # whatever happens only once
+    times = sorted(_seconds(function, device) for _ in range(repeats))
+    return tflop(function), times[len(times) // 2]
+
+def _seconds(function, device):
+    wait = torch.cuda.synchronize if torch.device(device).type == "cuda" else lambda: None
+    wait(); began = time.perf_counter()
+    function(); wait()
+    return time.perf_counter() - began

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['batch_indices', 'TrainingConfig', 'learning_rate_factor', 'save_checkpoint', 'list_checkpoints', 'load_checkpoint',
            'optimizer_tensors', 'restore_optimizer', 'run_state', 'restore_run', 'make_accelerator', 'parameter_groups',
-           'TrainingResult', 'fit', 'reconstructed_history', 'cache_stories', 'task_view', 'check_shares',
-           'cached_batches', 'tune']
+           'TrainingResult', 'fit', 'reconstructed_history', 'story_length', 'check_history', 'cache_stories',
+           'task_view', 'check_shares', 'cached_batches', 'tune']
 
 # %% ../nbs/08_training.ipynb #46141f1e
 import json
@@ -24,6 +24,7 @@ from torch import nn
 from torch.nn import functional as F
 from tqdm.auto import tqdm
 
+from .causal_mask import frame_mask
 from .data import CLIP_IMAGE_MEAN, CLIP_IMAGE_STD
 from .model import latent_posterior, sample_generator, story_loss
 
@@ -295,6 +296,32 @@ def reconstructed_history(
     normalised = (decoded - decoded.new_tensor(CLIP_IMAGE_MEAN).view(shape)) / decoded.new_tensor(CLIP_IMAGE_STD).view(shape)
     return normalised.unflatten(0, mean.shape[:2])
 
+def story_length(
+    dataset, # StoryDataset, or a list of its items
+)->int:      # N
+    "Frames a story. Raises ValueError, naming two stories, if lengths differ."
+    read = (lambda k: (dataset.stored(k).id, dataset.stored(k).captions)) if hasattr(dataset, "stored") else (lambda k: (dataset[k]["id"], dataset[k]["captions"]))
+    found = {}
+    for k in range(len(dataset)):
+        name, captions = read(k)
+        found.setdefault(len(captions), name)
+    if len(found) > 1:
+        (a, one), (b, other), *_ = found.items()
+        raise ValueError(f"story {one!r} has {a} frames, story {other!r} {b}: stories of one length are needed here; split the data by length")
+    return next(iter(found), 0)
+
+def check_history(
+    model,               # CausalStoryModel
+    policy:str, window,  # as training will use them
+    n_frames:int,        # N
+    tasks:tuple=("visualization", "continuation"),
+):
+    "Raise ValueError, before anything is computed, if the model cannot learn stories of this length under this policy."
+    rows, context = model.story_context.config.n_times, model.story_context
+    if n_frames > rows: raise ValueError(f"stories have {n_frames} frames; this story context knows at most {rows}")
+    if policy == "weighted" and context.relevance_head is None: raise ValueError("policy 'weighted' needs a story context made with relevance=True")
+    for task in tasks: frame_mask(policy, n_frames - (task == "continuation"), task, window)
+
 @torch.no_grad()
 def cache_stories(
     model,               # CausalStoryModel whose autoencoder, BLIP vision and CLIP are frozen
@@ -305,6 +332,7 @@ def cache_stories(
     reconstructed:bool=False, # history frames as the autoencoder reconstructs them; drawn frames come out of that decoder too
 )->dict:                 # name -> tensor, first axis the stories
     "What the frozen networks say about every story, computed once."
+    story_length(dataset)
     parts, device = [], next(model.parameters()).device
     for start in tqdm(range(0, len(dataset), batch_size), desc="reading stories", disable=not progress):
         batch = collator([dataset[k] for k in range(start, min(start + batch_size, len(dataset)))])
@@ -369,6 +397,7 @@ def tune(
     **options,                 # of `fit`: folder, callbacks, progress ...
 )->TrainingResult:
     "Adapter tuning (or any other method `prepare_tuning` chose) on cached stories, with teacher forcing."
+    check_history(model, policy, window, cache["frame_valid"].shape[1], tasks)
     moving = [name for name, p in model.named_parameters() if p.requires_grad and name.startswith(("vae.", "text_encoder.", "history_encoder.vision."))]
     if moving: raise ValueError(f"{moving[0]!r} trains, so its features cannot be cached; freeze it or train without the cache")
     def loss(model, batch, step):

@@ -2,13 +2,15 @@
 import pytest
 import torch
 from diffusers import UNet2DConditionModel
+from PIL import Image
 from torch.testing import assert_close
 
-from causal_story.data import CLIP_IMAGE_MEAN, CLIP_IMAGE_STD, StoryCollator
+from causal_story.data import CLIP_IMAGE_MEAN, CLIP_IMAGE_STD, StoryCollator, convert_stories
 from causal_story.experiments import story_records
 from causal_story.model import story_loss
 from causal_story.pipeline import story_pipeline
 from causal_story.storyworld import make_stories
+from causal_story.training import TrainingConfig, check_history
 
 TASKS = ("visualization", "continuation")
 
@@ -90,3 +92,25 @@ def test_the_denoising_loss_reaches_relevance(as_if_tuned, task):
     model.story_context.relevance_head.requires_grad_(True)
     story_loss(model, dict(batch, keys=[(0, 0, 0), (0, 0, 1)]), "weighted", None, task).backward()
     assert all(p.grad is not None and p.grad.abs().max() > 0 for p in model.story_context.relevance_head.parameters())
+
+
+# ---------------------------------------------------------------- what cannot be trained is refused before anything is computed
+
+@pytest.mark.parametrize("lengths, settings, named", [((3, 4), {}, "has 3 frames, story .* 4: stories of one length"), ((5, 5), dict(history_policy="local"), "window"),
+                                                      ((10, 10), {}, "10 frames; this story context knows at most 9")])
+def test_training_refuses_before_it_reads(tmp_path, monkeypatch, lengths, settings, named):
+    import causal_story.experiments as experiments
+    class Story:
+        def __init__(self, n): self.captions = ["Milo waves."] * n
+        def truth(self): return None
+        def frames(self, size, take=0): return [Image.new("RGB", (size, size))] * len(self.captions)
+    convert_stories(dict(train=[Story(n) for n in lengths]), tmp_path / "a.h5", progress=False)
+    monkeypatch.setattr(experiments, "cache_stories", lambda *_, **__: pytest.fail("something was computed"))
+    with pytest.raises(ValueError, match=named): experiments.train_stories(story_pipeline("miniature", **settings), tmp_path / "a.h5", TrainingConfig(steps=1, batch_size=1), progress=False)
+
+
+def test_relevance_that_is_not_there_cannot_be_trained():
+    pipe = story_pipeline("miniature", history_policy="full")
+    pipe.story_context.relevance_head = None
+    with pytest.raises(ValueError, match="relevance=True"): check_history(pipe.as_model(), "weighted", None, 5)
+    check_history(pipe.as_model(), "full", None, 5)
