@@ -69,6 +69,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/causal-story', 'doc_host':
                                   'causal_story.cli._is_model': ('command_line.html#_is_model', 'causal_story/cli.py'),
                                   'causal_story.cli._judges': ('command_line.html#_judges', 'causal_story/cli.py'),
                                   'causal_story.cli._parsers': ('command_line.html#_parsers', 'causal_story/cli.py'),
+                                  'causal_story.cli._part': ('command_line.html#_part', 'causal_story/cli.py'),
                                   'causal_story.cli._prepare': ('command_line.html#_prepare', 'causal_story/cli.py'),
                                   'causal_story.cli._pretrain': ('command_line.html#_pretrain', 'causal_story/cli.py'),
                                   'causal_story.cli._read_words': ('command_line.html#_read_words', 'causal_story/cli.py'),

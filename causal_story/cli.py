@@ -901,6 +901,12 @@ def _read_words(parser, words):
     return a
 
 # %% ../nbs/14_command_line.ipynb #4cfbd7d3
+def _part():
+    "Several processes take leave of each other; a process that just ends may be killed by its own threads of communication."
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        torch.distributed.barrier()
+        torch.distributed.destroy_process_group()
+
 def main(
     argv=None, # list of words; None: those of the command line
 )->int:        # exit code
@@ -911,6 +917,7 @@ def main(
         if verb not in verbs: parser.parse_args([verb])
         a = _read_words(verbs[verb], argv[1:])
         a.run(a)
+        _part()
     except (ValueError, OSError, FloatingPointError) as error:
         print(f"causal-story {verb}: {' '.join(str(error).split())}", file=sys.stderr)
         return 1
