@@ -35,7 +35,7 @@ from transformers import CLIPModel, CLIPTokenizer
 from .causal_mask import POLICIES
 from .data import (CLIP_IMAGE_MEAN, CLIP_IMAGE_STD, StoryDataset, atomic_path, convert_flintstones, convert_folder,
                                convert_pororo, open_stories, pixels, show_story, write_folder)
-from .experiments import ARMS, print_lines, run_experiment, run_rows, train_stories, with_and_without_history
+from .experiments import ARMS, VIEWS, print_lines, run_experiment, run_rows, train_stories, with_and_without_history
 from .metrics import (FrameReader, character_f1, frame_accuracy, frames_tensor, frechet_distance, protocol_frames, read_frames,
                                   score_facts, scene_targets, summarise)
 from .miniature import PRESETS, SECOND, STAGES, continue_pretraining, pretrain
@@ -225,7 +225,9 @@ def load_pipeline(
     if str(folder) == "miniature": return CausalStoryPipeline.from_pretrained(folder)
     path = local_folder(folder, "model", "a pipeline that `train` saved, or a base that `pretrain` wrote", ("*.json", "*.txt", "*.safetensors"))
     index = path / "model_index.json"
-    if not index.exists(): return story_pipeline(path)
+    if not index.exists():
+        if (path / "story_context").is_dir(): raise ValueError(f"{index} is missing, though {path} holds a tuned pipeline's parts: it was not written to the end; run `train` again, it goes on from its checkpoint")
+        return story_pipeline(path)
     try: kind = json.loads(index.read_text(encoding="utf-8")).get("_class_name")
     except (ValueError, AttributeError): raise ValueError(f"{index} is damaged: copy the folder again") from None
     if kind == "CausalStoryPipeline": return CausalStoryPipeline.from_pretrained(path)
@@ -651,6 +653,8 @@ def _check_kind(a, dataset):
 def _drawing(a):
     "(model, options of its call), as `sample` and `evaluate` ask."
     full = _full_size(a)
+    if a.preset and (Path(a.model) / "story_context").is_dir():
+        raise ValueError(f"{a.model} is a tuned pipeline and --preset {a.preset} would make an untuned one of it: leave the preset out (in a file for several verbs, put it under train and cache)")
     pipe = new_pipeline(a.model, **full) if a.preset else load_pipeline(a.model)
     _import_checkpoint(a, pipe)
     if a.scheduler: use_scheduler(pipe, a.scheduler)
@@ -734,7 +738,7 @@ def _judges(a, truth:bool)->list:
 def _experiment(a):
     records = run_experiment(a.out, a.arms, a.seeds, a.steps, train_stories=a.train_stories, test_stories=a.stories, split=a.split, base=a.base)
     for record in records:
-        shares = {history: sum(rows) / len(rows) for history in record["correct"] if (rows := [row["correct"] for row in run_rows(record, history) if row["history_only"]])}
+        shares = {history: sum(rows) / len(rows) for history in record["correct"] if history in VIEWS and (rows := [row["correct"] for row in run_rows(record, history) if row["history_only"]])}
         print(f"{record['arm']:24} seed {record['seed']}   " + "   ".join(f"{history} history {share:.3f}" for history, share in shares.items()))
 
 # %% ../nbs/14_command_line.ipynb #ca2db923

@@ -75,7 +75,7 @@ def ceilings(
 )->list:                       # lines for `print_lines`
     "Accuracy of the true frames (what is missing to 1 is the reader's own error) and of these after the autoencoder, on history-only facts."
     def through(frames):
-        x = frames_tensor(frames).to(pipe.device, pipe.vae.dtype)
+        x = frames_tensor(frames).to(pipe._execution_device, pipe.vae.dtype)
         return to_pil(pipe.vae.decode(pipe.vae.encode(x).latent_dist.mean).sample.clamp(-1, 1))
     true, lines = [r.frames[int(task == "continuation"):] for r in records], []
     for name, shown in (("true frames", true), ("through the autoencoder", [through(frames) for frames in true])):
@@ -132,7 +132,7 @@ def _read_stories(pipe, records, task, history_policy, window):
     window = pipe.config.window if history_policy is None and window is None else window
     sizes = pipe.vae.config.sample_size, pipe.history_encoder.config["vision_config"]["image_size"], pipe.max_length
     batch = StoryCollator(pipe.tokenizer, pipe.history_tokenizer, *sizes, task)([dict(id=r.id, index=k, captions=r.captions, frames=r.frames, truth=None) for k, r in enumerate(records)])
-    batch, model = {name: value.to(pipe.device) for name, value in batch.items() if torch.is_tensor(value)}, pipe.as_model()
+    batch, model = {name: value.to(pipe._execution_device) for name, value in batch.items() if torch.is_tensor(value)}, pipe.as_model()
     return model, batch, model.read_story(batch, policy, window, task, context_layer=pipe.config.context_layer)
 
 @torch.no_grad()
@@ -460,11 +460,12 @@ def _measure_cost(name:str, base, stories:int, batch_size:int, steps:int)->dict:
     times = []
     config = TrainingConfig(steps=steps, batch_size=batch_size, warmup_steps=1, checkpoint_every=0)
     pipe, _, counts = tune_arm(ARMS[name], base, cache, config, progress=False, callbacks=[lambda *_: times.append(time.perf_counter())])
+    peak = _peak_mb()
     with tempfile.TemporaryDirectory() as folder:
         pipe.save_tuned(Path(folder) / "tuned", base=None if ARMS[name].method in ("adapter", "none") else fingerprint(load_base(base)["unet"]))
         stored = folder_mb(Path(folder) / "tuned")
     trained = {part: n for part, (n, _) in counts.items() if n}
-    return dict(arm=name, trained=trained, unet_total=counts["unet"][1], stored_mb=stored, peak_mb=_peak_mb(), seconds_a_step=float(np.median(np.diff(times))))
+    return dict(arm=name, trained=trained, unet_total=counts["unet"][1], stored_mb=stored, peak_mb=peak, seconds_a_step=float(np.median(np.diff(times))))
 
 def tuning_cost(
     name:str,            # key of `ARMS`

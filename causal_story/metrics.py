@@ -93,8 +93,8 @@ class FrameReader(ModelMixin, ConfigMixin):
         **options, # of diffusers' `from_pretrained`
     ):
         "A saved reader, in float32 and evaluation mode. Raises ValueError that names a folder whose weights cannot be read."
-        if options: return super().from_pretrained(pretrained_model_name_or_path, **options)
-        return load_part(cls, shipped_weights("reader") if str(pretrained_model_name_or_path) == "miniature" else pretrained_model_name_or_path)
+        folder = shipped_weights("reader") if str(pretrained_model_name_or_path) == "miniature" else pretrained_model_name_or_path
+        return super().from_pretrained(folder, **options) if options else load_part(cls, folder)
 
     def map(self, frames): # (N, 3, H, W) in [-1, 1]
         "Feature map (N, width, 8, 8); frames of another size are brought to 64x64 first."

@@ -114,6 +114,8 @@ def _to_disk(path):
     if Path(path).is_dir() and os.name == "nt": return   # Windows opens no folders
     handle = os.open(path, os.O_RDONLY if Path(path).is_dir() else os.O_RDWR)
     try: os.fsync(handle)
+    except OSError:
+        if not Path(path).is_dir(): raise   # some network disks know no such thing for folders
     finally: os.close(handle)
 
 def list_checkpoints(folder)->list: # oldest first

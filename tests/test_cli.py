@@ -501,3 +501,19 @@ def test_two_processes_train_by_command_like_one(data, tmp_path):
         else: a, b = ([tensor for _, part in sorted(weights(tmp_path / name).items()) for tensor in part.values()] for name in ("one", "two"))
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
     assert (tmp_path / "two" / "model_index.json").exists() and len(list((tmp_path / "two" / "run" / "samples").glob("*.png"))) == 1
+
+
+# ---------------------------------------------------------------- what a finished command must still say
+
+def test_an_experiment_ends_with_its_table(tmp_path, capsys):
+    assert main(["experiment", str(tmp_path), "--arms", "weighted", "--seeds", "0", "--steps", "1", "--train-stories", "8", "--stories", "1", "--split", "val"]) == 0
+    last = capsys.readouterr().out.strip().splitlines()[-1]
+    assert last.startswith("weighted") and all(f"{view} history" in last for view in cli.VIEWS)
+
+
+def test_a_tuned_pipeline_is_not_taken_for_a_base(published, data, tmp_path, capsys):
+    cli.load_pipeline("miniature").save_whole(tmp_path / "tuned")
+    assert main(["sample", str(tmp_path / "tuned"), str(data), "--preset", "causal-story"]) == 1
+    assert "is a tuned pipeline and --preset causal-story would make an untuned one" in said(capsys)
+    (tmp_path / "tuned" / "model_index.json").unlink()                 # killed while it was being replaced
+    assert main(["sample", str(tmp_path / "tuned"), str(data)]) == 1 and "not written to the end" in said(capsys)
