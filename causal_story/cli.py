@@ -587,7 +587,9 @@ def _full_size(a)->dict:
 def _cache(a):
     dataset, a.preset = StoryDataset(a.data, a.split), a.preset or "causal-story"
     _check_kind(a, dataset)
-    pipe = new_pipeline(a.base, **_full_size(a)).to(best_device(a.device))
+    pipe = new_pipeline(a.base, **_full_size(a))
+    _import_checkpoint(a, pipe)
+    pipe.to(best_device(a.device))
     model = prepare_preset(pipe.as_model(), a.preset, bool(a.words or a.dataset)).eval()
     path = cache_path(a.data, cache_settings(model, dataset, story_collator(pipe), a.half))
     there = path.exists()
@@ -764,6 +766,7 @@ _SEED = ("--seed", dict(type=int, default=0, help="seed of weights, data order a
 _DEVICE = ("--device", dict(help="cuda, mps or cpu; left out: the fastest there is"))
 _WINDOW = ("--window", dict(type=int, help="earlier frames in view, for the policies local and weighted"))
 _DATA = ("data", dict(help="HDF5 file that `prepare` wrote"))
+_CHECKPOINT = ("--checkpoint", dict(help="with --preset: AR-LDM's .ckpt, put into the model"))
 
 # %% ../nbs/14_command_line.ipynb #9bf8f043
 _FULL = ("full size (notebook 11)", ("--preset", dict(choices=tuple(FULL_SCALE), help=f"a full-size model; the base is then Stable Diffusion, a folder or a hub id such as {STABLE_DIFFUSION_HUB}")),
@@ -775,7 +778,7 @@ _FULL = ("full size (notebook 11)", ("--preset", dict(choices=tuple(FULL_SCALE),
 _DRAW = ("drawing", ("--scheduler", dict(choices=tuple(SCHEDULERS), help="instead of the model's")), ("--num-inference-steps", dict(type=int, help="instead of the model's")),
          ("--guidance-scale", dict(type=float, help="instead of the model's")),
          ("--guidance-interval", dict(type=float, nargs=2, metavar=("START", "STOP"), help="shares of the steps that are guided, 0 0.67 say; instead of the model's")), ("--policy", dict(choices=POLICIES, help="history policy instead of the model's")), _WINDOW, _SEED, _DEVICE,
-         ("--batch-size", dict(type=int, default=8, help="stories at once, into a folder")), ("--checkpoint", dict(help="with --preset: AR-LDM's .ckpt, put into the model")))
+         ("--batch-size", dict(type=int, default=8, help="stories at once, into a folder")), _CHECKPOINT)
 
 # %% ../nbs/14_command_line.ipynb #f4132dc5
 _LOOP = ("optimisation", ("--steps", dict(type=int, default=750, help="optimizer steps")), ("--batch-size", dict(type=int, default=8, help="stories a step, over all processes")),
@@ -794,7 +797,6 @@ _TUNED = ("what trains", ("--method", dict(choices=("adapter", "attention", "ful
           ("--policy", dict(choices=POLICIES, help="history policy; left out: weighted")), _WINDOW)
 
 # %% ../nbs/14_command_line.ipynb #71ef771e
-_CHECKPOINT = ("--checkpoint", dict(help="with --preset: AR-LDM's .ckpt, put into the model"))
 _CACHED = (_CHECKPOINT, ("--half", dict(action="store_true", help="with a preset: keep features in half precision")), ("--no-cache", dict(action="store_true", help="with a preset: compute features at every step")),
            ("--gradient-checkpointing", dict(action="store_true", help="with a preset: less memory, a third more computing")))
 
@@ -817,7 +819,7 @@ _VERBS = {
     "cache": (_cache, "Compute once what the frozen parts of a full-size model say about the data, and keep it beside the data. Do this before several processes train.",
               f"causal-story cache {STABLE_DIFFUSION_HUB} pororo.h5 dataset=pororo half=true", ("base", dict(help="Stable Diffusion, folder or hub id")), _DATA,
               ("--split", dict(default="train", help="split of the file")), ("--half", dict(action="store_true", help="half precision, half the disk")),
-              ("--batch-size", dict(type=int, default=16, help="pictures at once")), _DEVICE, _FULL),
+              ("--batch-size", dict(type=int, default=16, help="pictures at once")), _CHECKPOINT, _DEVICE, _FULL),
     "train": (_train, "Tune adapters and story context on a frozen base. Continues an interrupted run; several processes with `accelerate launch`.",
               "causal-story train miniature stories.h5 tuned steps=200 sample_every=100",
               ("base", dict(help="folder that `pretrain` wrote, or miniature for the shipped one; with --preset: Stable Diffusion")), _DATA, ("out", dict(help="folder of the tuned pipeline")),

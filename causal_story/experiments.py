@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['CHANGES', 'ARMS', 'VIEWS', 'FAR', 'GROUPS', 'story_records', 'draw_stories', 'ceilings', 'with_and_without_history',
            'print_lines', 'look_hits', 'story_relevance', 'attention_mass', 'causal_effect', 'plot_looks', 'Arm',
-           'story_cache', 'tune_arm', 'train_stories', 'machine', 'folder_mb', 'run_arm', 'world_hash', 'run_rows',
+           'story_cache', 'tune_arm', 'train_stories', 'machine', 'store_tuned', 'run_arm', 'world_hash', 'run_rows',
            'run_experiment', 'tuning_cost', 'seeds_and_stories', 'load_runs', 'chosen_rows', 'arm_table',
            'compare_arms', 'plot_arms', 'print_groups']
 
@@ -111,18 +111,19 @@ def look_hits(
     task:str="visualization",
     visible=None,          # (V, F) bool, the mask that was drawn with; None: all earlier blocks
 )->list:                   # rows for `summarise`: story, frame, attribute, name, nearest, correct, chance
-    "Does the largest weight lie on a frame that tells the fact? Over history-only facts with at least two visible blocks. Our choice."
+    "Does the largest weight lie on a frame that tells the fact? Over history-only facts with at least two visible blocks, one of which tells it. Our choice."
     rows, given = [], int(task == "continuation")
     for story, truth in enumerate(truths):
         for fact in truth["facts"]:
             k = fact["frame"] - given                       # row of the matrix; block b is story frame b in both tasks
             if fact["stated"] or not fact["sources"] or k < 0: continue
             seen = [b for b in range(fact["frame"]) if visible is None or bool(visible[k][b])]
-            if len(seen) < 2: continue
+            telling = set(seen) & set(fact["sources"])
+            if len(seen) < 2 or not telling: continue
             largest = seen[int(np.asarray(weights[story][k])[seen].argmax())]
             name = None if fact["actor"] is None else truth["scenes"][fact["frame"]]["actors"][fact["actor"]]["name"]
             rows.append(dict(story=story, frame=fact["frame"], attribute=fact["attribute"], name=name, nearest=fact["frame"] - max(fact["sources"]),
-                             correct=largest in fact["sources"], chance=len(set(seen) & set(fact["sources"])) / len(seen)))
+                             correct=largest in telling, chance=len(telling) / len(seen)))
     return rows
 
 # %% ../nbs/10_does_it_help.ipynb #626d7bee
@@ -146,8 +147,8 @@ def story_relevance(
     if pipe.config.history_policy != "weighted": raise ValueError(f"the policy {pipe.config.history_policy!r} weighs nothing; relevance is of 'weighted'")
     found = []
     for start in range(0, len(records), batch_size):
-        _, batch, conditioning = _read_stories(pipe, records[start:start + batch_size], task, None, None)
-        found.append(torch.nn.functional.pad(conditioning.relevance, (0, batch["history_ids"].shape[1] - conditioning.relevance.shape[-1])).cpu())
+        _, _, conditioning = _read_stories(pipe, records[start:start + batch_size], task, None, None)
+        found.append(conditioning.relevance.cpu())
     return torch.cat(found)
 
 # %% ../nbs/10_does_it_help.ipynb #c0ab5b59
@@ -337,10 +338,10 @@ def machine()->str:
     return f"{where}, {torch.get_num_threads()} threads, torch {torch.__version__.split('+')[0]}"
 
 # %% ../nbs/10_does_it_help.ipynb #dc895145
-def _same_run(path:Path, asked:dict)->dict:
+def _same_run(path:Path, asked:dict, histories:tuple)->dict:
     "A finished run, if it is the one that is asked for."
     record, asked = json.loads(path.read_text()), json.loads(json.dumps(asked))
-    changed = [key for key, value in asked.items() if record.get(key, value) != value]
+    changed = [key for key, value in asked.items() if record.get(key, value) != value] + [f"views (no {view!r})" for view in histories if view not in record["correct"]]
     if changed: raise ValueError(f"{path} was run with other {', '.join(changed)}; use another folder")
     return record
 
@@ -358,8 +359,13 @@ def _judged(pipe, records, reader, histories, progress):
         rows["looks"] = look_hits(story_relevance(pipe, records), truths, visible=frame_mask("weighted", len(records[0].frames), "visualization", pipe.config.window))
     return rows
 
-def folder_mb(folder)->float:
-    "Size of a folder's files, MB."
+def store_tuned(
+    pipe:CausalStoryPipeline, arm:Arm,
+    folder,    # gets what `save_tuned` writes
+    base:str,  # `fingerprint` of the U-Net that tuning started from
+)->float:      # size of the folder, MB
+    "Store what an arm changed: the U-Net too, if its method moves that."
+    pipe.save_tuned(folder, base=None if arm.method in ("adapter", "none") else base)
     return round(sum(path.stat().st_size for path in Path(folder).rglob("*") if path.is_file()) / 1e6, 2)
 
 def run_arm(
@@ -374,19 +380,19 @@ def run_arm(
     histories:tuple=("true", "drawn", "continued"), # see `VIEWS`
     progress:bool=True,
 )->dict:                       # what the file holds; `run_rows` turns it into rows
-    "Tune, draw, read, write. Raises ValueError for an unknown arm, or if the run that lies there was made with another base, other settings or stories."
+    "Tune, draw, read, write. Raises ValueError for an unknown arm, or if the run that lies there was made with another base, other settings, stories or fewer views."
     if name not in ARMS: raise ValueError(f"there is no arm {name!r}; choose from {', '.join(ARMS)}")
     path, before = Path(folder) / f"{name}-{seed}.json", fingerprint(load_base(base)["unet"])
     config, told = TrainingConfig(**{**asdict(config), "seed": seed}), len(next(iter(cache.values())))
-    if path.exists(): return _same_run(path, dict(base=before, stories=stories, world=world_hash(json.dumps(stories, sort_keys=True)), train_stories=told, settings=asdict(ARMS[name]), config=asdict(config)))
+    if path.exists(): return _same_run(path, dict(base=before, stories=stories, world=world_hash(stories), train_stories=told, settings=asdict(ARMS[name]), config=asdict(config)), histories)
     records = story_records(make_stories(**stories))
     pipe, result, counts = tune_arm(ARMS[name], base, cache, config, Path(folder) / "runs" / f"{name}-{seed}-{before[:6]}", progress)
-    pipe.save_tuned(Path(folder) / "tuned" / f"{name}-{seed}", base=None if ARMS[name].method in ("adapter", "none") else before)
+    stored = store_tuned(pipe, ARMS[name], Path(folder) / "tuned" / f"{name}-{seed}", before)
     correct = {kind: "".join(str(int(row["correct"])) for row in rows) for kind, rows in _judged(pipe, records, reader, histories, progress).items()}
     record = dict(arm=name, settings=asdict(ARMS[name]), seed=seed, base=before, config=asdict(config), seconds_a_step=round(result.seconds / max(1, len(result.losses)), 4),
                   minutes=round(result.seconds / 60, 2), machine=machine(), trained={part: trained for part, (trained, _) in counts.items()},
-                  last_loss=round(float(np.mean(result.losses[-50:])), 5), train_stories=told, stored_mb=folder_mb(Path(folder) / "tuned" / f"{name}-{seed}"),
-                  stories=stories, world=world_hash(json.dumps(stories, sort_keys=True)), correct=correct)
+                  last_loss=round(float(np.mean(result.losses[-50:])), 5), train_stories=told, stored_mb=stored,
+                  stories=stories, world=world_hash(stories), correct=correct)
     path.parent.mkdir(parents=True, exist_ok=True)
     aside = path.with_suffix(".tmp")
     aside.write_text(json.dumps(record, indent=1))
@@ -396,20 +402,21 @@ def run_arm(
 # %% ../nbs/10_does_it_help.ipynb #a24fbb7e
 @lru_cache(4)
 def _told_stories(stories:str):
-    "Made once for all runs on the same stories."
-    return make_stories(**json.loads(stories))
+    "(stories, hash of their captions and facts), made once for all runs on them."
+    told = make_stories(**json.loads(stories))
+    return told, hashlib.sha256(json.dumps([[story.captions, story.truth()] for story in told]).encode()).hexdigest()[:16]
 
-@lru_cache(16)
+def _key(stories:dict)->str: return json.dumps(stories, sort_keys=True)
+
 def world_hash(
-    stories:str, # arguments of `make_stories`, as JSON
-)->str:         # 16 hexadecimal digits
-    "A hash of the captions and facts of stories: whether this version of the world still tells the stories of a run."
-    told = [[story.captions, story.truth()] for story in _told_stories(stories)]
-    return hashlib.sha256(json.dumps(told).encode()).hexdigest()[:16]
+    stories:dict, # arguments of `make_stories`
+)->str:          # 16 hexadecimal digits
+    "A hash of what stories say and show: whether this version of the world still tells the stories of a run."
+    return _told_stories(_key(stories))[1]
 
 @lru_cache(32)
 def _rows_of(stories:str, kind:str, window:int|None):
-    truths = [story.truth() for story in _told_stories(stories)]
+    truths = [story.truth() for story in _told_stories(stories)[0]]
     if kind == "stays": return scarf_appearances(truths)
     if kind == "looks": return look_hits(np.zeros((len(truths), 8, 8)), truths, visible=frame_mask("weighted", 8, "visualization", window))
     return fact_rows(truths, VIEWS[kind][0])
@@ -421,9 +428,8 @@ def run_rows(
     """A run's verdicts. The stories are made again from their seed: a file holds one digit a fact.
 
     Raises ValueError if this version of the world tells other stories, KeyError for a kind that the run has not."""
-    stories = json.dumps(record["stories"], sort_keys=True)
-    rows, digits = _rows_of(stories, history, record["settings"]["window"]), record["correct"][history]
-    if len(rows) != len(digits) or record.get("world", world_hash(stories)) != world_hash(stories):
+    rows, digits, world = _rows_of(_key(record["stories"]), history, record["settings"]["window"]), record["correct"][history], world_hash(record["stories"])
+    if len(rows) != len(digits) or record.get("world", world) != world:
         raise ValueError(f"the run of {record['arm']}, seed {record['seed']}, was scored on other stories than this version of the world makes")
     return [row | dict(correct=digit == "1") for row, digit in zip(rows, digits)]
 
@@ -461,9 +467,7 @@ def _measure_cost(name:str, base, stories:int, batch_size:int, steps:int)->dict:
     config = TrainingConfig(steps=steps, batch_size=batch_size, warmup_steps=1, checkpoint_every=0)
     pipe, _, counts = tune_arm(ARMS[name], base, cache, config, progress=False, callbacks=[lambda *_: times.append(time.perf_counter())])
     peak = _peak_mb()
-    with tempfile.TemporaryDirectory() as folder:
-        pipe.save_tuned(Path(folder) / "tuned", base=None if ARMS[name].method in ("adapter", "none") else fingerprint(load_base(base)["unet"]))
-        stored = folder_mb(Path(folder) / "tuned")
+    with tempfile.TemporaryDirectory() as folder: stored = store_tuned(pipe, ARMS[name], Path(folder) / "tuned", fingerprint(load_base(base)["unet"]))
     trained = {part: n for part, (n, _) in counts.items() if n}
     return dict(arm=name, trained=trained, unet_total=counts["unet"][1], stored_mb=stored, peak_mb=peak, seconds_a_step=float(np.median(np.diff(times))))
 
@@ -532,7 +536,7 @@ def chosen_rows(records, which, history):
 def arm_table(
     runs:dict,             # from `load_runs`
     which=FAR,             # row -> bool: which facts count; default the main figure
-    history:str="true",    # or "drawn"
+    history:str="true",    # or another kind of `run_rows`
 )->dict:                   # arm -> `seeds_and_stories`
     "Every arm on the chosen facts, with intervals over seeds and stories."
     return {arm: seeds_and_stories(chosen_rows(records, which, history)) for arm, records in runs.items()}
@@ -586,7 +590,7 @@ GROUPS = {
 
 def print_groups(
     runs:dict,          # from `load_runs`
-    history:str="true", # or "drawn"
+    history:str="true", # or another kind of `run_rows`
 ):
     "A row a group of facts: every arm's mean, and its 95 % interval over seeds and stories."
     print(f"{history + ' history':38}" + "".join(f"{arm:>24}" for arm in runs))

@@ -206,10 +206,7 @@ class CausalStoryModel(StoryConditioner):
     ):                             # (prediction (B, V, C, h, w), Conditioning)
         "Read the story, lay out the context, predict."
         conditioning = self.read_story(batch, policy, window, task, dropped, context_layer)
-        prediction = self.predict(noisy, timesteps, conditioning)
-        if conditioning.relevance is not None: # (B, V, F), also for blocks that nobody may see
-            conditioning.relevance = F.pad(conditioning.relevance, (0, batch["history_ids"].shape[1] - conditioning.relevance.shape[-1]))
-        return prediction, conditioning
+        return self.predict(noisy, timesteps, conditioning), conditioning
 
     def read_story(self, batch:dict, policy:str="full", window:int|None=None, task:str="visualization",
                    dropped:torch.Tensor|None=None, context_layer:bool=True)->Conditioning:
@@ -224,8 +221,9 @@ class CausalStoryModel(StoryConditioner):
         caption_states = batch["caption_states"] if "caption_states" in batch else self.read_captions(batch["caption_ids"], batch["caption_mask"])
         visible, weighted = visible[:, :n_blocks], policy == "weighted"
         conditioning = self.condition(caption_states, batch["caption_mask"], states, history_mask, visible, times, weighted, context_layer)
-        if dropped is None: return conditioning
-        return conditioning.where(dropped, self.null_condition(visible, times, weighted, context_layer))
+        if dropped is not None: conditioning = conditioning.where(dropped, self.null_condition(visible, times, weighted, context_layer))
+        if weighted: conditioning.relevance = F.pad(conditioning.relevance, (0, batch["history_ids"].shape[1] - n_blocks))  # (B, V, F)
+        return conditioning
 
 # %% ../nbs/05_model.ipynb #dbf6eefe
 def prediction_target(

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['BASE_PARTS', 'TUNED_PARTS', 'STORED_SETTINGS', 'SCHEDULERS', 'guide', 'guided_steps', 'check_interval',
            'CausalStoryOutput', 'to_pil', 'story_noise', 'shipped_weights', 'load_part', 'load_base', 'fingerprint',
-           'merged', 'check_request', 'check_links', 'check_kept', 'StoryLoopMixin', 'TunedPartsMixin',
-           'StoryComponents', 'CausalStoryPipeline', 'story_pipeline', 'use_scheduler']
+           'merged', 'check_request', 'check_links', 'check_kept', 'StoryLoopMixin', 'WholePipelineMixin',
+           'TunedPartsMixin', 'StoryComponents', 'CausalStoryPipeline', 'story_pipeline', 'use_scheduler']
 
 # %% ../nbs/06_pipeline.ipynb #bc46588d
 import copy
@@ -260,40 +260,61 @@ def _stack(empty, told, B):
     return type(told)(join(empty.tokens, told.tokens), join(empty.mask, told.mask), join(empty.bias, told.bias), told.relevance)
 
 # %% ../nbs/06_pipeline.ipynb #36b2eeea
-class TunedPartsMixin:
-    "Loading and saving of `CausalStoryPipeline`: whole, or only what tuning changed."
+def _whole_parts(
+    folder:Path,   # of a pipeline
+    options:dict,  # of `from_pretrained`
+)->dict:           # name -> model, or nothing where the options ask for more than a dtype
+    "The models that the table of contents lists, each read by `load_part`: whole, or an error that names it."
+    index = folder / "model_index.json"
+    if set(options) - {"torch_dtype", "dtype"} or any(isinstance(value, dict) for value in options.values()) or not index.is_file(): return {}
+    try: listed = json.loads(index.read_text(encoding="utf-8"))
+    except ValueError: raise ValueError(f"{index} is damaged: copy the folder again") from None
+    kinds = {name: kind for name, kind in (BASE_PARTS | TUNED_PARTS).items() if issubclass(kind, torch.nn.Module)}
+    return {name: load_part(kind, folder / name) for name, kind in kinds.items() if (listed.get(name) or (None, None))[1] == kind.__name__}
+
+class WholePipelineMixin:
+    "A whole `CausalStoryPipeline`: loaded, and stored in the place of an older one."
     @classmethod
     def from_pretrained(cls,
         pretrained_model_name_or_path, # a folder that `save_pretrained` wrote, a hub id, or "miniature": the one that comes with the package
-        **options,                     # of diffusers' `from_pretrained`: components to use instead, torch_dtype ...
+        **options,                     # of diffusers' `from_pretrained`: components to use instead, a dtype ...
     ):                                 # CausalStoryPipeline
-        "Load a tuned pipeline. Raises FileNotFoundError for what is neither a folder nor the form of a hub id, ValueError naming a part whose weights do not fit."
+        """Load a tuned pipeline. Raises FileNotFoundError for what is neither a folder nor the form of a hub id.
+
+        From a folder, without options but a dtype: ValueError naming a part that is missing or whose weights do not fit."""
         name = str(pretrained_model_name_or_path)
-        if name != "miniature":
-            if not Path(name).is_dir() and not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", name):
-                raise FileNotFoundError(f"there is no folder {name}; give a folder that save_pretrained wrote, a hub id (owner/name), or 'miniature'")
-            known = {part: load_part(kind, Path(name) / part) for part, kind in (BASE_PARTS | TUNED_PARTS).items()
-                     if not set(options) - {"torch_dtype"} and issubclass(kind, torch.nn.Module) and (Path(name) / part).is_dir()}
-            pipe = super().from_pretrained(name, **known, **options)
-            return pipe.to(dtype=options["torch_dtype"]) if known and "torch_dtype" in options else pipe
-        if options: raise ValueError(f"'miniature' takes no further options (got {', '.join(options)}); move it afterwards with .to()")
-        return cls.from_tuned(shipped_weights("story"))
+        if name == "miniature":
+            if options: raise ValueError(f"'miniature' takes no further options (got {', '.join(options)}); move it afterwards with .to()")
+            return cls.from_tuned(shipped_weights("story"))
+        if not Path(name).is_dir() and not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", name):
+            raise FileNotFoundError(f"there is no folder {name}; give a folder that save_pretrained wrote, a hub id (owner/name), or 'miniature'")
+        parts = _whole_parts(Path(name), options)
+        pipe = super().from_pretrained(name, **parts, **options)
+        return pipe.to(dtype=next(iter(options.values()))) if parts and options else pipe
 
     def save_whole(self,
         folder,  # gets a subfolder a part and model_index.json; what else lies there stays
     ):
-        "`save_pretrained`, but an older pipeline in the folder is replaced only when the new one is written, and half of one is never taken for a pipeline."
+        """`save_pretrained`, but an older pipeline in the folder is replaced only when the new one is written.
+
+        The table of contents goes first and comes last, so half a pipeline has none. Raises OSError that says where the new parts are if they cannot be moved."""
         folder = Path(folder)
         aside = folder / ".tmp-pipeline"
         shutil.rmtree(aside, ignore_errors=True)
+        try: self.save_pretrained(aside)
+        except BaseException:
+            shutil.rmtree(aside, ignore_errors=True)
+            raise
         try:
-            self.save_pretrained(aside)
             (folder / "model_index.json").unlink(missing_ok=True)
-            for part in sorted(aside.iterdir(), key=lambda path: path.name == "model_index.json"):   # the table of contents last
-                if part.is_dir(): shutil.rmtree(folder / part.name, ignore_errors=True)
-                os.replace(part, folder / part.name)
-        finally: shutil.rmtree(aside, ignore_errors=True)
+            for name in self.components: shutil.rmtree(folder / name, ignore_errors=True)   # adapters too, if the new one has none
+            for part in sorted(aside.iterdir(), key=lambda path: path.name == "model_index.json"): os.replace(part, folder / part.name)
+        except OSError as error: raise OSError(error.errno, f"{folder} could not be replaced ({error.strerror}); the parts that were not moved are in {aside}") from error
+        aside.rmdir()
 
+# %% ../nbs/06_pipeline.ipynb #cb9ee3d5
+class TunedPartsMixin:
+    "Only what tuning changed of a `CausalStoryPipeline`: stored, and put on its base again."
     def save_tuned(self,
         folder,          # gets a subfolder for each part that tuning changed, and tuned.json
         half:bool=True,  # store in half precision
@@ -338,7 +359,7 @@ class TunedPartsMixin:
         return pipe
 
 # %% ../nbs/06_pipeline.ipynb #a299d507
-class StoryComponents(TunedPartsMixin, StoryLoopMixin, DiffusionPipeline):
+class StoryComponents(WholePipelineMixin, TunedPartsMixin, StoryLoopMixin, DiffusionPipeline):
     "What a `CausalStoryPipeline` holds. Components are saved and loaded one folder each; adapters are one of them."
     _optional_components = ["adapters"]
     _exclude_from_cpu_offload = ["adapters"]  # small, and they work inside the U-Net

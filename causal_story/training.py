@@ -302,11 +302,10 @@ def story_length(
     dataset, # StoryDataset, or a list of its items
 )->int:      # N
     "Frames a story. Raises ValueError, naming two stories, if lengths differ."
-    read = (lambda k: (dataset.stored(k).id, dataset.stored(k).captions)) if hasattr(dataset, "stored") else (lambda k: (dataset[k]["id"], dataset[k]["captions"]))
-    found = {}
+    found, stored = {}, hasattr(dataset, "stored")   # as it lies in a file, nothing need be decoded
     for k in range(len(dataset)):
-        name, captions = read(k)
-        found.setdefault(len(captions), name)
+        story = dataset.stored(k)._asdict() if stored else dataset[k]
+        found.setdefault(len(story["captions"]), story["id"])
     if len(found) > 1:
         (a, one), (b, other), *_ = found.items()
         raise ValueError(f"story {one!r} has {a} frames, story {other!r} {b}: stories of one length are needed here; split the data by length")

@@ -481,14 +481,19 @@ def test_training_goes_on_from_a_checkpoint_of_ar_ldm(published, data, tmp_path,
     sd, blip, _ = published
     theirs = full_scale_pipeline("ar-ldm", sd, blip, image_size=32, max_length=24)
     with torch.no_grad():
-        for p in theirs.unet.parameters(): p.normal_(std=0.1)
+        for part in (theirs.unet, theirs.text_encoder, theirs.history_encoder.vision):
+            for p in part.parameters(): p.normal_(std=0.1)
     torch.save(dict(state_dict=arldm_state(theirs)), tmp_path / "theirs.ckpt")
-    words = ["train", sd, data, tmp_path / "out", "--preset", "causal-story", f"blip={blip}", "image_size=32", "max_length=24", "steps=1", "batch_size=2", "--no-cache"]
-    assert main([str(word) for word in [*words, "--checkpoint", tmp_path / "theirs.ckpt"]]) == 0
-    assert "used" in capsys.readouterr().out
-    mine = cli.load_pipeline(tmp_path / "out").unet.state_dict()
-    for name, value in theirs.unet.state_dict().items(): assert torch.equal(mine[name], value)      # frozen, so as they came
-    assert main([str(word) for word in [*words[:3], tmp_path / "other", *words[4:], "--checkpoint", tmp_path / "nowhere.ckpt"]]) == 1
+    full, mine = ["--preset", "causal-story", f"blip={blip}", "image_size=32", "max_length=24", "--checkpoint", tmp_path / "theirs.ckpt"], Path(shutil.copy(data, tmp_path / "mine.h5"))
+    assert main([str(word) for word in ["cache", sd, mine, *full]]) == 0
+    assert "0 of another shape, 0 missing" in capsys.readouterr().out and len(made := list(tmp_path.glob("*.features.h5"))) == 1
+    words = ["train", sd, mine, tmp_path / "out", "steps=1", "batch_size=2"]
+    assert main([str(word) for word in [*words, *full]]) == 0
+    assert "0 of another shape, 0 missing" in capsys.readouterr().out and list(tmp_path.glob("*.features.h5")) == made   # the cache was found
+    out = cli.load_pipeline(tmp_path / "out")
+    for part in (lambda pipe: pipe.unet, lambda pipe: pipe.text_encoder, lambda pipe: pipe.history_encoder.vision):
+        for name, value in part(theirs).state_dict().items(): assert torch.equal(part(out).state_dict()[name], value), name   # frozen, so as they came
+    assert main([str(word) for word in [*words[:3], tmp_path / "other", *words[4:], *full[:-1], tmp_path / "nowhere.ckpt"]]) == 1
     assert "nowhere.ckpt" in said(capsys) and not (tmp_path / "other").exists()
 
 

@@ -1,6 +1,7 @@
 "What a reader of 06_pipeline need not see: exactness of the fast loop for every task and setting, and where guidance is computed."
 import json
 import math
+import os
 import shutil
 from contextlib import nullcontext
 from pathlib import Path
@@ -263,8 +264,17 @@ def test_a_stored_pipeline_that_lacks_a_tensor_is_refused(tmp_path, part):
 
 def test_a_stored_pipeline_takes_a_dtype(tmp_path):
     pipeline.story_pipeline("miniature").save_pretrained(tmp_path)
-    half = CausalStoryPipeline.from_pretrained(tmp_path, torch_dtype=torch.bfloat16)
-    assert {getattr(half, name).dtype for name in ("unet", "vae", "history_encoder", "story_context", "adapters")} == {torch.bfloat16}
+    for word in ("torch_dtype", "dtype"):
+        half = CausalStoryPipeline.from_pretrained(tmp_path, **{word: torch.bfloat16})
+        assert {getattr(half, name).dtype for name in ("unet", "vae", "history_encoder", "story_context", "adapters")} == {torch.bfloat16}
+
+
+def test_the_table_of_contents_decides_what_is_loaded(tmp_path):
+    pipeline.story_pipeline("miniature", adapter_width=0).save_pretrained(tmp_path)
+    pipeline.story_pipeline("miniature").adapters.save_pretrained(tmp_path / "adapters")     # left behind by somebody else
+    assert CausalStoryPipeline.from_pretrained(tmp_path).adapters is None
+    (tmp_path / "model_index.json").write_text("{")
+    with pytest.raises(ValueError, match="model_index.json is damaged"): CausalStoryPipeline.from_pretrained(tmp_path)
 
 
 def test_a_stored_reader_that_lacks_a_tensor_is_refused(tmp_path):
@@ -313,6 +323,16 @@ def test_an_older_pipeline_is_replaced_only_by_a_whole_one(tmp_path, monkeypatch
     monkeypatch.setattr(pipe, "save_pretrained", fails)
     with pytest.raises(OSError, match="no space"): pipe.save_whole(tmp_path / "out")
     assert {path: path.read_bytes() for path in (tmp_path / "out").rglob("*") if path.is_file()} == before and (tmp_path / "out" / "run").is_dir()
+    monkeypatch.undo()
+    move, moved = os.replace, []
+    def stuck(source, target):
+        if len(moved) == 3: raise OSError(13, "in use")
+        moved.append(move(source, target))
+    monkeypatch.setattr(pipeline.os, "replace", stuck)
+    with pytest.raises(OSError, match="could not be replaced .in use.; the parts that were not moved are in .*tmp-pipeline"): pipe.save_whole(tmp_path / "out")
+    assert not (tmp_path / "out" / "model_index.json").exists()
+    parts = {path.parent.name for path in (tmp_path / "out").rglob("*.safetensors")}
+    assert parts == {path.parent.name for path in before if path.suffix == ".safetensors"}       # here or aside, none is lost
     monkeypatch.undo()
     with torch.no_grad(): pipe.unet.conv_in.bias.add_(1)
     pipe.save_whole(tmp_path / "out")
