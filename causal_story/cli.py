@@ -226,7 +226,7 @@ def load_pipeline(
     path = local_folder(folder, "model", "a pipeline that `train` saved, or a base that `pretrain` wrote", ("*.json", "*.txt", "*.safetensors"))
     index = path / "model_index.json"
     if not index.exists():
-        if (path / "story_context").is_dir(): raise ValueError(f"{index} is missing, though {path} holds a tuned pipeline's parts: it was not written to the end; run `train` again, it goes on from its checkpoint")
+        if (path / "story_context").is_dir() and (path / "vae").is_dir(): raise ValueError(f"{index} is missing, though {path} holds a tuned pipeline's parts: it was not written to the end; run `train` again, it goes on from its checkpoint")
         return story_pipeline(path)
     try: kind = json.loads(index.read_text(encoding="utf-8")).get("_class_name")
     except (ValueError, AttributeError): raise ValueError(f"{index} is damaged: copy the folder again") from None
