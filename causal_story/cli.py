@@ -738,7 +738,7 @@ def _judges(a, truth:bool)->list:
 
 # %% ../nbs/14_command_line.ipynb #192fa158
 def _experiment(a):
-    records = run_experiment(a.out, a.arms, a.seeds, a.steps, train_stories=a.train_stories, test_stories=a.stories, split=a.split, base=a.base)
+    records = run_experiment(a.out, a.arms, a.seeds, a.steps, train_stories=a.train_stories, test_stories=a.stories, split=a.split, base=a.base, histories=tuple(a.views))
     for record in records:
         shares = {history: sum(rows) / len(rows) for history in record["correct"] if history in VIEWS and (rows := [row["correct"] for row in run_rows(record, history) if row["history_only"]])}
         print(f"{record['arm']:24} seed {record['seed']}   " + "   ".join(f"{history} history {share:.3f}" for history, share in shares.items()))
@@ -836,7 +836,7 @@ _VERBS = {
                    ("out", dict(help="folder for one JSON file a run")), ("--arms", dict(nargs="+", default=["full", "weighted"], choices=tuple(ARMS), help="what is compared")),
                    ("--seeds", dict(nargs="+", type=int, default=[0, 1, 2], help="one run a seed and arm")), ("--steps", dict(type=int, default=600, help="optimizer steps of every run")),
                    ("--train-stories", dict(type=int, default=1200, help="stories to tune on")), ("--stories", dict(type=int, default=200, help="stories that are drawn")), ("--split", dict(default="test", choices=("val", "test"), help="val while anything is still being chosen")),
-                   ("--base", dict(default="miniature", help="folder that `pretrain` wrote"))),
+                   ("--base", dict(default="miniature", help="folder that `pretrain` wrote")), ("--views", dict(nargs="+", default=list(VIEWS), choices=tuple(VIEWS), help="drawn after each run: with the true history, with its own, as continuations"))),
     "demo": (_demo, "Story data, adapter tuning and a drawn story in one go.", "causal-story demo --steps 100", ("--base", dict(default="miniature", help="folder that `pretrain` wrote")),
              ("--stories", dict(type=int, default=1200, help="training stories")), ("--steps", dict(type=int, default=900, help="optimizer steps")),
              ("--test-stories", dict(type=int, default=40, help="held-out stories that are drawn and read")), ("--out", dict(default="story.png", help="picture to write"))),

@@ -444,12 +444,13 @@ def run_experiment(
     split:str="test",              # "val" while anything is still being chosen
     base="miniature",
     progress:bool=True,
+    histories:tuple=("true", "drawn", "continued"), # see `VIEWS`: what is drawn after each run
 )->list:                           # the runs' records
     "All runs of an experiment, seed by seed, one after another. Called again, it goes on where it was stopped."
     cache = story_cache(story_pipeline(base), story_records(make_stories(train_stories)), progress=progress)
     reader, config = FrameReader.from_pretrained("miniature"), TrainingConfig(steps=steps, batch_size=batch_size, warmup_steps=20, ema_decay=0.99)
     stories = dict(n=test_stories, split=split, seed=1)
-    return [run_arm(name, seed, folder, base, cache, stories, reader, config, progress=progress) for seed in seeds for name in arms]
+    return [run_arm(name, seed, folder, base, cache, stories, reader, config, histories, progress) for seed in seeds for name in arms]
 
 # %% ../nbs/10_does_it_help.ipynb #8cf2cc2c
 def _peak_mb():
@@ -580,6 +581,8 @@ GROUPS = {
     "source three or more back": lambda row: row["history_only"] and row["nearest"] >= 3,
     "a source's caption says it": lambda row: row["history_only"] and row["said"],
     "only seen, never said": lambda row: row["history_only"] and not row["said"],
+    "in frames with one character": lambda row: row["history_only"] and row["characters"] == 1,
+    "in frames with two": lambda row: row["history_only"] and row["characters"] == 2,
     "setting": lambda row: row["history_only"] and row["attribute"] == "setting",
     "character": lambda row: row["history_only"] and row["attribute"] == "character",
     "prop": lambda row: row["history_only"] and row["attribute"] == "prop",

@@ -308,6 +308,17 @@ def test_two_real_processes_share_a_folder(data, tmp_path):
     assert sorted(path.name for path in (tmp_path / "drawn").iterdir()) == ["00000000", "00000001", "drawn.json"]
 
 
+def test_accelerate_launches_the_command(data, tmp_path):
+    "The line that notebook 14 tells people with GPUs to type, with one process."
+    bin = Path(sys.executable).parent
+    if not (bin / "accelerate").exists() or not (bin / "causal-story").exists(): pytest.skip("the commands are not installed beside this Python")
+    environment = os.environ | dict(OMP_NUM_THREADS="1", PATH=f"{bin}{os.pathsep}{os.environ['PATH']}")
+    line = ["accelerate", "launch", "--num_processes", "1", "--no_python", "causal-story", "train", "miniature", str(data), str(tmp_path / "tuned"), "steps=1", "batch_size=2"]
+    done = subprocess.run(line, env=environment, cwd=tmp_path, text=True, capture_output=True, timeout=600, stdin=subprocess.DEVNULL)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert (tmp_path / "tuned" / "model_index.json").exists(), done.stdout
+
+
 def test_a_drawing_with_guided_steps_is_continued(data, tmp_path):
     words = ["sample", "miniature", str(data), "--folder", str(tmp_path / "drawn"), "--guidance-interval", "0", "0.5", "--num-inference-steps", "1"]
     assert main([*words, "--story", "0"]) == 0 and main(words) == 0
