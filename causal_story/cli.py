@@ -738,7 +738,7 @@ def _judges(a, truth:bool)->list:
 
 # %% ../nbs/14_command_line.ipynb #192fa158
 def _experiment(a):
-    records = run_experiment(a.out, a.arms, a.seeds, a.steps, train_stories=a.train_stories, test_stories=a.stories, split=a.split, base=a.base, histories=tuple(a.views))
+    records = run_experiment(a.out, a.arms, a.seeds, a.steps, a.batch_size, train_stories=a.train_stories, test_stories=a.stories, split=a.split, base=a.base, histories=tuple(a.views))
     for record in records:
         shares = {history: sum(rows) / len(rows) for history in record["correct"] if history in VIEWS and (rows := [row["correct"] for row in run_rows(record, history) if row["history_only"]])}
         print(f"{record['arm']:24} seed {record['seed']}   " + "   ".join(f"{history} history {share:.3f}" for history, share in shares.items()))
@@ -834,7 +834,7 @@ _VERBS = {
                  ("--stories", dict(type=int, help="only the first so many")), ("--out", dict(help="JSON file for the scores")), ("--folder", dict(help="where a model draws; left out: nothing is kept")), _JUDGES, _DRAW, _FULL),
     "experiment": (_experiment, "Tune several arms with several seeds and score them on stories. Continues an interrupted experiment.", "causal-story experiment results --arms full weighted --seeds 0 1 2",
                    ("out", dict(help="folder for one JSON file a run")), ("--arms", dict(nargs="+", default=["full", "weighted"], choices=tuple(ARMS), help="what is compared")),
-                   ("--seeds", dict(nargs="+", type=int, default=[0, 1, 2], help="one run a seed and arm")), ("--steps", dict(type=int, default=600, help="optimizer steps of every run")),
+                   ("--seeds", dict(nargs="+", type=int, default=[0, 1, 2], help="one run a seed and arm")), ("--steps", dict(type=int, default=600, help="optimizer steps of every run")), ("--batch-size", dict(type=int, default=8, help="stories a step")),
                    ("--train-stories", dict(type=int, default=1200, help="stories to tune on")), ("--stories", dict(type=int, default=200, help="stories that are drawn")), ("--split", dict(default="test", choices=("val", "test"), help="val while anything is still being chosen")),
                    ("--base", dict(default="miniature", help="folder that `pretrain` wrote")), ("--views", dict(nargs="+", default=list(VIEWS), choices=tuple(VIEWS), help="drawn after each run: with the true history, with its own, as continuations"))),
     "demo": (_demo, "Story data, adapter tuning and a drawn story in one go.", "causal-story demo --steps 100", ("--base", dict(default="miniature", help="folder that `pretrain` wrote")),

@@ -525,6 +525,11 @@ def test_an_experiment_ends_with_its_table(tmp_path, capsys):
     assert main(["experiment", str(tmp_path), "--arms", "weighted", "--seeds", "0", "--steps", "1", "--train-stories", "8", "--stories", "1", "--split", "val"]) == 0
     last = capsys.readouterr().out.strip().splitlines()[-1]
     assert last.startswith("weighted") and all(f"{view} history" in last for view in cli.VIEWS)
+    few = ["experiment", str(tmp_path / "few"), "--arms", "none", "--seeds", "3", "--steps", "1", "--batch-size", "2", "--train-stories", "4", "--stories", "1", "--split", "val", "--views", "true"]
+    assert main(few) == 0
+    record = json.loads((tmp_path / "few" / "none-3.json").read_text())
+    assert record["config"]["batch_size"] == 2 and list(record["correct"]) == ["true"]
+    assert main([*few[:-1], "true", "drawn"]) == 1 and "no 'drawn'" in said(capsys)      # that run never drew with its own history
 
 
 def test_a_tuned_pipeline_is_not_taken_for_a_base(published, data, tmp_path, capsys):
