@@ -752,7 +752,7 @@ def _demo(a):
         write_folder(dict(train=make_stories(a.stories), test=make_stories(a.test_stories, "test", seed=1)), folder / "raw", size=64)
         data = convert_folder(folder / "raw", folder / "stories.h5")
         print("2/4 tuning the adapters")
-        train_stories(pipe, data, TrainingConfig(steps=a.steps, batch_size=8, learning_rate=1e-3, warmup_steps=20, ema_decay=0.99, checkpoint_every=0))
+        train_stories(pipe, data, TrainingConfig(steps=a.steps, batch_size=4, learning_rate=1e-3, warmup_steps=20, ema_decay=0.99, checkpoint_every=0))
         print("3/4 drawing a story that training never showed")
         print(f"wrote {sample_stories(pipe, data, 'test', 'visualization', [0], a.out).resolve()}")
         print(f"4/4 reading {a.test_stories} such stories: facts that only the history tells, share drawn right")
@@ -838,7 +838,7 @@ _VERBS = {
                    ("--train-stories", dict(type=int, default=1200, help="stories to tune on")), ("--stories", dict(type=int, default=200, help="stories that are drawn")), ("--split", dict(default="test", choices=("val", "test"), help="val while anything is still being chosen")),
                    ("--base", dict(default="miniature", help="folder that `pretrain` wrote")), ("--views", dict(nargs="+", default=list(VIEWS), choices=tuple(VIEWS), help="drawn after each run: with the true history, with its own, as continuations"))),
     "demo": (_demo, "Story data, adapter tuning and a drawn story in one go.", "causal-story demo --steps 100", ("--base", dict(default="miniature", help="folder that `pretrain` wrote")),
-             ("--stories", dict(type=int, default=1200, help="training stories")), ("--steps", dict(type=int, default=900, help="optimizer steps")),
+             ("--stories", dict(type=int, default=1200, help="training stories")), ("--steps", dict(type=int, default=1800, help="optimizer steps, of 4 stories each")),
              ("--test-stories", dict(type=int, default=40, help="held-out stories that are drawn and read")), ("--out", dict(default="story.png", help="picture to write"))),
 }
 

@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings, strategies as st
 from torch import nn
 
-from causal_story.metrics import (OPTIONS, FrameReader, bootstrap_means, character_f1, frame_accuracy, frames_tensor,
+from causal_story.metrics import (OPTIONS, FrameReader, bootstrap_means, character_f1, fact_rows, frame_accuracy, frames_tensor,
                                   frechet_distance, frechet_inception_distance, frechet_reader_distance,
                                   paired_difference, protocol_frames, read_frames, reader_accuracy, reader_loss,
                                   scarf_consistency, scene_targets, score_facts, summarise, train_reader)
@@ -105,6 +105,15 @@ def test_frames_of_another_type_are_refused():
 
 
 # ---------------------------------------------------------------- facts
+
+@pytest.mark.parametrize("task", ["visualization", "continuation"])
+def test_facts_know_how_many_share_their_frame(task):
+    truths = [story.truth() for story in STORIES]
+    rows = fact_rows(truths, task)
+    seen = {(row["story"], row["frame"]): row["characters"] for row in rows}
+    assert seen == {(n, k): len(scene.actors) for n, story in enumerate(STORIES) for k, scene in enumerate(story.scenes) if k >= (task == "continuation")}
+    assert set(seen.values()) == {1, 2}
+
 
 def test_an_oracle_gets_every_fact_right():
     rows = score_facts(Oracle(scenes_of(STORIES)), DRAWN, TRUTHS)
