@@ -301,8 +301,6 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/causal-story', 'doc_host':
                                                                                       'causal_story/experiments.py'),
                                           'causal_story.experiments._replaced': ( 'does_it_help.html#_replaced',
                                                                                   'causal_story/experiments.py'),
-                                          'causal_story.experiments._resamples': ( 'does_it_help.html#_resamples',
-                                                                                   'causal_story/experiments.py'),
                                           'causal_story.experiments._rows_of': ( 'does_it_help.html#_rows_of',
                                                                                  'causal_story/experiments.py'),
                                           'causal_story.experiments._same_run': ( 'does_it_help.html#_same_run',

@@ -487,13 +487,6 @@ def tuning_cost(
     return json.loads(done.stdout.splitlines()[-1])
 
 # %% ../nbs/10_does_it_help.ipynb #906ac381
-@lru_cache(32)
-def _resamples(seeds:int, stories:int, resamples:int, seed:int):
-    "Which seeds (R, S) and which stories (R, n) each resample takes; many tables share them."
-    rng = np.random.default_rng(seed)
-    which, who = zip(*((rng.integers(seeds, size=seeds), rng.integers(stories, size=stories)) for _ in range(resamples)))
-    return np.stack(which), np.stack(who)
-
 def seeds_and_stories(
     runs:list,         # one list of rows a seed, all over the same stories: dicts with `story` and `correct`
     baseline=None,     # another arm's, same seeds and facts: the difference is taken fact by fact
@@ -510,8 +503,11 @@ def seeds_and_stories(
     _, story = np.unique([row["story"] for row in runs[0]], return_inverse=True)
     n = story.max() + 1
     sums = np.stack([np.bincount(story, weights=row, minlength=n) for row in values])                   # (seeds, stories)
-    sizes, (which, who) = np.bincount(story, minlength=n), _resamples(len(values), int(n), resamples, seed)
-    means = np.take_along_axis(sums[which].sum(1), who, 1).sum(1) / (len(values) * sizes[who].sum(1))
+    sizes, rng = np.bincount(story, minlength=n), np.random.default_rng(seed)
+    means = []
+    for _ in range(resamples):
+        which, who = rng.integers(len(values), size=len(values)), rng.integers(n, size=n)
+        means.append(sums[which][:, who].sum() / (len(values) * sizes[who].sum()))
     low, high = np.quantile(means, (.025, .975))
     return dict(mean=float(values.mean()), low=float(low), high=float(high), by_seed=values.mean(1).tolist(), n=values.shape[1], stories=int(n), seeds=len(values))
 
