@@ -738,7 +738,7 @@ def _judges(a, truth:bool)->list:
 
 # %% ../nbs/14_command_line.ipynb #192fa158
 def _experiment(a):
-    records = run_experiment(a.out, a.arms, a.seeds, a.steps, a.batch_size, train_stories=a.train_stories, test_stories=a.stories, split=a.split, base=a.base, histories=tuple(a.views))
+    records = run_experiment(a.out, a.arms, a.seeds, a.steps, a.batch_size, train_stories=a.train_stories, test_stories=a.stories, split=a.split, base=a.base, views=tuple(a.views))
     for record in records:
         shares = {history: sum(rows) / len(rows) for history in record["correct"] if history in VIEWS and (rows := [row["correct"] for row in run_rows(record, history) if row["history_only"]])}
         print(f"{record['arm']:24} seed {record['seed']}   " + "   ".join(f"{history} history {share:.3f}" for history, share in shares.items()))

@@ -110,20 +110,16 @@ def look_hits(
     truths:list,           # B `Story.truth()`
     task:str="visualization",
     visible=None,          # (V, F) bool, the mask that was drawn with; None: all earlier blocks
-)->list:                   # rows for `summarise`: story, frame, attribute, name, nearest, correct, chance
+)->list:                   # `fact_rows` of these facts, each with `correct` and `chance`
     "Does the largest weight lie on a frame that tells the fact? Over history-only facts with at least two visible blocks, one of which tells it. Our choice."
     rows, given = [], int(task == "continuation")
-    for story, truth in enumerate(truths):
-        for fact in truth["facts"]:
-            k = fact["frame"] - given                       # row of the matrix; block b is story frame b in both tasks
-            if fact["stated"] or not fact["sources"] or k < 0: continue
-            seen = [b for b in range(fact["frame"]) if visible is None or bool(visible[k][b])]
-            telling = set(seen) & set(fact["sources"])
-            if len(seen) < 2 or not telling: continue
-            largest = seen[int(np.asarray(weights[story][k])[seen].argmax())]
-            name = None if fact["actor"] is None else truth["scenes"][fact["frame"]]["actors"][fact["actor"]]["name"]
-            rows.append(dict(story=story, frame=fact["frame"], attribute=fact["attribute"], name=name, nearest=fact["frame"] - max(fact["sources"]),
-                             correct=largest in telling, chance=len(telling) / len(seen)))
+    for row in fact_rows(truths, task):
+        k = row["frame"] - given                        # row of the matrix; block b is story frame b in both tasks
+        seen = [b for b in range(row["frame"]) if visible is None or bool(visible[k][b])]
+        telling = set(seen) & set(row["sources"])
+        if not row["history_only"] or len(seen) < 2 or not telling: continue
+        largest = seen[int(np.asarray(weights[row["story"]][k])[seen].argmax())]
+        rows.append(row | dict(correct=largest in telling, chance=len(telling) / len(seen)))
     return rows
 
 # %% ../nbs/10_does_it_help.ipynb #626d7bee
@@ -338,24 +334,24 @@ def machine()->str:
     return f"{where}, {torch.get_num_threads()} threads, torch {torch.__version__.split('+')[0]}"
 
 # %% ../nbs/10_does_it_help.ipynb #dc895145
-def _same_run(path:Path, asked:dict, histories:tuple)->dict:
+def _same_run(path:Path, asked:dict, views:tuple)->dict:
     "A finished run, if it is the one that is asked for."
     record, asked = json.loads(path.read_text()), json.loads(json.dumps(asked))
-    changed = [key for key, value in asked.items() if record.get(key, value) != value] + [f"views (no {view!r})" for view in histories if view not in record["correct"]]
+    changed = [key for key, value in asked.items() if record.get(key, value) != value] + [f"views (no {view!r})" for view in views if view not in record["correct"]]
     if changed: raise ValueError(f"{path} was run with other {', '.join(changed)}; use another folder")
     return record
 
 VIEWS = {"true": ("visualization", True), "drawn": ("visualization", False), "continued": ("continuation", False)} # task, whether the true history is shown
 
-def _judged(pipe, records, reader, histories, progress):
+def _judged(pipe, records, reader, views, progress):
     "Rows by kind: facts for each view, whether scarves stay as first drawn, whether the largest relevance lies on a telling frame."
     truths, rows = [r.truth for r in records], {}
-    for view in histories:
+    for view in views:
         task, true_history = VIEWS[view]
         drawn = draw_stories(pipe, records, task, true_history, progress=progress)
         rows[view] = score_facts(reader, drawn, truths, task)
         if view == "drawn": rows["stays"] = scarf_consistency(reader, drawn, truths)
-    if pipe.config.history_policy == "weighted" and histories:
+    if pipe.config.history_policy == "weighted" and views:
         rows["looks"] = look_hits(story_relevance(pipe, records), truths, visible=frame_mask("weighted", len(records[0].frames), "visualization", pipe.config.window))
     return rows
 
@@ -377,18 +373,18 @@ def run_arm(
     stories:dict,              # what to draw: arguments of `make_stories`
     reader,                    # FrameReader that judges
     config:TrainingConfig,     # steps, batch size ...; its seed is replaced
-    histories:tuple=("true", "drawn", "continued"), # see `VIEWS`
+    views:tuple=("true", "drawn", "continued"), # what is drawn, see `VIEWS`
     progress:bool=True,
 )->dict:                       # what the file holds; `run_rows` turns it into rows
     "Tune, draw, read, write. Raises ValueError for an unknown arm, or if the run that lies there was made with another base, other settings, stories or fewer views."
     if name not in ARMS: raise ValueError(f"there is no arm {name!r}; choose from {', '.join(ARMS)}")
     path, before = Path(folder) / f"{name}-{seed}.json", fingerprint(load_base(base)["unet"])
     config, told = TrainingConfig(**{**asdict(config), "seed": seed}), len(next(iter(cache.values())))
-    if path.exists(): return _same_run(path, dict(base=before, stories=stories, world=world_hash(stories), train_stories=told, settings=asdict(ARMS[name]), config=asdict(config)), histories)
+    if path.exists(): return _same_run(path, dict(base=before, stories=stories, world=world_hash(stories), train_stories=told, settings=asdict(ARMS[name]), config=asdict(config)), views)
     records = story_records(make_stories(**stories))
     pipe, result, counts = tune_arm(ARMS[name], base, cache, config, Path(folder) / "runs" / f"{name}-{seed}-{before[:6]}", progress)
     stored = store_tuned(pipe, ARMS[name], Path(folder) / "tuned" / f"{name}-{seed}", before)
-    correct = {kind: "".join(str(int(row["correct"])) for row in rows) for kind, rows in _judged(pipe, records, reader, histories, progress).items()}
+    correct = {kind: "".join(str(int(row["correct"])) for row in rows) for kind, rows in _judged(pipe, records, reader, views, progress).items()}
     record = dict(arm=name, settings=asdict(ARMS[name]), seed=seed, base=before, config=asdict(config), seconds_a_step=round(result.seconds / max(1, len(result.losses)), 4),
                   minutes=round(result.seconds / 60, 2), machine=machine(), trained={part: trained for part, (trained, _) in counts.items()},
                   last_loss=round(float(np.mean(result.losses[-50:])), 5), train_stories=told, stored_mb=stored,
@@ -444,13 +440,13 @@ def run_experiment(
     split:str="test",              # "val" while anything is still being chosen
     base="miniature",
     progress:bool=True,
-    histories:tuple=("true", "drawn", "continued"), # see `VIEWS`: what is drawn after each run
+    views:tuple=("true", "drawn", "continued"), # what is drawn after each run, see `VIEWS`
 )->list:                           # the runs' records
     "All runs of an experiment, seed by seed, one after another. Called again, it goes on where it was stopped."
     cache = story_cache(story_pipeline(base), story_records(make_stories(train_stories)), progress=progress)
     reader, config = FrameReader.from_pretrained("miniature"), TrainingConfig(steps=steps, batch_size=batch_size, warmup_steps=20, ema_decay=0.99)
     stories = dict(n=test_stories, split=split, seed=1)
-    return [run_arm(name, seed, folder, base, cache, stories, reader, config, histories, progress) for seed in seeds for name in arms]
+    return [run_arm(name, seed, folder, base, cache, stories, reader, config, views, progress) for seed in seeds for name in arms]
 
 # %% ../nbs/10_does_it_help.ipynb #8cf2cc2c
 def _peak_mb():

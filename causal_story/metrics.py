@@ -212,7 +212,7 @@ def fact_rows(
             actors = truth["scenes"][fact["frame"]]["actors"]
             name = None if fact["actor"] is None else actors[fact["actor"]]["name"]
             rows.append(dict(story=story, frame=fact["frame"], attribute=fact["attribute"], actor=fact["actor"], name=name, characters=len(actors),
-                             value=fact["value"], stated=fact["stated"], has_source=bool(sources), history_only=not fact["stated"] and bool(sources),
+                             value=fact["value"], stated=fact["stated"], sources=sources, has_source=bool(sources), history_only=not fact["stated"] and bool(sources),
                              nearest=fact["frame"] - max(sources) if sources else None, said=fact["said"]))
     return rows
 

@@ -130,7 +130,7 @@ def test_a_look_at_a_telling_frame_is_a_hit_in_both_tasks(seed):
 def test_runs_are_written_once_and_not_repeated(tmp_path, records, monkeypatch):
     cache = story_cache(story_pipeline("miniature"), records, progress=False)
     reader = FrameReader.from_pretrained("miniature")
-    arguments = dict(folder=tmp_path, base="miniature", cache=cache, stories=dict(n=2, split="val", seed=2), reader=reader, config=FEW, histories=("true",), progress=False)
+    arguments = dict(folder=tmp_path, base="miniature", cache=cache, stories=dict(n=2, split="val", seed=2), reader=reader, config=FEW, views=("true",), progress=False)
     first = run_arm("full", 3, **arguments)
     assert first["config"]["seed"] == 3 and first["trained"]["unet"] == 0 and first["trained"]["adapters"] > 0
     monkeypatch.setattr(experiments, "tune_arm", None)
@@ -218,14 +218,14 @@ def test_every_tuning_method_is_stored_and_comes_back(tmp_path, records, name):
 @pytest.mark.parametrize("name", ["weighted", "full-tuning"])
 def test_a_run_leaves_a_model_that_can_be_loaded(tmp_path, records, name):
     cache = story_cache(story_pipeline("miniature"), records[:2], progress=False)
-    run_arm(name, 0, tmp_path, "miniature", cache, dict(n=1, split="val", seed=1), FrameReader.from_pretrained("miniature"), FEW, histories=(), progress=False)
+    run_arm(name, 0, tmp_path, "miniature", cache, dict(n=1, split="val", seed=1), FrameReader.from_pretrained("miniature"), FEW, views=(), progress=False)
     back = CausalStoryPipeline.from_tuned(tmp_path / "tuned" / f"{name}-0")
     assert (fingerprint(back.unet) != fingerprint(load_base("miniature")["unet"])) == (name == "full-tuning")
 
 
 def test_a_run_with_other_settings_is_not_taken_for_this_one(tmp_path, records):
     cache, reader = story_cache(story_pipeline("miniature"), records[:2], progress=False), FrameReader.from_pretrained("miniature")
-    run = lambda config: run_arm("full", 0, tmp_path, "miniature", cache, dict(n=1, split="val", seed=1), reader, config, histories=(), progress=False)
+    run = lambda config: run_arm("full", 0, tmp_path, "miniature", cache, dict(n=1, split="val", seed=1), reader, config, views=(), progress=False)
     first = run(FEW)
     assert run(FEW) == json.loads(json.dumps(first))
     with pytest.raises(ValueError, match="other config"): run(TrainingConfig(steps=3, batch_size=2, warmup_steps=1))
