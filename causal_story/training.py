@@ -209,7 +209,7 @@ def parameter_groups(
 class TrainingResult:
     "What `fit` returns."
     losses:list         # one number a step
-    seconds:float       # wall time of this call
+    seconds:float       # wall time of the training loop, earlier calls included
     steps_done:int      # optimizer steps in all, earlier calls included
     ema:object=None     # diffusers' EMAModel, or None
 
@@ -238,9 +238,9 @@ def fit(
     optimizer = torch.optim.AdamW(parameter_groups(model, config, lr_scales), betas=config.betas, weight_decay=config.weight_decay)
     model.to(accelerator.device)
     ema = EMAModel(list(_trained(model).values()), decay=config.ema_decay, use_ema_warmup=True, power=0.75) if config.ema_decay else None
-    start, losses = _resume(model, optimizer, ema, folder, config)
+    start, losses, spent = _resume(model, optimizer, ema, folder, config)
     prepared, optimizer_ = accelerator.prepare(model, optimizer)
-    end, began, parameters = min(stop_at or config.steps, config.steps), time.time(), list(_trained(model).values())
+    end, began, parameters = min(stop_at or config.steps, config.steps), time.time() - spent, list(_trained(model).values())
     bar = tqdm(range(start, end), initial=start, total=config.steps, desc=description, disable=not progress or not accelerator.is_main_process)
     for step, batch in zip(bar, _stream(batches, start, end)):
         value = _step(prepared, optimizer, optimizer_, loss, batch, step, config, accelerator, parameters)
@@ -250,7 +250,7 @@ def fit(
         for callback in callbacks: callback(step, value, model)
         due = config.checkpoint_every and (step + 1) % config.checkpoint_every == 0
         if folder and accelerator.is_main_process and (due or step + 1 == end):
-            save_checkpoint(folder, step + 1, run_state(model, optimizer, ema), dict(config=asdict(config), losses=losses), config.keep_checkpoints)
+            save_checkpoint(folder, step + 1, run_state(model, optimizer, ema), dict(config=asdict(config), losses=losses, seconds=time.time() - began), config.keep_checkpoints)
     accelerator.wait_for_everyone()
     return TrainingResult(losses, time.time() - began, max(start, end), ema)
 
@@ -272,14 +272,14 @@ def _step(prepared, optimizer, optimizer_, loss, batch, step, config, accelerato
     return total
 
 def _resume(model, optimizer, ema, folder, config):
-    "(first step, losses so far) after restoring the newest checkpoint, if there is one."
+    "(first step, losses and seconds so far) after restoring the newest checkpoint, if there is one."
     found = list_checkpoints(folder) if folder else []
-    if not found: return 0, []
+    if not found: return 0, [], 0.0
     tensors, record = load_checkpoint(found[-1])
     changed = {k for k, v in asdict(config).items() if k not in ("checkpoint_every", "keep_checkpoints") and json.loads(json.dumps(v)) != record["config"].get(k)}
     if changed: raise ValueError(f"{found[-1]} was trained with other settings ({', '.join(sorted(changed))}); use a new folder or the same settings")
     restore_run(model, optimizer, ema, tensors, record["step"])
-    return record["step"], list(record["losses"])
+    return record["step"], list(record["losses"]), record.get("seconds", 0.0)
 
 def _stream(batches, start, end):
     "Batches of the steps start ... end-1."
