@@ -813,7 +813,7 @@ _VERBS = {
     "pretrain": (_pretrain, "A small base from nothing, on the cartoon world. Continues an interrupted run.", "causal-story pretrain base --preset quick",
                  ("out", dict(help="folder to write")), ("--preset", dict(default="quick", choices=tuple(PRESETS), help="quick: at most 90 minutes on two cores; shipped: what made the base of the package")),
                  ("--steps", dict(nargs="*", default=[], metavar="STAGE=N", help=f"other numbers of optimizer steps; stages: {', '.join(STAGES)}")),
-                 ("--start", dict(metavar="FOLDER", help="go on from this finished base, or from miniature: a second round for decoder and text_to_image")),
+                 ("--start", dict(metavar="FOLDER", help="go on from this finished base, or from miniature: a second round for decoder and text_to_image, with settings of its own (--preset has no say then)")),
                  ("--only", dict(choices=STAGES, help="this stage alone, so that stages can run side by side")), ("--overwrite", dict(action="store_true", help="replace finished weights")),
                  ("--half", dict(action="store_true", help="store the models in half precision")), _SEED),
     "cache": (_cache, "Compute once what the frozen parts of a full-size model say about the data, and keep it beside the data. Do this before several processes train.",
