@@ -9,8 +9,9 @@ __all__ = ['FULL_SCALE', 'STABLE_DIFFUSION_HUB', 'BLIP_HUB', 'STORY_DATA', 'Pres
            'ImportReport', 'import_arldm_checkpoint', 'arldm_state', 'prepare_preset', 'what_is_frozen', 'weights_hash',
            'cache_settings', 'cache_path', 'StoryContents', 'scan_stories', 'cache_bytes', 'check_disk', 'write_cache',
            'FeatureCache', 'open_cache', 'StoryBatches', 'cached_story_batch', 'shared_loss', 'train_full_scale',
-           'story_collator', 'draw_stories', 'full_size_parts', 'FlopCount', 'tflop', 'training_tflop',
-           'sampling_costs', 'sampling_tflop', 'saved_bytes', 'training_memory', 'matrix_rate', 'measured']
+           'story_collator', 'draw_stories', 'full_size_parts', 'full_size_model', 'FlopCount', 'tflop',
+           'training_tflop', 'sampling_costs', 'sampling_tflop', 'saved_bytes', 'training_memory', 'matrix_rate',
+           'measured']
 
 # %% ../nbs/11_full_scale.ipynb #1b945368
 import copy
@@ -39,9 +40,9 @@ from transformers import (BertTokenizer, BlipConfig, BlipForImageTextRetrieval, 
                           CLIPTextModel, CLIPTokenizer)
 
 from .data import PatientFile, StoryCollator, StoryDataset, atomic_path, choose_tile, count_tiles, cut_tile, open_image, pixels, split_task, stack_tiles
-from .encoders import (HistoryEncoder, StoryContext, StoryLayer, add_blip_tokens, add_words, encode_captions, lengthen_positions,
+from .encoders import (HistoryEncoder, StoryContext, add_blip_tokens, add_words, encode_captions, lengthen_positions,
                                    tiny_text_encoder, tiny_tokenizers)
-from .model import PARTS, prepare_tuning, sample_generator, story_loss
+from .model import PARTS, CausalStoryModel, prepare_tuning, sample_generator, story_loss, trained_by_part
 from .pipeline import CausalStoryPipeline
 from .training import batch_indices, check_shares, fit, make_accelerator, reconstructed_history
 from .unet import STABLE_DIFFUSION_15, UNetAdapters, add_adapters, cross_attention_sites, tiny_unet
@@ -796,6 +797,19 @@ def full_size_parts(
                     text_encoder=CLIPTextModel(CLIPTextConfig(**heads, vocab_size=49408, max_position_embeddings=max_length)),
                     history_encoder=HistoryEncoder(BlipVisionConfig(**vision).to_diff_dict(), text.to_diff_dict(), 30523, 30522))
 
+def full_size_model(
+    parts:dict,            # from `full_size_parts`; put into the model, and set to train or not
+    preset="causal-story", # name in FULL_SCALE, or a Preset
+    max_length:int=91,     # S
+    new_words:bool=True,   # as in `prepare_preset`
+):                         # CausalStoryModel on the meta device, prepared by `prepare_preset`
+    "What `prepare_preset` would train at full size. Without content: it can be counted, not run on real tensors."
+    preset, empty = find_preset(preset), torch.zeros(max_length, dtype=torch.long, device="meta")
+    with torch.device("meta"):
+        context = StoryContext(768, context_layers=preset.context_layers, heads=12, relevance=preset.history_policy == "weighted")
+        model = CausalStoryModel(**parts, story_context=context, scheduler=DDPMScheduler(), null_caption_ids=empty, null_history_ids=empty)
+        return prepare_preset(model, preset, new_words)
+
 class FlopCount(TorchDispatchMode):
     "Adds up PyTorch's own FLOP formulas while it is active: `FlopCounterMode` without its table of modules, three times as fast."
     def __init__(self):
@@ -815,29 +829,17 @@ def tflop(
     return counter.flops / 1e12
 
 # %% ../nbs/11_full_scale.ipynb #dcfb4ad0
-def _trained_on_meta(parts, preset, new_words=True):
-    "Set what trains, as `prepare_preset` does, on parts without content; returns the U-Net's adapters, if any."
-    unet, clip, blip = parts["unet"], parts["text_encoder"], parts["history_encoder"]
-    adapters = UNetAdapters.for_unet(unet, preset.width).to("meta") if preset.width else None
-    add_adapters(unet, preset.width or 64, preset.method, adapters)
-    parts["vae"].requires_grad_(False)
-    for name, module in dict(text_encoder=clip, history_text=blip.text, history_vision=blip.vision).items(): module.requires_grad_(name in preset.parts)
-    if preset.words and new_words:
-        for module in (clip, blip.text): module.get_input_embeddings().requires_grad_(True)
-    return adapters
-
-def _runs_on_meta(parts, preset, n_tokens:int, max_length:int)->dict:
+def _runs_on_meta(model, n_tokens:int, max_length:int)->dict:
     "Functions that compute, for one frame, what each part computes of it."
-    unet, clip, blip, on = parts["unet"], parts["text_encoder"], parts["history_encoder"], dict(device="meta")
+    unet, clip, blip, on = model.unet, model.text_encoder, model.history_encoder, dict(device="meta")
     ids, context = torch.zeros(1, max_length, dtype=torch.long, **on), torch.zeros(1, n_tokens, 768, requires_grad=True, **on)
-    features = torch.zeros(1, 197, 1024, requires_grad="history_vision" in preset.parts, **on)
-    with torch.device("meta"): layers = [StoryLayer(768, 12) for _ in range(preset.context_layers)]
+    features = torch.zeros(1, 197, 1024, requires_grad=not what_is_frozen(model)["image_features"], **on)
     visible = torch.ones(1, n_tokens, dtype=torch.bool, **on)
     return {"U-Net": lambda: unet(torch.zeros(1, 4, 64, 64, **on), torch.zeros(1, **on), context).sample,
             "captions": lambda: clip(ids).last_hidden_state, "history": lambda: blip(None, ids, image_features=features),
             "pictures": lambda: blip.vision(torch.zeros(1, 3, 224, 224, **on)).last_hidden_state,
-            "autoencoder": lambda: parts["vae"].encode(torch.zeros(1, 3, 512, 512, **on)).latent_dist.mean,
-            "story layer": lambda: sum((layer(context, visible) for layer in layers), context)}
+            "autoencoder": lambda: model.vae.encode(torch.zeros(1, 3, 512, 512, **on)).latent_dist.mean,
+            "story layer": lambda: sum((layer(context, visible) for layer in model.story_context.layers), context)}
 
 def training_tflop(
     parts:dict,            # from `full_size_parts`
@@ -852,11 +854,11 @@ def training_tflop(
     "What a training step computes for one story in visualization, counted on the meta device."
     preset, told = find_preset(preset), not cached or new_words
     blocks = n_frames if seen is None else n_frames - 1
-    _trained_on_meta(parts, preset, new_words)
+    model = full_size_model(parts, preset, max_length, new_words)
     times = {"U-Net": n_frames, "captions": (n_frames + null) * told, "history": blocks + null, "pictures": blocks * (not cached) + null,
              "autoencoder": n_frames * (not cached), "story layer": n_frames * bool(preset.context_layers)}
     def step(run): return tflop(lambda: (out := run()).requires_grad and out.sum().backward())
-    runs = _runs_on_meta(parts, preset, (1 + blocks) * (seen or max_length), max_length)
+    runs = _runs_on_meta(model, (1 + blocks) * (seen or max_length), max_length)
     return {name: times[name] * step(run) if times[name] else 0.0 for name, run in runs.items()}
 
 # %% ../nbs/11_full_scale.ipynb #1f2f0db9
@@ -866,9 +868,9 @@ def sampling_costs(
     max_length:int=91,   # S
 )->dict:                 # TFLOP: "base" of a U-Net call on one frame, "attend" and "project" of a context token, "decode" of a frame, "block" and "caption" read
     "What drawing is made of, counted on the meta device; `project` (keys and values of a token) from the widths of the layers."
-    add_adapters(parts["unet"], method="none")
-    counts = {n: tflop(_runs_on_meta(parts, FULL_SCALE["ar-ldm"], n, max_length)["U-Net"]) for n in (100, 600)}
-    token, runs = (counts[600] - counts[100]) / 500, _runs_on_meta(parts, FULL_SCALE["ar-ldm"], 1, max_length)
+    model = full_size_model(parts, "ar-ldm", max_length)
+    counts = {n: tflop(_runs_on_meta(model, n, max_length)["U-Net"]) for n in (100, 600)}
+    token, runs = (counts[600] - counts[100]) / 500, _runs_on_meta(model, 1, max_length)
     decode = tflop(lambda: parts["vae"].decode(torch.zeros(1, 4, 64, 64, device="meta")))
     layers = [layer for site in cross_attention_sites(parts["unet"]).values() for layer in (site.to_k, site.to_v)]
     project = sum(2 * layer.in_features * layer.out_features for layer in layers) / 1e12
@@ -930,14 +932,12 @@ def training_memory(
 )->dict:                      # part -> GB (10**9 bytes)
     "An estimate of GPU memory for one story a step with cached latents: what stays and what a step remembers. Without the allocator's waste."
     preset, blocks = find_preset(preset), n_frames if seen is None else n_frames - 1
-    adapters, modules = _trained_on_meta(parts, preset), list(parts.values())
-    if adapters is not None: modules.append(adapters)
-    everything = sum(p.numel() for module in modules for p in module.parameters())
-    trained = sum(p.numel() for module in modules for p in module.parameters() if p.requires_grad)
-    runs, times = _runs_on_meta(parts, preset, (1 + blocks) * (seen or max_length), max_length), {"captions": n_frames, "history": blocks, "story layer": n_frames}
+    model = full_size_model(parts, preset, max_length)
+    trained, everything = (sum(numbers) for numbers in zip(*trained_by_part(model).values()))
+    runs, times = _runs_on_meta(model, (1 + blocks) * (seen or max_length), max_length), {"captions": n_frames, "history": blocks, "story layer": n_frames}
     if "history_vision" in preset.parts: times["pictures"] = blocks
-    remembered = n_frames * saved_bytes(runs["U-Net"], modules, parts["unet"] if checkpointing else None)
-    remembered += sum(n * saved_bytes(runs[name], modules) for name, n in times.items())
+    remembered = n_frames * saved_bytes(runs["U-Net"], [model], model.unet if checkpointing else None)
+    remembered += sum(n * saved_bytes(runs[name], [model]) for name, n in times.items())
     return dict(weights=4e-9 * everything, gradients=4e-9 * trained, adamw=8e-9 * trained, ema=4e-9 * trained * ema, activations=(0.5 if half else 1) * 1e-9 * remembered)
 
 # %% ../nbs/11_full_scale.ipynb #07a98c6f
