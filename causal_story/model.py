@@ -75,6 +75,13 @@ class Conditioning:
         def pick(mine, theirs): return None if mine is None else torch.where(rows[..., None], theirs, mine)
         return Conditioning(torch.where(rows[..., None, None], other.tokens, self.tokens), pick(self.mask, other.mask),
                             pick(self.bias, other.bias), pick(self.relevance, other.relevance))
+
+    def frames(self,
+        places:torch.Tensor,    # (n,) long: which of the V frames, in this order
+    )->"Conditioning":
+        "This conditioning, of some frames only."
+        return Conditioning(*(None if part is None else part[:, places] for part in (self.tokens, self.mask, self.bias, self.relevance)))
+
     def rows(self):
         "(all rows, tokens (N, T, D), mask (N, T), bias (N, T) or None) of the N = B*V frames."
         everyone = torch.arange(self.mask.shape[:2].numel(), device=self.mask.device)
@@ -120,9 +127,11 @@ class StoryReaders(nn.Module):
         ids:torch.Tensor,       # (B, V, S) long
         mask:torch.Tensor=None, # (B, V, S) bool
     )->torch.Tensor:            # (B, V, S, D)
-        "CLIP's tokens of the captions to draw."
-        states = encode_captions(self.text_encoder, ids.flatten(0, 1), None if mask is None else mask.flatten(0, 1))
-        return states.unflatten(0, ids.shape[:2])
+        "CLIP's tokens of the captions to draw; zeros where no caption has any."
+        B, V, S = ids.shape
+        used = S if mask is None else _longest(mask)
+        states = encode_captions(self.text_encoder, ids[..., :used], None if mask is None else mask[..., :used])
+        return F.pad(states, (0, 0, 0, S - used))
 
     def read_history(self,
         ids:torch.Tensor,             # (B, F, S) long
@@ -130,13 +139,16 @@ class StoryReaders(nn.Module):
         frames:torch.Tensor=None,     # (B, F, 3, h, w) in BLIP's normalisation, or
         image_features:torch.Tensor=None, # (B, F, P, Dv) cached features of frozen vision
     )->torch.Tensor:                  # (B, F, S, D)
-        "BLIP's tokens of the earlier (frame, caption) pairs."
-        B, n_blocks, S = ids.shape
+        "BLIP's tokens of the earlier (frame, caption) pairs; zeros where no caption has any."
+        (B, n_blocks, S), used = ids.shape, _longest(mask)
         if n_blocks == 0: return torch.zeros(B, 0, S, self.story_context.config.width, device=ids.device)
         states = self.history_encoder(
-            None if frames is None else frames.flatten(0, 1), ids.flatten(0, 1), mask.flatten(0, 1),
+            None if frames is None else frames.flatten(0, 1), ids[..., :used].flatten(0, 1), mask[..., :used].flatten(0, 1),
             image_features=None if image_features is None else image_features.flatten(0, 1))
-        return states.unflatten(0, (B, n_blocks))
+        return F.pad(states, (0, 0, 0, S - used)).unflatten(0, (B, n_blocks))
+
+def _longest(mask)->int: # tokens of the longest caption, at least one
+    return 1 + max((mask.flatten(0, -2).any(0).nonzero().flatten().tolist()), default=0)
 
 # %% ../nbs/05_model.ipynb #e16a5d4e
 class StoryConditioner(StoryReaders):
@@ -221,7 +233,10 @@ class CausalStoryModel(StoryConditioner):
         caption_states = batch["caption_states"] if "caption_states" in batch else self.read_captions(batch["caption_ids"], batch["caption_mask"])
         visible, weighted = visible[:, :n_blocks], policy == "weighted"
         conditioning = self.condition(caption_states, batch["caption_mask"], states, history_mask, visible, times, weighted, context_layer)
-        if dropped is not None: conditioning = conditioning.where(dropped, self.null_condition(visible, times, weighted, context_layer))
+        if dropped is not None: # the empty condition, of those frames only that some story draws without condition
+            rows = dropped.any(0).cpu()
+            empty = self.null_condition(visible[rows], times[rows], weighted, context_layer)
+            conditioning = conditioning.where(dropped, empty.frames((rows.cumsum(0) - 1).clamp(min=0)))
         if weighted: conditioning.relevance = F.pad(conditioning.relevance, (0, batch["history_ids"].shape[1] - n_blocks))  # (B, V, F)
         return conditioning
 

@@ -25,6 +25,7 @@ import time
 import zipfile
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
+from itertools import product
 from pathlib import Path
 
 import h5py
@@ -42,7 +43,7 @@ from transformers import (BertTokenizer, BlipConfig, BlipForImageTextRetrieval, 
 from .data import PatientFile, StoryCollator, StoryDataset, atomic_path, choose_tile, count_tiles, cut_tile, open_image, pixels, split_task, stack_tiles
 from .encoders import (HistoryEncoder, StoryContext, add_blip_tokens, add_words, encode_captions, lengthen_positions,
                                    tiny_text_encoder, tiny_tokenizers)
-from .model import PARTS, CausalStoryModel, prepare_tuning, sample_generator, story_loss, trained_by_part
+from .model import PARTS, CausalStoryModel, Conditioning, prepare_tuning, sample_generator, story_loss, trained_by_part
 from .pipeline import CausalStoryPipeline
 from .training import batch_indices, check_shares, fit, make_accelerator, reconstructed_history
 from .unet import STABLE_DIFFUSION_15, UNetAdapters, add_adapters, cross_attention_sites, tiny_unet
@@ -222,6 +223,9 @@ def teach_words(
     parts["tokenizer"].model_max_length = parts["history_tokenizer"].model_max_length = max_length
     return new
 
+def _new_context(width, preset):
+    return StoryContext(width, context_layers=preset.context_layers, heads=width // min(64, width), relevance=preset.history_policy == "weighted")
+
 def full_scale_pipeline(
     preset="causal-story",                # name in FULL_SCALE, or a Preset
     stable_diffusion=STABLE_DIFFUSION_HUB, # folder or hub id
@@ -242,7 +246,7 @@ def full_scale_pipeline(
         raise ValueError(f"the text tokens of {widths} have other widths than the U-Net reads ({parts['unet'].config.cross_attention_dim}): these weights cannot be combined")
     teach_words(parts, words, max_length)
     torch.manual_seed(seed)
-    context = StoryContext(widths["blip"], context_layers=preset.context_layers, heads=widths["blip"] // min(64, widths["blip"]), relevance=preset.history_policy == "weighted")
+    context = _new_context(widths["blip"], preset)
     adapters = UNetAdapters.for_unet(parts["unet"], preset.width) if preset.width else None
     parts |= dict(scheduler=preset.scheduler.from_config(parts["scheduler"].config, **preset.scheduler_options), story_context=context.eval(), adapters=adapters)
     return CausalStoryPipeline(**parts, history_policy=preset.history_policy, window=window, num_inference_steps=preset.num_inference_steps,
@@ -806,7 +810,7 @@ def full_size_model(
     "What `prepare_preset` would train at full size. Without content: it can be counted, not run on real tensors."
     preset, empty = find_preset(preset), torch.zeros(max_length, dtype=torch.long, device="meta")
     with torch.device("meta"):
-        context = StoryContext(768, context_layers=preset.context_layers, heads=12, relevance=preset.history_policy == "weighted")
+        context = _new_context(parts["unet"].config.cross_attention_dim, preset)
         model = CausalStoryModel(**parts, story_context=context, scheduler=DDPMScheduler(), null_caption_ids=empty, null_history_ids=empty)
         return prepare_preset(model, preset, new_words)
 
@@ -831,35 +835,59 @@ def tflop(
 # %% ../nbs/11_full_scale.ipynb #dcfb4ad0
 def _runs_on_meta(model, n_tokens:int, max_length:int)->dict:
     "Functions that compute, for one frame, what each part computes of it."
-    unet, clip, blip, on = model.unet, model.text_encoder, model.history_encoder, dict(device="meta")
-    ids, context = torch.zeros(1, max_length, dtype=torch.long, **on), torch.zeros(1, n_tokens, 768, requires_grad=True, **on)
-    features = torch.zeros(1, 197, 1024, requires_grad=not what_is_frozen(model)["image_features"], **on)
-    visible = torch.ones(1, n_tokens, dtype=torch.bool, **on)
-    return {"U-Net": lambda: unet(torch.zeros(1, 4, 64, 64, **on), torch.zeros(1, **on), context).sample,
+    unet, clip, blip, vae, on = model.unet, model.text_encoder, model.history_encoder, model.vae, dict(device="meta")
+    side, seen, story = unet.config.sample_size, blip.vision.config, model.story_context
+    pixels, patches = side * 2 ** (len(vae.config.block_out_channels) - 1), (seen.image_size // seen.patch_size) ** 2
+    ids, visible = torch.zeros(1, max_length, dtype=torch.long, **on), torch.ones(1, n_tokens, dtype=torch.bool, **on)
+    context = torch.zeros(1, n_tokens, unet.config.cross_attention_dim, requires_grad=True, **on)
+    features = torch.zeros(1, 1 + patches, seen.hidden_size, requires_grad=not what_is_frozen(model)["image_features"], **on)
+    def look_around():
+        hidden = context
+        for layer in story.layers: hidden = layer(hidden, visible)
+        return story.projection(hidden) if len(story.layers) else hidden
+    return {"U-Net": lambda: unet(torch.zeros(1, unet.config.in_channels, side, side, **on), torch.zeros(1, **on), context).sample,
             "captions": lambda: clip(ids).last_hidden_state, "history": lambda: blip(None, ids, image_features=features),
-            "pictures": lambda: blip.vision(torch.zeros(1, 3, 224, 224, **on)).last_hidden_state,
-            "autoencoder": lambda: model.vae.encode(torch.zeros(1, 3, 512, 512, **on)).latent_dist.mean,
-            "story layer": lambda: sum((layer(context, visible) for layer in model.story_context.layers), context)}
+            "pictures": lambda: blip.vision(torch.zeros(1, 3, seen.image_size, seen.image_size, **on)).last_hidden_state,
+            "autoencoder": lambda: vae.encode(torch.zeros(1, 3, pixels, pixels, **on)).latent_dist.mean, "story layer": look_around}
+
+def _line(cost):
+    "(what a U-Net call on one frame costs without any context, what each token of context adds)"
+    few, many = cost(100), cost(600)
+    return few - 100 * (many - few) / 500, (many - few) / 500
+
+def _tokens_read(n_frames:int, max_length:int, seen:int, drop:float)->float:
+    "Context tokens that the U-Net reads in a step on one story, in the groups that training makes; the mean over who is without condition."
+    total = 0.0
+    for dropped in product((False, True), repeat=n_frames):
+        lengths = torch.tensor([(1 + i) * (max_length if lost else seen) for i, lost in enumerate(dropped)])
+        mask = torch.arange(n_frames * max_length) < lengths[:, None]
+        groups = Conditioning(torch.zeros(1, *mask.shape, 1), mask[None]).groups()
+        total += drop ** sum(dropped) * (1 - drop) ** (n_frames - sum(dropped)) * sum(tokens[..., 0].numel() for _, tokens, *_ in groups)
+    return total
 
 def training_tflop(
-    parts:dict,            # from `full_size_parts`
+    parts:dict,            # from `full_size_parts`, or yours on the meta device
     preset="causal-story", # what trains
     n_frames:int=5,        # V
     max_length:int=91,     # S
-    seen:int|None=None,    # tokens of a caption that are no padding, where the rest is left out; None: nothing is left out
+    seen:int|None=None,    # tokens of a caption that are no padding, where the rest is left out; None: nothing is left out, ever
     cached:bool=False,     # latents and image features come from a cache
     new_words:bool=True,   # word tables train; else caption states come from the cache as well
-    null:float=1.0,        # in what share of the steps the empty condition is computed
+    drop:float=0.1,        # share of frames drawn without condition (if nothing is left out, the empty one is computed in every step)
 )->dict:                   # part -> TFLOP, forward and backward, of one story
     "What a training step computes for one story in visualization, counted on the meta device."
     preset, told = find_preset(preset), not cached or new_words
-    blocks = n_frames if seen is None else n_frames - 1
-    model = full_size_model(parts, preset, max_length, new_words)
-    times = {"U-Net": n_frames, "captions": (n_frames + null) * told, "history": blocks + null, "pictures": blocks * (not cached) + null,
-             "autoencoder": n_frames * (not cached), "story layer": n_frames * bool(preset.context_layers)}
-    def step(run): return tflop(lambda: (out := run()).requires_grad and out.sum().backward())
-    runs = _runs_on_meta(model, (1 + blocks) * (seen or max_length), max_length)
-    return {name: times[name] * step(run) if times[name] else 0.0 for name, run in runs.items()}
+    blocks, lost = (n_frames, 1) if seen is None else (n_frames - 1, drop)
+    model, null = full_size_model(parts, preset, max_length, new_words), 1 - (1 - lost) ** n_frames
+    def cost(part, n_tokens=1, length=max_length):
+        run = _runs_on_meta(model, n_tokens, length)[part]
+        return tflop(lambda: (out := run()).requires_grad and out.sum().backward())
+    tokens = n_frames * (1 + blocks) * max_length if seen is None else _tokens_read(n_frames, max_length, seen, drop)
+    base, token = _line(lambda n: cost("U-Net", n))
+    def read(part, times): return times * cost(part, length=seen or max_length) + null * cost(part) # the empty caption is read to its end
+    return {"U-Net": n_frames * base + tokens * token, "captions": read("captions", n_frames) if told else 0.0, "history": read("history", blocks),
+            "pictures": (blocks * (not cached) + null) * cost("pictures"), "autoencoder": n_frames * cost("autoencoder") if not cached else 0.0,
+            "story layer": n_frames * (cost("story layer", (1 + blocks) * (seen or max_length)) + lost * cost("story layer", (1 + blocks) * max_length))}
 
 # %% ../nbs/11_full_scale.ipynb #1f2f0db9
 @torch.no_grad()
@@ -869,12 +897,12 @@ def sampling_costs(
 )->dict:                 # TFLOP: "base" of a U-Net call on one frame, "attend" and "project" of a context token, "decode" of a frame, "block" and "caption" read
     "What drawing is made of, counted on the meta device; `project` (keys and values of a token) from the widths of the layers."
     model = full_size_model(parts, "ar-ldm", max_length)
-    counts = {n: tflop(_runs_on_meta(model, n, max_length)["U-Net"]) for n in (100, 600)}
-    token, runs = (counts[600] - counts[100]) / 500, _runs_on_meta(model, 1, max_length)
-    decode = tflop(lambda: parts["vae"].decode(torch.zeros(1, 4, 64, 64, device="meta")))
+    base, token = _line(lambda n: tflop(_runs_on_meta(model, n, max_length)["U-Net"]))
+    runs, side = _runs_on_meta(model, 1, max_length), parts["unet"].config.sample_size
+    decode = tflop(lambda: parts["vae"].decode(torch.zeros(1, parts["unet"].config.in_channels, side, side, device="meta")))
     layers = [layer for site in cross_attention_sites(parts["unet"]).values() for layer in (site.to_k, site.to_v)]
     project = sum(2 * layer.in_features * layer.out_features for layer in layers) / 1e12
-    return dict(base=counts[100] - 100 * token, attend=token - project, project=project, decode=decode, block=tflop(runs["history"]) + tflop(runs["pictures"]), caption=tflop(runs["captions"]))
+    return dict(base=base, attend=token - project, project=project, decode=decode, block=tflop(runs["history"]) + tflop(runs["pictures"]), caption=tflop(runs["captions"]))
 
 def sampling_tflop(
     costs:dict,          # from `sampling_costs`
@@ -930,7 +958,7 @@ def training_memory(
     half:bool=True,           # activations in bf16; weights stay in float32, as Accelerate's mixed precision has them
     ema:bool=True,
 )->dict:                      # part -> GB (10**9 bytes)
-    "An estimate of GPU memory for one story a step with cached latents: what stays and what a step remembers. Without the allocator's waste."
+    "An estimate of GPU memory for one story a step with cached latents: what stays and what a step remembers, captions read to their full length. Without the allocator's waste."
     preset, blocks = find_preset(preset), n_frames if seen is None else n_frames - 1
     model = full_size_model(parts, preset, max_length)
     trained, everything = (sum(numbers) for numbers in zip(*trained_by_part(model).values()))

@@ -18,7 +18,7 @@ from causal_story import presets
 from causal_story.data import StoryDataset, convert_folder, count_tiles, write_folder
 from causal_story.presets import (FULL_SCALE, FeatureCache, StoryBatches, arldm_name, arldm_state, cache_path, cache_settings, draw_stories,
                                   find_preset,
-                                  full_scale_pipeline, import_arldm_checkpoint, open_cache, prepare_preset, read_lightning, scan_stories,
+                                  full_scale_pipeline, import_arldm_checkpoint, open_cache, prepare_preset, read_lightning, saved_bytes, scan_stories,
                                   shared_loss, story_collator, train_full_scale, write_cache, write_tiny_folders)
 from causal_story.storyworld import make_stories
 from causal_story.training import TrainingConfig, list_checkpoints, load_checkpoint, make_accelerator
@@ -416,3 +416,14 @@ def test_a_killed_run_ends_with_the_same_bits(world, tmp_path):
     assert killed.keys() == whole.keys() and {name.split("/")[0] for name in whole} == {"model", "optimizer", "ema"}
     assert all(torch.equal(killed[name], whole[name]) for name in whole)
     assert [path.name for path in list_checkpoints(tmp_path / "run")] == ["step-00000011", "step-00000012"]
+
+
+# ---------------------------------------------------------------- estimates
+
+def test_counted_memory_is_what_the_profiler_sees(world):
+    unet = prepare_preset(small(world).as_model()).unet
+    latents, context = torch.randn(5, 4, 8, 8), torch.randn(5, 120, 32, requires_grad=True)
+    def forward(): return unet(latents, torch.full((5,), 500), context).sample
+    with torch.profiler.profile(profile_memory=True) as profiled: held_by = forward()
+    held = sum(event.self_cpu_memory_usage for event in profiled.key_averages()) + 4 * (latents.numel() + context.numel())
+    assert held_by.requires_grad and saved_bytes(forward, [unet]) == pytest.approx(held, rel=0.02)
