@@ -811,7 +811,7 @@ _VERBS = {
     "prepare": (_prepare, "Raw stories to one HDF5 file.", "causal-story prepare folder my_world stories.h5",
                 ("kind", dict(choices=("flintstones", "pororo", "folder"), help="layout of the raw data")), ("raw", dict(help="raw folder")), ("out", dict(help="HDF5 file to write"))),
     "pretrain": (_pretrain, "A small base from nothing, on the cartoon world. Continues an interrupted run.", "causal-story pretrain base --preset quick",
-                 ("out", dict(help="folder to write")), ("--preset", dict(default="quick", choices=tuple(PRESETS), help="quick: at most 90 minutes on two cores; shipped: what made the base of the package")),
+                 ("out", dict(help="folder to write")), ("--preset", dict(default="quick", choices=tuple(PRESETS), help="quick: about two hours on two cores; shipped: what made the base of the package")),
                  ("--steps", dict(nargs="*", default=[], metavar="STAGE=N", help=f"other numbers of optimizer steps; stages: {', '.join(STAGES)}")),
                  ("--start", dict(metavar="FOLDER", help="go on from this finished base, or from miniature: a second round for decoder and text_to_image, with settings of its own (--preset has no say then)")),
                  ("--only", dict(choices=STAGES, help="this stage alone, so that stages can run side by side")), ("--overwrite", dict(action="store_true", help="replace finished weights")),
