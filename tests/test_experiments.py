@@ -210,7 +210,9 @@ def test_every_tuning_method_is_stored_and_comes_back(tmp_path, records, name):
     assert (fingerprint(back.unet) != base) == (tmp_path / "tuned" / "unet").exists() == (name != "weighted")
     assert not any("lora" in key for key in back.unet.state_dict())
     drawn = [p([records[0].captions], generator=[torch.Generator().manual_seed(0)], output_type="latent", num_inference_steps=2).frames for p in (pipe, back)]
-    assert_close(*drawn, atol=1e-3, rtol=1e-3)
+    first, later = ([frames[0][:1] for frames in drawn], [frames[0][1:] for frames in drawn])
+    assert_close(*first, atol=1e-4, rtol=1e-4)
+    assert (later[0] - later[1]).abs().mean() < 1e-3    # a finished frame is rounded to bytes before it is read: a last bit may show there
     back.save_tuned(tmp_path / "again", half=False)    # a moved U-Net stays a moved one, without being told
     assert fingerprint(CausalStoryPipeline.from_tuned(tmp_path / "again").unet) == fingerprint(back.unet)
 
