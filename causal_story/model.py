@@ -128,7 +128,7 @@ class StoryReaders(nn.Module):
         mask:torch.Tensor=None, # (B, V, S) bool
     )->torch.Tensor:            # (B, V, S, D)
         "CLIP's tokens of the captions to draw; zeros where no caption has any."
-        B, V, S = ids.shape
+        S = ids.shape[-1]
         used = S if mask is None else _longest(mask)
         states = encode_captions(self.text_encoder, ids[..., :used], None if mask is None else mask[..., :used])
         return F.pad(states, (0, 0, 0, S - used))
