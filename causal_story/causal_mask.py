@@ -17,7 +17,7 @@ def frame_times(
     n_frames:int, # V, frames to draw
     task:str, # "visualization" or "continuation"
 ) -> torch.Tensor: # (V,) long: the story time of each drawn frame
-    "Story time of every drawn frame: history block k has time k, and a given frame stands at time 0."
+    "Story time of every drawn frame: history block k has time k, and a given frame stands at time 0. Raises ValueError for an unknown task."
     if task not in TASKS: raise ValueError(f"task is {task!r}; it must be one of {', '.join(TASKS)}")
     return torch.arange(n_frames) + TASKS.index(task)
 

@@ -76,7 +76,7 @@ def tiny_tokenizers(
     max_length:int=32, # S, tokens a caption is padded or cut to
     characters:Iterable[str]=(), # names that must be known even if no caption has them
 ) -> tuple[CLIPTokenizer, BertTokenizer]: # for the caption encoder and the history encoder
-    """Both tokenizers, made on the spot without network; any other word is spelt in letters (our choice).
+    """Both tokenizers, made on the spot without network; any other word is spelt in pieces or letters (our choice).
 
     Raises `ValueError` if there is no caption or `max_length` leaves no room between start and end."""
     lines = [*captions, *characters]
@@ -278,7 +278,7 @@ class HistoryEncoder(ModelMixin, ConfigMixin):
     def image_features(self,
         pixel_values:torch.Tensor, # (N, 3, h, w), BLIP's normalisation
     ) -> torch.Tensor: # (N, 1+patches, Dv)
-        "States of the picture's class token and patches. Worth caching where the vision tower is frozen."
+        "States of the picture's class token and patches. Worth caching where the vision tower is frozen. Raises ValueError for pictures of another size."
         size = self.config["vision_config"]["image_size"]
         if pixel_values.ndim != 4 or pixel_values.shape[1:] != (3, size, size):
             raise ValueError(f"pixel_values has shape {tuple(pixel_values.shape)}; expected (N, 3, {size}, {size})")
@@ -291,7 +291,9 @@ class HistoryEncoder(ModelMixin, ConfigMixin):
         image_features:torch.Tensor|None=None, # (N, P, Dv) from `image_features`, instead of pixel_values
         causal:bool=False, # each token sees only earlier ones (for a captioning loss)
     ) -> torch.Tensor: # (N, S, D) last hidden states
-        "One block of S history tokens for every (frame, caption) pair; the caption's first token becomes [ENC]."
+        """One block of S history tokens for every (frame, caption) pair; the caption's first token becomes [ENC].
+
+        Raises `ValueError` if picture or text is missing, or if `causal` is asked of an encoder without [DEC]."""
         return _read_history(self, pixel_values, input_ids, attention_mask, image_features, causal)
 
     def get_input_embeddings(self) -> nn.Embedding: return self.text.get_input_embeddings()

@@ -450,7 +450,7 @@ def named_changes(
     before:list,  # n pictures
     after:list,   # n pictures at the same positions
 )->list:          # n lists of sentences; empty where nothing that has a name changed
-    "What reads otherwise: setting, characters, props, scarves. As reliable as the reader is (notebook 07 measures it)."
+    "What reads otherwise: setting, characters, props, scarves. As reliable as the reader is (notebook 07 measures it). Raises ValueError if the lists differ in length."
     if len(before) != len(after): raise ValueError(f"before has {len(before)} pictures, after {len(after)}: compare the same positions")
     said, n = read_frames(reader, list(before) + list(after)), len(before)
     return [_differences(said, k, k + n) for k in range(n)]

@@ -287,15 +287,18 @@ def paired_difference(
 def scarf_appearances(
     truths:list, # `Story.truth()` of each story
     task:str="visualization", # "continuation": the given frame is not drawn
-)->list: # rows: story, frame, attribute, name, first (frame), nearest (frames since the last appearance)
+)->list: # rows: story, frame, attribute, name, first (frame), nearest (frames since the last appearance), said (a caption up to this one says it)
     "Every later appearance of a character among the drawn frames: where `scarf_consistency` looks, in its order."
     rows, given = [], int(task == "continuation")
     for story, truth in enumerate(truths):
         frames = {}
         for k, scene in enumerate(truth["scenes"][given:], given):
             for actor in scene["actors"]: frames.setdefault(actor["name"], []).append(k)
+        stated = [(truth["scenes"][fact["frame"]]["actors"][fact["actor"]]["name"], fact["frame"]) for fact in truth["facts"] if fact["attribute"] == "scarf" and fact["stated"]]
         for name, (first, *later) in frames.items():
-            for k, last in zip(later, [first, *later]): rows.append(dict(story=story, frame=k, attribute="scarf", name=name, first=first, nearest=k - last))
+            for k, last in zip(later, [first, *later]):
+                said = any(who == name and frame <= k for who, frame in stated)
+                rows.append(dict(story=story, frame=k, attribute="scarf", name=name, first=first, nearest=k - last, said=said))
     return rows
 
 def scarf_consistency(

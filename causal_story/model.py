@@ -91,7 +91,7 @@ class Conditioning:
         trim:bool=True,              # leave out tokens that a row does not see: the same prediction up to rounding, sooner
         dtype:torch.dtype|None=None, # of the tokens; None: as they are
     )->list:                         # of such quadruples; the first of each says which rows it holds
-        "What the U-Net is called with: rows that see little apart from rows that see much (those without condition)."
+        "What the U-Net is called with: rows that see little apart from rows that see much (rows without condition see all their padding)."
         everyone, tokens, mask, bias = self.rows()
         tokens = tokens.to(dtype or tokens.dtype)
         if not trim: return [(everyone, tokens, mask, bias)]
@@ -180,7 +180,7 @@ class StoryConditioner(StoryReaders):
         weighted:bool=False,
         context_layer:bool=True,
     )->Conditioning:          # of one story, B = 1
-        "The unconditional context: empty caption, black frames, through every trained part (FACTS, guidance)."
+        "The unconditional context: empty caption, black frames, through every trained part (our choice: what AR-LDM puts in its place, notebook 02)."
         V, n_blocks = visible.shape
         caption = null_caption_states(self.text_encoder, self.null_caption_ids)  # (S, D)
         history = null_history_states(self.history_encoder, self.null_history_ids)
@@ -298,9 +298,9 @@ def draw_randomness(
 def story_loss(
     model,                     # CausalStoryModel (or Accelerate's wrapper of one)
     batch:dict,                # from StoryCollator, with `keys` and perhaps cached features
-    policy:str="full",
-    window:int|None=None,
-    task:str="visualization",
+    policy:str="full",         # who may look at whom, see `frame_mask`
+    window:int|None=None,      # of local and weighted
+    task:str="visualization",  # or "continuation"
     drop:float=0.1,            # share of frames drawn without condition (released configuration)
     context_layer:bool=True,
     timestep_shift:float=1.0,  # see `draw_randomness`

@@ -604,7 +604,9 @@ class FeatureCache:
         return torch.from_numpy(np.stack([data[number] for number in numbers]).astype(np.float32))
 
 def open_cache(
-    model, dataset, collator,
+    model,                    # CausalStoryModel
+    dataset,                  # StoryDataset
+    collator,                 # StoryCollator
     half:bool=False,          # keep half precision
     reconstructed:bool=False, # history frames as the autoencoder shows them
     build:bool=True,          # make it if it is not there
@@ -712,7 +714,9 @@ def _history_pictures(dataset, collator, pairs)->torch.Tensor: # (B, F, 3, h, w)
 # %% ../nbs/11_full_scale.ipynb #c2dbb07f
 def shared_loss(
     accelerator,             # accelerate.Accelerator
-    policy:str, window, context_layer:bool,
+    policy:str,              # history policy
+    window:int|None,         # of local and weighted
+    context_layer:bool,      # False: AR-LDM's context
 ):                           # loss(model, batch, step) for `fit`
     "Mean error over all frames of the global batch, whoever computes them."
     def loss(model, batch, step):

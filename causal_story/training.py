@@ -49,7 +49,7 @@ def batch_indices(
 # %% ../nbs/08_training.ipynb #803699be
 @dataclass
 class TrainingConfig:
-    "Settings of one run. Defaults suit the miniature; FACTS of the paper's released configuration: AdamW, lr 1e-5, weight decay 1e-4, warm-up of one epoch, then cosine."
+    "Settings of one run. Defaults suit the miniature (the paper's released configuration: AdamW, lr 1e-5, weight decay 1e-4, warm-up of one epoch, then cosine). Raises ValueError for values out of range."
     steps:int=400                       # optimizer steps
     batch_size:int=8                    # stories (or samples) a step, over all processes
     learning_rate:float=1e-3            # peak
@@ -125,7 +125,7 @@ def list_checkpoints(folder)->list: # oldest first
 def load_checkpoint(
     path,  # a step-XXXXXXXX folder
 ):         # (tensors, record)
-    "Read a checkpoint. Raises ValueError that names the file if it is damaged."
+    "Read a checkpoint. Raises ValueError that names the folder if a file in it is damaged."
     try:
         return load_file(Path(path) / "state.safetensors"), json.loads((Path(path) / "state.json").read_text())
     except Exception as error:
@@ -167,9 +167,11 @@ def run_state(
     return tensors
 
 def restore_run(
-    model:nn.Module, optimizer, ema,
-    tensors:dict, # as `run_state` gave
-    step:int,     # optimizer steps done
+    model:nn.Module, # its trained parameters are overwritten
+    optimizer,       # AdamW over them
+    ema,             # diffusers' EMAModel over them, or None
+    tensors:dict,    # as `run_state` gave
+    step:int,        # optimizer steps done
 ):
     "Put a run back where it stood. Raises ValueError if the checkpoint trains other parameters than the model."
     parameters = _trained(model)
@@ -196,7 +198,7 @@ def parameter_groups(
     config:TrainingConfig,      # peak learning rate
     scales:dict|None=None,      # part of a name -> factor on the learning rate
 )->list:                        # groups for AdamW
-    "One group for each factor. The first entry of `scales` found in a parameter's name decides; 1 otherwise."
+    "One group for each factor. The first entry of `scales` found in a parameter's name decides; 1 otherwise. Raises ValueError if nothing trains."
     groups = {}
     for name, p in _trained(model).items():
         scale = next((factor for part, factor in (scales or {}).items() if part in name), 1.0)
@@ -232,7 +234,10 @@ def fit(
     description:str="training", # of the progress bar
     progress:bool=True,       # show it
 )->TrainingResult:
-    "Train with AdamW, warm-up, cosine, clipping and EMA. Deterministic on a CPU: stopped and resumed equals never stopped."
+    """Train with AdamW, warm-up, cosine, clipping and EMA. Deterministic on a CPU: stopped and resumed equals never stopped.
+
+    Raises `ValueError` if nothing trains, or if the folder holds a run with other settings or of another model; `FloatingPointError`
+    if the loss is no number any more."""
     from diffusers.training_utils import EMAModel
     accelerator = accelerator or make_accelerator(config)
     optimizer = torch.optim.AdamW(parameter_groups(model, config, lr_scales), betas=config.betas, weight_decay=config.weight_decay)
@@ -397,7 +402,9 @@ def tune(
     timestep_shift:float=1.0,  # above 1: more of the noisy timesteps, where only the context can say what will be there
     **options,                 # of `fit`: folder, callbacks, progress ...
 )->TrainingResult:
-    "Adapter tuning (or any other method `prepare_tuning` chose) on cached stories, with teacher forcing."
+    """Adapter tuning (or any other method `prepare_tuning` chose) on cached stories; each frame's history is the true one (teacher forcing).
+
+    Raises `ValueError` for a policy the model cannot follow or if a part trains whose features are cached, and what `fit` raises."""
     check_history(model, policy, window, cache["frame_valid"].shape[1], tasks)
     moving = [name for name, p in model.named_parameters() if p.requires_grad and name.startswith(("vae.", "text_encoder.", "history_encoder.vision."))]
     if moving: raise ValueError(f"{moving[0]!r} trains, so its features cannot be cached; freeze it or train without the cache")

@@ -32,7 +32,7 @@ def tiny_unet(
     layers:int=1,                  # (resnet, transformer) pairs a block
     head_width:int=32,             # channels of one attention head
 )->UNet2DConditionModel:           # latents (N, C, H, W), timesteps (N,), context (N, T, D) -> (N, C, H, W)
-    "Stable Diffusion's U-Net class with 5.4 M parameters and cross-attention at every resolution. Sizes are our choice."
+    "Stable Diffusion's U-Net class with 5.4 M parameters and cross-attention at every resolution. Sizes are our choice. Raises ValueError for channels that the heads do not divide."
     if any(channels % head_width for channels in block_channels):
         raise ValueError(f"block_channels {block_channels} must be multiples of head_width {head_width}")
     return UNet2DConditionModel(
