@@ -180,7 +180,7 @@ class StoryConditioner(StoryReaders):
         weighted:bool=False,
         context_layer:bool=True,
     )->Conditioning:          # of one story, B = 1
-        "The unconditional context: empty caption, black frames, through every trained part (our choice: what AR-LDM puts in its place, notebook 02)."
+        "The unconditional context: empty caption and black frames, as AR-LDM has it (notebook 02), through every trained part (our choice)."
         V, n_blocks = visible.shape
         caption = null_caption_states(self.text_encoder, self.null_caption_ids)  # (S, D)
         history = null_history_states(self.history_encoder, self.null_history_ids)
@@ -302,7 +302,7 @@ def story_loss(
     window:int|None=None,      # of local and weighted
     task:str="visualization",  # or "continuation"
     drop:float=0.1,            # share of frames drawn without condition (released configuration)
-    context_layer:bool=True,
+    context_layer:bool=True,   # False: AR-LDM's context
     timestep_shift:float=1.0,  # see `draw_randomness`
 )->torch.Tensor:               # scalar
     "Mean squared error of the prediction over all real frames and latent values (latent diffusion's loss)."
