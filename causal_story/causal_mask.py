@@ -14,36 +14,44 @@ POLICIES = ("none", "full", "local", "weighted")
 
 # %% ../nbs/03_causal_mask.ipynb #cfa684cb
 def frame_times(
-    n_frames:int, # V, frames to draw
-    task:str, # "visualization" or "continuation"
-) -> torch.Tensor: # (V,) long: the story time of each drawn frame
+    n_frames: int,  # V, frames to draw
+    task: str,  # "visualization" or "continuation"
+) -> torch.Tensor:  # (V,) long: the story time of each drawn frame
     "Story time of every drawn frame: history block k has time k, and a given frame stands at time 0. Raises ValueError for an unknown task."
-    if task not in TASKS: raise ValueError(f"task is {task!r}; it must be one of {', '.join(TASKS)}")
+    if task not in TASKS:
+        raise ValueError(f"task is {task!r}; it must be one of {', '.join(TASKS)}")
     return torch.arange(n_frames) + TASKS.index(task)
 
 # %% ../nbs/03_causal_mask.ipynb #1d096b01
-def _check_policy(policy:str, n_frames:int, task:str, window:int|None):
+def _check_policy(policy: str, n_frames: int, task: str, window: int | None):
     "Raise `ValueError` or `TypeError` on a policy, task, story length or window that cannot be meant."
-    if task not in TASKS: raise ValueError(f"task is {task!r}; it must be one of {', '.join(TASKS)}")
-    if policy not in POLICIES: raise ValueError(f"policy is {policy!r}; it must be one of {', '.join(POLICIES)}")
+    if task not in TASKS:
+        raise ValueError(f"task is {task!r}; it must be one of {', '.join(TASKS)}")
+    if policy not in POLICIES:
+        raise ValueError(f"policy is {policy!r}; it must be one of {', '.join(POLICIES)}")
     for name, value in (("n_frames", n_frames), ("window", window)):
-        if value is None and name == "window": continue
+        if value is None and name == "window":
+            continue
         if isinstance(value, bool) or not isinstance(value, int):
             raise TypeError(f"{name} is {value!r}; it must be a whole number")
-        if value < 1: raise ValueError(f"{name} is {value}; it must be at least 1")
+        if value < 1:
+            raise ValueError(f"{name} is {value}; it must be at least 1")
     if policy == "local" and window is None:
         raise ValueError("policy 'local' needs window, the number of earlier frames it may see")
     if policy in ("none", "full") and window is not None:
-        raise ValueError(f"policy {policy!r} takes no window (got {window}); use 'local' or 'weighted', or leave window out")
+        raise ValueError(
+            f"policy {policy!r} takes no window (got {window}); use 'local' or 'weighted', or leave window out"
+        )
 
 # %% ../nbs/03_causal_mask.ipynb #c4fd775a
 def frame_mask(
-    policy:str, # "none", "full", "local" or "weighted"
-    n_frames:int, # V, frames to draw
-    task:str, # "visualization" (F = V) or "continuation" (F = V+1)
-    window:int|None=None, # earlier frames in view; required by "local", optional for "weighted"
-    keep_given:bool=True, # a continuation's given frame stays visible outside the window
-) -> torch.Tensor: # (V, F) bool, True = may attend
+    policy: str,  # "none", "full", "local" or "weighted"
+    n_frames: int,  # V, frames to draw
+    task: str,  # "visualization" (F = V) or "continuation" (F = V+1)
+    window: int
+    | None = None,  # earlier frames in view; required by "local", optional for "weighted"
+    keep_given: bool = True,  # a continuation's given frame stays visible outside the window
+) -> torch.Tensor:  # (V, F) bool, True = may attend
     """Which history block (column) each drawn frame (row) may look at.
 
     `full` is the triangle of AR-LDM and of the paper's figure; `local` its band (our reading of "local"); `weighted`
@@ -53,37 +61,49 @@ def frame_mask(
     times = frame_times(n_frames, task)
     n_blocks = n_frames + TASKS.index(task)
     age = times[:, None] - torch.arange(n_blocks)[None]  # (V, F), 1 = the frame just before
-    if policy == "none": return torch.zeros_like(age, dtype=torch.bool)
+    if policy == "none":
+        return torch.zeros_like(age, dtype=torch.bool)
     visible = age >= 1
-    if window is None: return visible
+    if window is None:
+        return visible
     in_window = age <= window
-    if task == "continuation" and keep_given: in_window[:, 0] = True
+    if task == "continuation" and keep_given:
+        in_window[:, 0] = True
     return visible & in_window
 
 # %% ../nbs/03_causal_mask.ipynb #041fbf40
 def _check_masks(frame_mask, caption_mask, history_mask, dropped):
     "Raise `TypeError` or `ValueError` naming the mask whose type or shape does not fit."
-    masks = dict(frame_mask=frame_mask, caption_mask=caption_mask, history_mask=history_mask, dropped=dropped)
+    masks = dict(
+        frame_mask=frame_mask, caption_mask=caption_mask, history_mask=history_mask, dropped=dropped
+    )
     for name, mask in masks.items():
         if mask is not None and mask.dtype != torch.bool:
-            raise TypeError(f"{name} has dtype {mask.dtype}; masks are boolean, True = may attend: convert it with .bool()")
-    if caption_mask.ndim != 3: raise ValueError(f"caption_mask has shape {tuple(caption_mask.shape)}; expected (B, V, S)")
+            raise TypeError(
+                f"{name} has dtype {mask.dtype}; masks are boolean, True = may attend: convert it with .bool()"
+            )
+    if caption_mask.ndim != 3:
+        raise ValueError(f"caption_mask has shape {tuple(caption_mask.shape)}; expected (B, V, S)")
     B, V, S = caption_mask.shape
     F = frame_mask.shape[-1]
     if tuple(frame_mask.shape) not in ((V, F), (B, V, F)):
-        raise ValueError(f"frame_mask has shape {tuple(frame_mask.shape)}; expected (V, F) or (B, V, F) with B={B}, V={V}")
+        raise ValueError(
+            f"frame_mask has shape {tuple(frame_mask.shape)}; expected (V, F) or (B, V, F) with B={B}, V={V}"
+        )
     if tuple(history_mask.shape) != (B, F, S):
-        raise ValueError(f"history_mask has shape {tuple(history_mask.shape)}; expected (B, F, S) = {(B, F, S)}")
+        raise ValueError(
+            f"history_mask has shape {tuple(history_mask.shape)}; expected (B, F, S) = {(B, F, S)}"
+        )
     if dropped is not None and tuple(dropped.shape) != (B, V):
         raise ValueError(f"dropped has shape {tuple(dropped.shape)}; expected (B, V) = {(B, V)}")
 
 # %% ../nbs/03_causal_mask.ipynb #abfdefbe
 def token_mask(
-    frame_mask:torch.Tensor, # (V, F) or (B, V, F) bool
-    caption_mask:torch.Tensor, # (B, V, S) bool, False = padding
-    history_mask:torch.Tensor, # (B, F, S) bool, False = padding
-    dropped:torch.Tensor|None=None, # (B, V) bool, True = the frame is drawn without condition
-) -> torch.Tensor: # (B, V, (1+F)*S) bool, True = may attend
+    frame_mask: torch.Tensor,  # (V, F) or (B, V, F) bool
+    caption_mask: torch.Tensor,  # (B, V, S) bool, False = padding
+    history_mask: torch.Tensor,  # (B, F, S) bool, False = padding
+    dropped: torch.Tensor | None = None,  # (B, V) bool, True = the frame is drawn without condition
+) -> torch.Tensor:  # (B, V, (1+F)*S) bool, True = may attend
     """The frame rule spread over the tokens of `[caption i | history 0 | ... | history F-1]`, padding hidden.
 
     Rows in `dropped` keep the frame rule but see padding, as AR-LDM's unconditional rows do (read off its code).
@@ -100,20 +120,23 @@ def token_mask(
 
 # %% ../nbs/03_causal_mask.ipynb #77b0cc3f
 def relevance_bias(
-    relevance:torch.Tensor, # (B, V, F), sums to 1 over the visible blocks
-    frame_mask:torch.Tensor, # (V, F) or (B, V, F) bool
-    n_tokens:int, # S, tokens of one block
-    smallest:float=1e-6, # n*r is not allowed below this
-) -> torch.Tensor: # (B, V, (1+F)*S), to be added to attention scores
+    relevance: torch.Tensor,  # (B, V, F), sums to 1 over the visible blocks
+    frame_mask: torch.Tensor,  # (V, F) or (B, V, F) bool
+    n_tokens: int,  # S, tokens of one block
+    smallest: float = 1e-6,  # n*r is not allowed below this
+) -> torch.Tensor:  # (B, V, (1+F)*S), to be added to attention scores
     """`log(n r)` on the tokens of every visible block, 0 on the caption and on what is invisible (our choice).
 
     n is the number of blocks the frame sees; equal relevance r = 1/n shifts nothing. It hides nothing either: add it
     beside the mask. Raises `ValueError` where shapes disagree."""
-    if relevance.ndim != 3: raise ValueError(f"relevance has shape {tuple(relevance.shape)}; expected (B, V, F)")
+    if relevance.ndim != 3:
+        raise ValueError(f"relevance has shape {tuple(relevance.shape)}; expected (B, V, F)")
     if frame_mask.shape not in (relevance.shape, relevance.shape[1:]):
-        raise ValueError(f"frame_mask has shape {tuple(frame_mask.shape)}; expected (V, F) or (B, V, F) as in relevance {tuple(relevance.shape)}")
+        raise ValueError(
+            f"frame_mask has shape {tuple(frame_mask.shape)}; expected (V, F) or (B, V, F) as in relevance {tuple(relevance.shape)}"
+        )
     visible = frame_mask.to(relevance.device).expand_as(relevance)
     scaled = visible.sum(-1, keepdim=True) * relevance.float()  # n r
-    shift = torch.where(visible, scaled, 1.).clamp(min=smallest).log()
+    shift = torch.where(visible, scaled, 1.0).clamp(min=smallest).log()
     shift = shift.repeat_interleave(n_tokens, dim=-1)  # (B, V, F*S)
     return torch.nn.functional.pad(shift, (n_tokens, 0))

@@ -33,283 +33,489 @@ from tqdm.auto import tqdm
 from transformers import CLIPModel, CLIPTokenizer
 
 from .causal_mask import POLICIES
-from .data import (CLIP_IMAGE_MEAN, CLIP_IMAGE_STD, StoryDataset, atomic_path, convert_flintstones, convert_folder,
-                               convert_pororo, open_stories, pixels, show_story, write_folder)
-from .experiments import ARMS, VIEWS, print_lines, run_experiment, run_rows, train_stories, with_and_without_history
-from .metrics import (FrameReader, character_f1, frame_accuracy, frames_tensor, frechet_distance, protocol_frames, read_frames,
-                                  score_facts, scene_targets, summarise)
+from causal_story.data import (
+    CLIP_IMAGE_MEAN,
+    CLIP_IMAGE_STD,
+    StoryDataset,
+    atomic_path,
+    convert_flintstones,
+    convert_folder,
+    convert_pororo,
+    open_stories,
+    pixels,
+    show_story,
+    write_folder,
+)
+from causal_story.experiments import (
+    ARMS,
+    VIEWS,
+    print_lines,
+    run_experiment,
+    run_rows,
+    train_stories,
+    with_and_without_history,
+)
+from causal_story.metrics import (
+    FrameReader,
+    character_f1,
+    frame_accuracy,
+    frames_tensor,
+    frechet_distance,
+    protocol_frames,
+    read_frames,
+    score_facts,
+    scene_targets,
+    summarise,
+)
 from .miniature import PRESETS, SECOND, STAGES, continue_pretraining, pretrain
 from .model import sample_generator
-from .pipeline import SCHEDULERS, CausalStoryPipeline, check_interval, story_pipeline, use_scheduler
-from .presets import (BLIP_HUB, FULL_SCALE, STABLE_DIFFUSION_HUB, STORY_DATA, cache_path, cache_settings, full_scale_pipeline,
-                                  import_arldm_checkpoint, local_folder, open_cache, prepare_preset, read_part, story_collator, train_full_scale)
+from causal_story.pipeline import (
+    SCHEDULERS,
+    CausalStoryPipeline,
+    check_interval,
+    story_pipeline,
+    use_scheduler,
+)
+from causal_story.presets import (
+    BLIP_HUB,
+    FULL_SCALE,
+    STABLE_DIFFUSION_HUB,
+    STORY_DATA,
+    cache_path,
+    cache_settings,
+    full_scale_pipeline,
+    import_arldm_checkpoint,
+    local_folder,
+    open_cache,
+    prepare_preset,
+    read_part,
+    story_collator,
+    train_full_scale,
+)
 from .storyworld import make_stories
-from .training import TrainingConfig, learning_rate_factor, list_checkpoints, make_accelerator
+from causal_story.training import (
+    TrainingConfig,
+    learning_rate_factor,
+    list_checkpoints,
+    make_accelerator,
+)
 
 # %% ../nbs/14_command_line.ipynb #63dd2d1e
 _EXPECTED = {int: "a whole number", float: "a number", str: "a word"}
 
+
 def as_setting(
-    action,      # the flag, an argparse action: it knows type, choices and number of values
-    value,       # from YAML
-    where:str,   # named in the error
-):               # what the flag would have given
+    action,  # the flag, an argparse action: it knows type, choices and number of values
+    value,  # from YAML
+    where: str,  # named in the error
+):  # what the flag would have given
     "A value in its flag's type. Raises ValueError that says what was expected."
     said = f"{where}: {action.dest}={value!r}"
+
     def one(v):
-        if isinstance(v, bool) != (action.nargs == 0): raise ValueError(f"{said}: expected {'true or false' if action.nargs == 0 else _EXPECTED[action.type or str]}")
-        if action.nargs == 0: return v
-        try: v = None if isinstance(v, (dict, list)) else (action.type or str)(str(v))
-        except ValueError: v = None
-        if v is None: raise ValueError(f"{said}: expected {_EXPECTED[action.type or str]}")
-        if action.choices and v not in action.choices: raise ValueError(f"{said}: choose one of {', '.join(map(str, action.choices))}")
+        if isinstance(v, bool) != (action.nargs == 0):
+            raise ValueError(
+                f"{said}: expected {'true or false' if action.nargs == 0 else _EXPECTED[action.type or str]}"
+            )
+        if action.nargs == 0:
+            return v
+        try:
+            v = None if isinstance(v, (dict, list)) else (action.type or str)(str(v))
+        except ValueError:
+            v = None
+        if v is None:
+            raise ValueError(f"{said}: expected {_EXPECTED[action.type or str]}")
+        if action.choices and v not in action.choices:
+            raise ValueError(f"{said}: choose one of {', '.join(map(str, action.choices))}")
         return v
+
     if value is None:
-        if action.default is None: return None
+        if action.default is None:
+            return None
         raise ValueError(f"{said}: leave it out to get the default, {action.default}")
-    if action.nargs in (None, "?", 0): return one(value)
+    if action.nargs in (None, "?", 0):
+        return one(value)
     values = value if isinstance(value, list) else [value]
-    if isinstance(action.nargs, int) and len(values) != action.nargs: raise ValueError(f"{said}: expected a list of {action.nargs}")
+    if isinstance(action.nargs, int) and len(values) != action.nargs:
+        raise ValueError(f"{said}: expected a list of {action.nargs}")
     return [one(v) for v in values]
 
 # %% ../nbs/14_command_line.ipynb #256f3b4b
 def read_settings(
-    actions:dict,  # key -> argparse action: the settings that there are
-    config=None,   # YAML file: one mapping
-    words=(),      # "KEY=VALUE"; they win over the file
-    verb=None,     # whose settings these are: in the file, what stands under its name is for it alone and wins
-    others=None,   # verb -> its actions: a file may hold settings that other verbs know
-)->dict:           # key -> value
+    actions: dict,  # key -> argparse action: the settings that there are
+    config=None,  # YAML file: one mapping
+    words=(),  # "KEY=VALUE"; they win over the file
+    verb=None,  # whose settings these are: in the file, what stands under its name is for it alone and wins
+    others=None,  # verb -> its actions: a file may hold settings that other verbs know
+) -> dict:  # key -> value
     "The settings of a file and of words. Raises ValueError that names file, key and the nearest known key; FileNotFoundError."
     found, others = {}, others or {}
     elsewhere = set().union(*others.values()) if others else set()
+
     def take(where, content, shared=False):
         for key, value in content.items():
             name = str(key).replace("-", "_")
-            if shared and name in others and isinstance(value, dict): continue
-            if shared and name not in actions and name in elsewhere: continue
+            if shared and name in others and isinstance(value, dict):
+                continue
+            if shared and name not in actions and name in elsewhere:
+                continue
             if name not in actions:
                 near = difflib.get_close_matches(name, actions, 1)
-                raise ValueError(f"{where}: there is no setting {key!r}" + (f"; did you mean {near[0]!r}?" if near else f"; there are {', '.join(actions)}"))
+                raise ValueError(
+                    f"{where}: there is no setting {key!r}"
+                    + (
+                        f"; did you mean {near[0]!r}?"
+                        if near
+                        else f"; there are {', '.join(actions)}"
+                    )
+                )
             found[name] = as_setting(actions[name], value, where)
+
     if config:
         content = read_yaml(config)
         take(config, content, shared=True)
-        if isinstance(content.get(verb), dict): take(f"{config}, {verb}", content[verb])
+        if isinstance(content.get(verb), dict):
+            take(f"{config}, {verb}", content[verb])
     for word in words:
         key, _, value = word.partition("=")
         action = actions.get(key.replace("-", "_"))
-        plain = action is not None and action.type is None and action.nargs in (None, "?")   # a word stays as it was typed
-        try: take(word, {key: value if plain else yaml.safe_load(value)})
-        except yaml.YAMLError: raise ValueError(f"{word}: the value cannot be read") from None
+        plain = (
+            action is not None and action.type is None and action.nargs in (None, "?")
+        )  # a word stays as it was typed
+        try:
+            take(word, {key: value if plain else yaml.safe_load(value)})
+        except yaml.YAMLError:
+            raise ValueError(f"{word}: the value cannot be read") from None
     return found
 
 # %% ../nbs/14_command_line.ipynb #523edd19
 def read_yaml(
-    path, # YAML file
-)->dict:
+    path,  # YAML file
+) -> dict:
     "The mapping in a file. Raises FileNotFoundError, or ValueError that names the line."
-    if not Path(path).is_file(): raise FileNotFoundError(f"{path}: there is no such file of settings")
-    try: content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"{path}: there is no such file of settings")
+    try:
+        content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
     except yaml.YAMLError as error:
         line = getattr(getattr(error, "problem_mark", None), "line", 0) + 1
-        raise ValueError(f"{path}, line {line}: not YAML ({getattr(error, 'problem', None) or 'unreadable'})") from None
-    if not isinstance(content or {}, dict): raise ValueError(f"{path}: expected lines of the form `key: value`")
+        raise ValueError(
+            f"{path}, line {line}: not YAML ({getattr(error, 'problem', None) or 'unreadable'})"
+        ) from None
+    if not isinstance(content or {}, dict):
+        raise ValueError(f"{path}: expected lines of the form `key: value`")
     return content or {}
 
 # %% ../nbs/14_command_line.ipynb #7f874d03
 FREE_SETTINGS = ("out", "checkpoint_every", "keep_checkpoints", "sample_every", "sample_steps")
 
 # %% ../nbs/14_command_line.ipynb #a424caa3
-def package_versions()->dict:
+def package_versions() -> dict:
     "What computed: versions of Python and of the packages that decide about numbers."
     import causal_story, diffusers, transformers
-    packages = dict(torch=torch, diffusers=diffusers, transformers=transformers, causal_story=causal_story)
-    return dict(python=platform.python_version(), **{name: str(package.__version__) for name, package in packages.items()})
+
+    packages = dict(
+        torch=torch, diffusers=diffusers, transformers=transformers, causal_story=causal_story
+    )
+    return dict(
+        python=platform.python_version(),
+        **{name: str(package.__version__) for name, package in packages.items()},
+    )
 
 # %% ../nbs/14_command_line.ipynb #2e227077
 def _write_yaml(path, content):
-    with atomic_path(path) as partial: partial.write_text(yaml.safe_dump(content, sort_keys=False), encoding="utf-8")
+    with atomic_path(path) as partial:
+        partial.write_text(yaml.safe_dump(content, sort_keys=False), encoding="utf-8")
 
 # %% ../nbs/14_command_line.ipynb #1ee0ed57
 def start_run(
-    folder,              # run folder
-    settings:dict,       # all of them
+    folder,  # run folder
+    settings: dict,  # all of them
     free=FREE_SETTINGS,  # what may change when a run goes on
 ):
     "Write settings.yaml and versions.yaml. Raises ValueError, before anything is written, if a run with other settings lies there."
     path, versions = Path(folder) / "settings.yaml", Path(folder) / "versions.yaml"
     before = read_yaml(path) if path.exists() else settings
-    changed = [f"{key} was {before.get(key)!r}, now {value!r}" for key, value in settings.items() if key not in free and before.get(key) != value]
-    if changed: raise ValueError(f"{path}: this run was started with other settings ({'; '.join(changed)}); name another folder, or ask for the same")
+    changed = [
+        f"{key} was {before.get(key)!r}, now {value!r}"
+        for key, value in settings.items()
+        if key not in free and before.get(key) != value
+    ]
+    if changed:
+        raise ValueError(
+            f"{path}: this run was started with other settings ({'; '.join(changed)}); name another folder, or ask for the same"
+        )
     seen = yaml.safe_load(versions.read_text()) if versions.exists() else []
     _write_yaml(path, settings)
-    if not seen or seen[-1] != package_versions(): _write_yaml(versions, seen + [package_versions()])
+    if not seen or seen[-1] != package_versions():
+        _write_yaml(versions, seen + [package_versions()])
 
 # %% ../nbs/14_command_line.ipynb #1f912f4d
 class MetricsLog:
     "Callback of `fit`: a row a step in metrics.csv, and in TensorBoard's log if that is installed."
+
     columns = ("step", "loss", "learning_rate", "seconds")
 
-    def __init__(self,
-        folder,                 # run folder
-        config:TrainingConfig,  # its schedule gives the learning rate
+    def __init__(
+        self,
+        folder,  # run folder
+        config: TrainingConfig,  # its schedule gives the learning rate
     ):
-        self.path, self.config, self.file, self.board = Path(folder) / "metrics.csv", config, None, None
+        self.path, self.config, self.file, self.board = (
+            Path(folder) / "metrics.csv",
+            config,
+            None,
+            None,
+        )
 
-    def open(self,
-        step:int, # steps done before; rows of later ones are removed
+    def open(
+        self,
+        step: int,  # steps done before; rows of later ones are removed
     ):
         "Go on after `step`."
-        rows = [row for row in read_metrics(self.path) if row["step"] <= step] if self.path.exists() else []
+        rows = (
+            [row for row in read_metrics(self.path) if row["step"] <= step]
+            if self.path.exists()
+            else []
+        )
         with atomic_path(self.path) as partial, open(partial, "w", newline="") as file:
             csv.writer(file).writerows([self.columns, *(row.values() for row in rows)])
-        self.file, self.began = open(self.path, "a", newline="", buffering=1), time.time() - (rows[-1]["seconds"] if rows else 0)
-        try: from torch.utils.tensorboard import SummaryWriter
-        except ImportError: return
+        self.file, self.began = (
+            open(self.path, "a", newline="", buffering=1),
+            time.time() - (rows[-1]["seconds"] if rows else 0),
+        )
+        try:
+            from torch.utils.tensorboard import SummaryWriter
+        except ImportError:
+            return
         self.board = SummaryWriter(str(self.path.parent / "tensorboard"), purge_step=step + 1)
 
     def __call__(self, step, loss, model):
-        if self.file is None: self.open(step)
+        if self.file is None:
+            self.open(step)
         rate = self.config.learning_rate * learning_rate_factor(step, self.config)
-        csv.writer(self.file).writerow((step + 1, f"{loss:.6f}", f"{rate:.3e}", f"{time.time() - self.began:.2f}"))
+        csv.writer(self.file).writerow(
+            (step + 1, f"{loss:.6f}", f"{rate:.3e}", f"{time.time() - self.began:.2f}")
+        )
         if self.board is not None:
-            for name, value in dict(loss=loss, learning_rate=rate).items(): self.board.add_scalar(name, value, step + 1)
+            for name, value in dict(loss=loss, learning_rate=rate).items():
+                self.board.add_scalar(name, value, step + 1)
 
     def close(self):
         "Nothing more will come."
         for log in (self.file, self.board):
-            if log is not None: log.close()
+            if log is not None:
+                log.close()
 
 # %% ../nbs/14_command_line.ipynb #a9821ba3
 def read_metrics(
-    path, # metrics.csv
-)->list:  # one dict a row; a last row that was cut short is left out
+    path,  # metrics.csv
+) -> list:  # one dict a row; a last row that was cut short is left out
     "The rows of a run."
-    with open(path, newline="") as file: rows = list(csv.reader(file))[1:]
-    return [dict(step=int(step), loss=float(loss), learning_rate=float(rate), seconds=float(seconds))
-            for step, loss, rate, seconds in (row for row in rows if len(row) == 4 and all(row))]
+    with open(path, newline="") as file:
+        rows = list(csv.reader(file))[1:]
+    return [
+        dict(step=int(step), loss=float(loss), learning_rate=float(rate), seconds=float(seconds))
+        for step, loss, rate, seconds in (row for row in rows if len(row) == 4 and all(row))
+    ]
 
 # %% ../nbs/14_command_line.ipynb #391fcadc
 class SamplePictures:
     "Callback of `fit`: every `every` steps the same story is drawn, with the current weights (not their average), into samples/step-XXXXXXXX.png."
-    def __init__(self,
-        pipe,                # whose parts are being trained
-        data,                # HDF5 file; the story is the first of "val", else of "test", else of "train"
-        folder,              # run folder
-        every:int,           # steps
-        seed:int=0,          # of the noise
-        **options,           # of the pipeline's call
+
+    def __init__(
+        self,
+        pipe,  # whose parts are being trained
+        data,  # HDF5 file; the story is the first of "val", else of "test", else of "train"
+        folder,  # run folder
+        every: int,  # steps
+        seed: int = 0,  # of the noise
+        **options,  # of the pipeline's call
     ):
-        with open_stories(data) as file: split = next((name for name in ("val", "test", "train") if name in file), None)
-        if split is None: raise ValueError(f"{data}: there is no split val, test or train to draw from")
+        with open_stories(data) as file:
+            split = next((name for name in ("val", "test", "train") if name in file), None)
+        if split is None:
+            raise ValueError(f"{data}: there is no split val, test or train to draw from")
         self.pipe, self.data, self.split, self.folder = pipe, data, split, Path(folder) / "samples"
         self.every, self.seed, self.options = every, seed, options
 
     def __call__(self, step, loss, model):
-        if (step + 1) % self.every: return
-        training, bars = [module for module in model.modules() if module.training], getattr(self.pipe, "_progress_bar_config", {})
+        if (step + 1) % self.every:
+            return
+        training, bars = (
+            [module for module in model.modules() if module.training],
+            getattr(self.pipe, "_progress_bar_config", {}),
+        )
         model.eval()
         self.pipe.set_progress_bar_config(disable=True)
         try:
-            with torch.random.fork_rng([self.pipe.device] if self.pipe.device.type == "cuda" else []): sample_stories(self.pipe, self.data, self.split, "visualization", [0], self.folder / f"step-{step + 1:08d}.png", self.seed, **self.options)
+            with torch.random.fork_rng(
+                [self.pipe.device] if self.pipe.device.type == "cuda" else []
+            ):
+                sample_stories(
+                    self.pipe,
+                    self.data,
+                    self.split,
+                    "visualization",
+                    [0],
+                    self.folder / f"step-{step + 1:08d}.png",
+                    self.seed,
+                    **self.options,
+                )
         finally:
-            for module in training: module.training = True
+            for module in training:
+                module.training = True
             self.pipe.set_progress_bar_config(**{"disable": False, **bars})
 
 # %% ../nbs/14_command_line.ipynb #1ba48cce
 def load_pipeline(
-    folder, # a tuned pipeline (has model_index.json), "miniature" (the shipped one), a base, or a hub id
-)->CausalStoryPipeline:
+    folder,  # a tuned pipeline (has model_index.json), "miniature" (the shipped one), a base, or a hub id
+) -> CausalStoryPipeline:
     "A tuned pipeline, or a base turned into an untuned one. Raises FileNotFoundError or ValueError that names the folder."
-    if str(folder) == "miniature": return CausalStoryPipeline.from_pretrained(folder)
-    path = local_folder(folder, "model", "a pipeline that `train` saved, or a base that `pretrain` wrote", ("*.json", "*.txt", "*.safetensors"))
+    if str(folder) == "miniature":
+        return CausalStoryPipeline.from_pretrained(folder)
+    path = local_folder(
+        folder,
+        "model",
+        "a pipeline that `train` saved, or a base that `pretrain` wrote",
+        ("*.json", "*.txt", "*.safetensors"),
+    )
     index = path / "model_index.json"
     if not index.exists():
-        if (path / "story_context").is_dir() and (path / "vae").is_dir(): raise ValueError(f"{index} is missing, though {path} holds a tuned pipeline's parts: it was not written to the end; run `train` again, it goes on from its checkpoint")
+        if (path / "story_context").is_dir() and (path / "vae").is_dir():
+            raise ValueError(
+                f"{index} is missing, though {path} holds a tuned pipeline's parts: it was not written to the end; run `train` again, it goes on from its checkpoint"
+            )
         return story_pipeline(path)
-    try: kind = json.loads(index.read_text(encoding="utf-8")).get("_class_name")
-    except (ValueError, AttributeError): raise ValueError(f"{index} is damaged: copy the folder again") from None
-    if kind == "CausalStoryPipeline": return CausalStoryPipeline.from_pretrained(path)
-    raise ValueError(f"{path} holds a {kind}, no CausalStoryPipeline" + ("; --preset causal-story makes one of it" if "StableDiffusion" in str(kind) else ""))
+    try:
+        kind = json.loads(index.read_text(encoding="utf-8")).get("_class_name")
+    except (ValueError, AttributeError):
+        raise ValueError(f"{index} is damaged: copy the folder again") from None
+    if kind == "CausalStoryPipeline":
+        return CausalStoryPipeline.from_pretrained(path)
+    raise ValueError(
+        f"{path} holds a {kind}, no CausalStoryPipeline"
+        + ("; --preset causal-story makes one of it" if "StableDiffusion" in str(kind) else "")
+    )
 
 # %% ../nbs/14_command_line.ipynb #078028cf
 def new_pipeline(
-    base,                       # folder of a base, "miniature"; with a preset: Stable Diffusion, folder or hub id
-    preset=None,                # of FULL_SCALE
-    blip=BLIP_HUB,              # with a preset: folder or hub id
-    dataset=None, words=(),     # with a preset: data set whose characters are new words, and further new words
-    max_length=None, image_size:int=224, # with a preset: tokens a caption, pixels of BLIP's view
-    width:int=32,               # without a preset: of the adapters, 0 = none
-    policy:str="weighted",      # without a preset: history policy
+    base,  # folder of a base, "miniature"; with a preset: Stable Diffusion, folder or hub id
+    preset=None,  # of FULL_SCALE
+    blip=BLIP_HUB,  # with a preset: folder or hub id
+    dataset=None,
+    words=(),  # with a preset: data set whose characters are new words, and further new words
+    max_length=None,
+    image_size: int = 224,  # with a preset: tokens a caption, pixels of BLIP's view
+    width: int = 32,  # without a preset: of the adapters, 0 = none
+    policy: str = "weighted",  # without a preset: history policy
     window=None,
-    seed:int=0,
-)->CausalStoryPipeline:
+    seed: int = 0,
+) -> CausalStoryPipeline:
     "An untuned model on a base: the miniature's size, or, with a preset, full size (notebook 11)."
-    if preset: return full_scale_pipeline(preset, base, blip, dataset, tuple(words), max_length, image_size, window, seed)
-    try: return story_pipeline(base, width, seed=seed, history_policy=policy, window=window)
-    except FileNotFoundError as error: raise FileNotFoundError(f"{error}. For Stable Diffusion, a folder or a hub id, say --preset causal-story") from None
+    if preset:
+        return full_scale_pipeline(
+            preset, base, blip, dataset, tuple(words), max_length, image_size, window, seed
+        )
+    try:
+        return story_pipeline(base, width, seed=seed, history_policy=policy, window=window)
+    except FileNotFoundError as error:
+        raise FileNotFoundError(
+            f"{error}. For Stable Diffusion, a folder or a hub id, say --preset causal-story"
+        ) from None
 
 # %% ../nbs/14_command_line.ipynb #f7e77fad
 def sample_stories(
-    pipe:CausalStoryPipeline,
-    data, split:str, task:str,
-    index:list,                 # which stories of the split
-    out,                        # PNG file
-    seed:int=0,
-    **options,                  # of the pipeline: num_inference_steps, guidance_scale, history_policy, window
-)->Path:                        # `out`
+    pipe: CausalStoryPipeline,
+    data,
+    split: str,
+    task: str,
+    index: list,  # which stories of the split
+    out,  # PNG file
+    seed: int = 0,
+    **options,  # of the pipeline: num_inference_steps, guidance_scale, history_policy, window
+) -> Path:  # `out`
     "Draw stories beside their truth and save the picture."
     import matplotlib.pyplot as plt
+
     dataset, rows, captions = StoryDataset(data, split, task), [], None
     given = task == "continuation"
     for k in index:
         record = story_of(dataset, k)
         generator = sample_generator(seed, "draw", k)
-        source = dict(source_image=record.frames[0], source_caption=record.captions[0]) if given else {}
-        drawn = pipe(record.captions[given:], task=task, generator=generator, **source, **options).frames[0]
+        source = (
+            dict(source_image=record.frames[0], source_caption=record.captions[0]) if given else {}
+        )
+        drawn = pipe(
+            record.captions[given:], task=task, generator=generator, **source, **options
+        ).frames[0]
         rows += [("truth", record.frames), ("drawn", record.frames[:given] + drawn)]
         captions = record.captions
     figure = show_story(rows=rows, captions=captions if len(index) == 1 else None, given=int(given))
-    with atomic_path(out) as partial: figure.savefig(partial, format="png")
+    with atomic_path(out) as partial:
+        figure.savefig(partial, format="png")
     plt.close(figure)
     dataset.close()
     return Path(out)
 
 # %% ../nbs/14_command_line.ipynb #e35ba9ee
 def story_of(
-    dataset, # StoryDataset
-    k:int,   # which
-):           # StoryRecord, tile 0
+    dataset,  # StoryDataset
+    k: int,  # which
+):  # StoryRecord, tile 0
     "A story to draw or to judge. Raises ValueError if there are not so many."
-    if not 0 <= k < len(dataset): raise ValueError(f"{dataset.path}: there is no story {k}; split {dataset.split!r} has 0 to {len(dataset) - 1}")
+    if not 0 <= k < len(dataset):
+        raise ValueError(
+            f"{dataset.path}: there is no story {k}; split {dataset.split!r} has 0 to {len(dataset) - 1}"
+        )
     return dataset.story(k, tile=0)
 
 # %% ../nbs/14_command_line.ipynb #d663af8e
 def draw_folder(
-    pipe:CausalStoryPipeline,
-    dataset,                   # StoryDataset
-    out,                       # folder; a drawing there is continued
-    task:str="visualization",
-    index=None,                # which stories; None: all
-    seed:int=0,                # of the noise
-    batch_size:int=8,          # stories at once
-    process:int=0,             # this process ...
-    n_processes:int=1,         # ... of so many
-    **options,                 # of the pipeline's call
-)->list:                       # the stories that this call has drawn
+    pipe: CausalStoryPipeline,
+    dataset,  # StoryDataset
+    out,  # folder; a drawing there is continued
+    task: str = "visualization",
+    index=None,  # which stories; None: all
+    seed: int = 0,  # of the noise
+    batch_size: int = 8,  # stories at once
+    process: int = 0,  # this process ...
+    n_processes: int = 1,  # ... of so many
+    **options,  # of the pipeline's call
+) -> list:  # the stories that this call has drawn
     "Draw stories into a folder, one subfolder a story, one PNG a frame, those that are not there yet. `claim_folder` says what the folder is for."
-    out, given, index = Path(out), int(task == "continuation"), list(range(len(dataset)) if index is None else index)
+    out, given, index = (
+        Path(out),
+        int(task == "continuation"),
+        list(range(len(dataset)) if index is None else index),
+    )
     missing = [k for k in index[process::n_processes] if not (out / f"{k:08d}").exists()]
     with tqdm(total=len(missing), desc="drawing stories", unit="story") as bar:
         for start in range(0, len(missing), batch_size):
-            records = {k: story_of(dataset, k) for k in missing[start:start + batch_size]}
-            for _, some in groupby(sorted(records, key=lambda k: len(records[k].captions)), key=lambda k: len(records[k].captions)):
+            records = {k: story_of(dataset, k) for k in missing[start : start + batch_size]}
+            for _, some in groupby(
+                sorted(records, key=lambda k: len(records[k].captions)),
+                key=lambda k: len(records[k].captions),
+            ):
                 some = list(some)
                 told = [records[k] for k in some]
-                source = dict(source_image=[r.frames[0] for r in told], source_caption=[r.captions[0] for r in told]) if given else {}
-                drawn = pipe([r.captions[given:] for r in told], task=task, generator=[sample_generator(seed, "draw", k) for k in some], **source, **options).frames
-                for k, record, frames in zip(some, told, drawn): _write_story(out / f"{k:08d}", record, frames, given)
+                source = (
+                    dict(
+                        source_image=[r.frames[0] for r in told],
+                        source_caption=[r.captions[0] for r in told],
+                    )
+                    if given
+                    else {}
+                )
+                drawn = pipe(
+                    [r.captions[given:] for r in told],
+                    task=task,
+                    generator=[sample_generator(seed, "draw", k) for k in some],
+                    **source,
+                    **options,
+                ).frames
+                for k, record, frames in zip(some, told, drawn):
+                    _write_story(out / f"{k:08d}", record, frames, given)
             bar.update(len(records))
     return missing
 
@@ -318,152 +524,261 @@ def _write_story(folder, record, frames, given):
     aside = folder.with_name(f".{folder.name}.partial")
     shutil.rmtree(aside, ignore_errors=True)
     aside.mkdir(parents=True)
-    for k, frame in enumerate(frames): frame.save(aside / f"frame-{k + given}.png")
-    (aside / "story.json").write_text(json.dumps(dict(id=record.id, captions=record.captions), indent=1), encoding="utf-8")
+    for k, frame in enumerate(frames):
+        frame.save(aside / f"frame-{k + given}.png")
+    (aside / "story.json").write_text(
+        json.dumps(dict(id=record.id, captions=record.captions), indent=1), encoding="utf-8"
+    )
     os.replace(aside, folder)
 
 # %% ../nbs/14_command_line.ipynb #c08a4f4b
-def read_json(path)->dict:
+def read_json(path) -> dict:
     "A JSON file. Raises ValueError that names it."
-    try: return json.loads(Path(path).read_text(encoding="utf-8"))
-    except ValueError as error: raise ValueError(f"{path}: not a whole JSON file ({error})") from None
+    try:
+        return json.loads(Path(path).read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path}: not a whole JSON file ({error})") from None
 
 # %% ../nbs/14_command_line.ipynb #b6edb422
-def read_picture(path)->Image.Image:
+def read_picture(path) -> Image.Image:
     "A square picture, RGB. Raises ValueError that names it."
-    try: picture = Image.open(path).convert("RGB")
-    except (OSError, SyntaxError) as error: raise ValueError(f"{path}: cannot be read as a picture ({error})") from None
-    if picture.width != picture.height: raise ValueError(f"{path}: {picture.width}x{picture.height} pixels; frames are square")
+    try:
+        picture = Image.open(path).convert("RGB")
+    except (OSError, SyntaxError) as error:
+        raise ValueError(f"{path}: cannot be read as a picture ({error})") from None
+    if picture.width != picture.height:
+        raise ValueError(f"{path}: {picture.width}x{picture.height} pixels; frames are square")
     return picture
 
 # %% ../nbs/14_command_line.ipynb #fed77366
 def claim_folder(
-    out,         # folder of drawn stories
-    about:dict,  # how they are drawn
+    out,  # folder of drawn stories
+    about: dict,  # how they are drawn
 ):
     "Write drawn.json, or check that it says the same. Raises ValueError that names what differs, FileExistsError for a folder of other things."
     out, path = Path(out), Path(out) / "drawn.json"
     if path.exists():
         before = read_json(path)
-        changed = [f"{key} was {before.get(key)!r}, now {value!r}" for key, value in about.items() if before.get(key) != value]
-        if changed: raise ValueError(f"{path}: other stories lie there ({'; '.join(changed)}); name another folder, or ask for the same")
+        changed = [
+            f"{key} was {before.get(key)!r}, now {value!r}"
+            for key, value in about.items()
+            if before.get(key) != value
+        ]
+        if changed:
+            raise ValueError(
+                f"{path}: other stories lie there ({'; '.join(changed)}); name another folder, or ask for the same"
+            )
     else:
-        if out.exists() and (not out.is_dir() or any(out.iterdir())): raise FileExistsError(f"{out} is there and holds no drawn stories: name another folder")
-        with atomic_path(path) as partial: partial.write_text(json.dumps(about, indent=1), encoding="utf-8")
+        if out.exists() and (not out.is_dir() or any(out.iterdir())):
+            raise FileExistsError(f"{out} is there and holds no drawn stories: name another folder")
+        with atomic_path(path) as partial:
+            partial.write_text(json.dumps(about, indent=1), encoding="utf-8")
 
 # %% ../nbs/14_command_line.ipynb #6fdbe1ff
 class DrawnStories:
     "A folder of drawn stories, ours or another program's: subfolders 0, 1, 2 ... with a PNG a frame. Nothing is read before it is asked for."
-    def __init__(self, folder): # with a subfolder a story
-        self.folder, path = Path(folder), Path(folder) / "drawn.json"
-        if not self.folder.is_dir(): raise FileNotFoundError(f"{folder}: there is no such folder of drawn stories")
-        self.about = read_json(path) if path.exists() else {}
-        self.paths = {int(path.name): path for path in sorted(self.folder.iterdir()) if path.is_dir() and path.name.isdigit()}
-        if not self.paths: raise ValueError(f"{folder} holds no drawn story: expected a subfolder for each, named by its number, with a PNG a frame; `causal-story sample --folder` makes them")
 
-    def frames(self,
-        k:int,        # story
-        record,       # StoryRecord: what should have been drawn
-        task:str,
-    )->list:          # V PIL images
+    def __init__(self, folder):  # with a subfolder a story
+        self.folder, path = Path(folder), Path(folder) / "drawn.json"
+        if not self.folder.is_dir():
+            raise FileNotFoundError(f"{folder}: there is no such folder of drawn stories")
+        self.about = read_json(path) if path.exists() else {}
+        self.paths = {
+            int(path.name): path
+            for path in sorted(self.folder.iterdir())
+            if path.is_dir() and path.name.isdigit()
+        }
+        if not self.paths:
+            raise ValueError(
+                f"{folder} holds no drawn story: expected a subfolder for each, named by its number, with a PNG a frame; `causal-story sample --folder` makes them"
+            )
+
+    def frames(
+        self,
+        k: int,  # story
+        record,  # StoryRecord: what should have been drawn
+        task: str,
+    ) -> list:  # V PIL images
         "The frames of a story. Raises ValueError naming the folder if they do not fit the data set, or the picture that cannot be read."
         folder, wanted = self.paths[k], len(record.captions) - (task == "continuation")
-        if (folder / "story.json").exists() and read_json(folder / "story.json").get("captions") != record.captions:
-            raise ValueError(f"{folder} was drawn from other captions than story {k} of the data set has: give the data set and the split that it was drawn from")
-        names = sorted(folder.glob("*.png"), key=lambda path: [int(n) for n in re.findall(r"\d+", path.stem)] or path.stem)
-        if len(names) != wanted: raise ValueError(f"{folder} holds {len(names)} pictures; story {k}, {task}, has {wanted} frames to draw")
+        if (folder / "story.json").exists() and read_json(folder / "story.json").get(
+            "captions"
+        ) != record.captions:
+            raise ValueError(
+                f"{folder} was drawn from other captions than story {k} of the data set has: give the data set and the split that it was drawn from"
+            )
+        names = sorted(
+            folder.glob("*.png"),
+            key=lambda path: [int(n) for n in re.findall(r"\d+", path.stem)] or path.stem,
+        )
+        if len(names) != wanted:
+            raise ValueError(
+                f"{folder} holds {len(names)} pictures; story {k}, {task}, has {wanted} frames to draw"
+            )
         return [read_picture(path) for path in names]
 
 # %% ../nbs/14_command_line.ipynb #8040531f
 def score(
-    name:str,                    # of the score
-    rows:list,                   # dicts with story and correct (any number)
-    which=lambda row: True,      # which rows count
-)->list:                         # one dict (name, value, low, high, n), or nothing if no row counts
+    name: str,  # of the score
+    rows: list,  # dicts with story and correct (any number)
+    which=lambda row: True,  # which rows count
+) -> list:  # one dict (name, value, low, high, n), or nothing if no row counts
     "A mean with its 95 % interval by bootstrap over stories."
-    if not (rows := [row for row in rows if which(row)]): return []
+    if not (rows := [row for row in rows if which(row)]):
+        return []
     line = summarise(rows)[0]
-    return [dict(name=name, value=line["accuracy"], low=line["low"], high=line["high"], n=line["n"])]
+    return [
+        dict(name=name, value=line["accuracy"], low=line["low"], high=line["high"], n=line["n"])
+    ]
 
 # %% ../nbs/14_command_line.ipynb #ea45fbce
 class WorldJudge:
     "The frame reader on stories of the world: facts, characters, and a distance on its features."
-    def __init__(self, reader): # FrameReader
+
+    def __init__(self, reader):  # FrameReader
         self.reader = reader
 
     @torch.no_grad()
-    def look(self, record, drawn, task)->dict:
+    def look(self, record, drawn, task) -> dict:
         "What one story shows."
-        if record.truth is None: raise ValueError(f"story {record.id!r} has no truth for our frame reader to compare with: leave the reader out")
+        if record.truth is None:
+            raise ValueError(
+                f"story {record.id!r} has no truth for our frame reader to compare with: leave the reader out"
+            )
         given = int(task == "continuation")
-        features = lambda frames: self.reader.features(frames_tensor(frames).to(self.reader.device)).cpu()
-        return dict(rows=[row | dict(story=record.id) for row in score_facts(self.reader, [drawn], [record.truth], task)],
-                    ceiling=[row | dict(story=record.id) for row in score_facts(self.reader, [record.frames[given:]], [record.truth], task)],
-                    seen=torch.from_numpy(read_frames(self.reader, drawn)["presence"]), there=scene_targets(record.truth["scenes"][given:])["presence"] > 0,
-                    real=features(record.frames[given:]), drawn=features(drawn))
+        features = lambda frames: self.reader.features(
+            frames_tensor(frames).to(self.reader.device)
+        ).cpu()
+        return dict(
+            rows=[
+                row | dict(story=record.id)
+                for row in score_facts(self.reader, [drawn], [record.truth], task)
+            ],
+            ceiling=[
+                row | dict(story=record.id)
+                for row in score_facts(self.reader, [record.frames[given:]], [record.truth], task)
+            ],
+            seen=torch.from_numpy(read_frames(self.reader, drawn)["presence"]),
+            there=scene_targets(record.truth["scenes"][given:])["presence"] > 0,
+            real=features(record.frames[given:]),
+            drawn=features(drawn),
+        )
 
-    def scores(self, findings:list)->list: # what `look` found, story by story
+    def scores(self, findings: list) -> list:  # what `look` found, story by story
         "Scores of all stories together."
-        rows, seen, there = [row for finding in findings for row in finding["rows"]], together(findings, "seen"), together(findings, "there")
-        return [*score("facts drawn right", rows), *score("facts that only the history tells, drawn right", rows, lambda row: row["history_only"]),
-                *score("facts read right off the true frames (the ceiling)", [row for finding in findings for row in finding["ceiling"]]),
-                dict(name="character F1 (frame reader)", value=character_f1(seen, there), n=len(seen)),
-                dict(name="frame accuracy (frame reader)", value=frame_accuracy(seen, there), n=len(seen)),
-                *distance("Fréchet distance on the frame reader's features (not an FID)", together(findings, "real"), together(findings, "drawn"))]
+        rows, seen, there = (
+            [row for finding in findings for row in finding["rows"]],
+            together(findings, "seen"),
+            together(findings, "there"),
+        )
+        return [
+            *score("facts drawn right", rows),
+            *score(
+                "facts that only the history tells, drawn right",
+                rows,
+                lambda row: row["history_only"],
+            ),
+            *score(
+                "facts read right off the true frames (the ceiling)",
+                [row for finding in findings for row in finding["ceiling"]],
+            ),
+            dict(name="character F1 (frame reader)", value=character_f1(seen, there), n=len(seen)),
+            dict(
+                name="frame accuracy (frame reader)", value=frame_accuracy(seen, there), n=len(seen)
+            ),
+            *distance(
+                "Fréchet distance on the frame reader's features (not an FID)",
+                together(findings, "real"),
+                together(findings, "drawn"),
+            ),
+        ]
 
 # %% ../nbs/14_command_line.ipynb #47697495
-def together(findings:list, name:str)->torch.Tensor:
+def together(findings: list, name: str) -> torch.Tensor:
     "One tensor of all findings, frame after frame."
     return torch.cat([finding[name] for finding in findings])
 
-def distance(name:str, real:torch.Tensor, drawn:torch.Tensor)->list:
+
+def distance(name: str, real: torch.Tensor, drawn: torch.Tensor) -> list:
     "A Fréchet distance of features (N, D) (rounding below zero cut off), or nothing where there are fewer than two frames."
-    return [dict(name=name, value=max(0.0, frechet_distance(real, drawn)), n=len(drawn))] if len(drawn) > 1 else []
+    return (
+        [dict(name=name, value=max(0.0, frechet_distance(real, drawn)), n=len(drawn))]
+        if len(drawn) > 1
+        else []
+    )
 
 # %% ../nbs/14_command_line.ipynb #45e2e08e
 class ClassifierJudge:
     "A character classifier on drawn and on true frames."
-    def __init__(self,
-        network,                  # nn.Module: (V, 3, size, size) -> (V, C) logits
-        size:int=299,             # pixels a side that it expects
-        value_range=(-1., 1.),    # pixel values that it expects
+
+    def __init__(
+        self,
+        network,  # nn.Module: (V, 3, size, size) -> (V, C) logits
+        size: int = 299,  # pixels a side that it expects
+        value_range=(-1.0, 1.0),  # pixel values that it expects
         device="cpu",
     ):
         self.network, self.size, self.value_range, self.device = network, size, value_range, device
 
     @torch.no_grad()
-    def look(self, record, drawn, task)->dict:
+    def look(self, record, drawn, task) -> dict:
         "What one story shows."
-        shown = lambda frames: self.network(in_range(pixels(frames, self.size), self.value_range).to(self.device)).cpu() > 0
-        return dict(seen=shown(drawn), there=shown(record.frames[int(task == "continuation"):]))
+        shown = lambda frames: (
+            self.network(
+                in_range(pixels(frames, self.size), self.value_range).to(self.device)
+            ).cpu()
+            > 0
+        )
+        return dict(seen=shown(drawn), there=shown(record.frames[int(task == "continuation") :]))
 
-    def scores(self, findings:list)->list: # what `look` found, story by story
+    def scores(self, findings: list) -> list:  # what `look` found, story by story
         "Scores of all stories together."
         seen, there = together(findings, "seen"), together(findings, "there")
-        return [dict(name=f"{name} (your classifier, against what it sees in the true frames)", value=function(seen, there), n=len(seen))
-                for name, function in (("character F1", character_f1), ("frame accuracy", frame_accuracy))]
+        return [
+            dict(
+                name=f"{name} (your classifier, against what it sees in the true frames)",
+                value=function(seen, there),
+                n=len(seen),
+            )
+            for name, function in (
+                ("character F1", character_f1),
+                ("frame accuracy", frame_accuracy),
+            )
+        ]
 
 # %% ../nbs/14_command_line.ipynb #8c6c1697
 class InceptionJudge:
     "FID in both protocols, on the features of a network that is handed in."
-    protocols = dict(arldm="FID, AR-LDM's protocol (over 64 pixels)", standard="FID, standard protocol")
 
-    def __init__(self,
-        network,                  # nn.Module: (V, 3, 299, 299) -> (V, D)
-        value_range=(-1., 1.),    # pixel values that it expects
+    protocols = dict(
+        arldm="FID, AR-LDM's protocol (over 64 pixels)", standard="FID, standard protocol"
+    )
+
+    def __init__(
+        self,
+        network,  # nn.Module: (V, 3, 299, 299) -> (V, D)
+        value_range=(-1.0, 1.0),  # pixel values that it expects
         device="cpu",
     ):
         self.network, self.value_range, self.device = network, value_range, device
 
     @torch.no_grad()
-    def look(self, record, drawn, task)->dict:
+    def look(self, record, drawn, task) -> dict:
         "Features of one story's frames, by protocol."
+
         def features(frames, protocol):
             x = in_range(protocol_frames(frames_tensor(frames), protocol), self.value_range)
             return self.network(x.to(self.device)).flatten(1).cpu()
-        return {protocol: dict(real=features(record.frames[int(task == "continuation"):], protocol), drawn=features(drawn, protocol)) for protocol in self.protocols}
 
-    def scores(self, findings:list)->list: # what `look` found, story by story
+        return {
+            protocol: dict(
+                real=features(record.frames[int(task == "continuation") :], protocol),
+                drawn=features(drawn, protocol),
+            )
+            for protocol in self.protocols
+        }
+
+    def scores(self, findings: list) -> list:  # what `look` found, story by story
         "Scores of all stories together."
         lines = []
         for protocol, name in self.protocols.items():
@@ -473,9 +788,9 @@ class InceptionJudge:
 
 # %% ../nbs/14_command_line.ipynb #9e731534
 def in_range(
-    frames:torch.Tensor, # any shape, in [-1, 1]
-    value_range,         # (low, high)
-)->torch.Tensor:
+    frames: torch.Tensor,  # any shape, in [-1, 1]
+    value_range,  # (low, high)
+) -> torch.Tensor:
     "Pixel values as a network wants them."
     low, high = value_range
     return (frames + 1) / 2 * (high - low) + low
@@ -483,51 +798,85 @@ def in_range(
 # %% ../nbs/14_command_line.ipynb #fdc17740
 class ClipJudge:
     "CLIP score (Hessel et al. 2021, without their factor 2.5) of every frame with its caption; captions are cut to CLIP's length."
-    def __init__(self,
-        source,       # folder or hub id of a CLIPModel
+
+    def __init__(
+        self,
+        source,  # folder or hub id of a CLIPModel
         device="cpu",
     ):
         folder = local_folder(source, "clip", "config.json, weights and a tokenizer of CLIP")
-        self.model, self.tokenizer = read_part(CLIPModel, folder).to(device), read_part(CLIPTokenizer, folder)
+        self.model, self.tokenizer = (
+            read_part(CLIPModel, folder).to(device),
+            read_part(CLIPTokenizer, folder),
+        )
 
     @torch.no_grad()
-    def look(self, record, drawn, task)->list:
+    def look(self, record, drawn, task) -> list:
         "One row a frame."
-        captions, config, device = record.captions[int(task == "continuation"):], self.model.config, self.model.device
-        words = self.tokenizer(captions, padding=True, truncation=True, max_length=config.text_config.max_position_embeddings, return_tensors="pt").to(device)
-        seen = pixels(drawn, config.vision_config.image_size, CLIP_IMAGE_MEAN, CLIP_IMAGE_STD).to(device)
-        out = self.model(input_ids=words.input_ids, attention_mask=words.attention_mask, pixel_values=seen)
-        cosines = torch.nn.functional.cosine_similarity(out.image_embeds, out.text_embeds)      # (V,)
-        return [dict(story=record.id, correct=100 * max(0.0, cosine)) for cosine in cosines.tolist()]
+        captions, config, device = (
+            record.captions[int(task == "continuation") :],
+            self.model.config,
+            self.model.device,
+        )
+        words = self.tokenizer(
+            captions,
+            padding=True,
+            truncation=True,
+            max_length=config.text_config.max_position_embeddings,
+            return_tensors="pt",
+        ).to(device)
+        seen = pixels(drawn, config.vision_config.image_size, CLIP_IMAGE_MEAN, CLIP_IMAGE_STD).to(
+            device
+        )
+        out = self.model(
+            input_ids=words.input_ids, attention_mask=words.attention_mask, pixel_values=seen
+        )
+        cosines = torch.nn.functional.cosine_similarity(out.image_embeds, out.text_embeds)  # (V,)
+        return [
+            dict(story=record.id, correct=100 * max(0.0, cosine)) for cosine in cosines.tolist()
+        ]
 
-    def scores(self, findings:list)->list: # what `look` found, story by story
+    def scores(self, findings: list) -> list:  # what `look` found, story by story
         "Scores of all stories together."
-        return score("CLIP score, 100 max(0, cos)", [row for finding in findings for row in finding])
+        return score(
+            "CLIP score, 100 max(0, cos)", [row for finding in findings for row in finding]
+        )
 
 # %% ../nbs/14_command_line.ipynb #cb9bac8e
 def read_network(
-    path,          # TorchScript file
-    argument:str,  # named in the error
+    path,  # TorchScript file
+    argument: str,  # named in the error
     device="cpu",
 ):
     "A network from a file. Raises FileNotFoundError, or ValueError if it is no TorchScript."
-    if not Path(path).is_file(): raise FileNotFoundError(f"{argument}={str(path)!r}: there is no such file; save your network with torch.jit.script(network).save(...)")
-    try: return torch.jit.load(str(path), map_location=device).eval()
-    except RuntimeError as error: raise ValueError(f"{argument}={str(path)!r}: not a TorchScript file ({str(error).splitlines()[0][:100]})") from None
+    if not Path(path).is_file():
+        raise FileNotFoundError(
+            f"{argument}={str(path)!r}: there is no such file; save your network with torch.jit.script(network).save(...)"
+        )
+    try:
+        return torch.jit.load(str(path), map_location=device).eval()
+    except RuntimeError as error:
+        raise ValueError(
+            f"{argument}={str(path)!r}: not a TorchScript file ({str(error).splitlines()[0][:100]})"
+        ) from None
 
 # %% ../nbs/14_command_line.ipynb #20e7bf7c
 def evaluate_stories(
-    drawn:DrawnStories,
-    dataset,        # StoryDataset that they were drawn from
-    judges:list,    # objects with look(record, frames, task) and scores(findings)
-    task:str="visualization",
-    index=None,     # which stories; None: all that are drawn
-    progress:bool=True,
-    accelerator=None, # accelerate.Accelerator of several processes: each looks at its share, all get the scores
-)->list:            # dicts: name, value, n, and low, high where there is an interval
+    drawn: DrawnStories,
+    dataset,  # StoryDataset that they were drawn from
+    judges: list,  # objects with look(record, frames, task) and scores(findings)
+    task: str = "visualization",
+    index=None,  # which stories; None: all that are drawn
+    progress: bool = True,
+    accelerator=None,  # accelerate.Accelerator of several processes: each looks at its share, all get the scores
+) -> list:  # dicts: name, value, n, and low, high where there is an interval
     "Show every drawn story, with its truth, to every judge. Raises ValueError naming a story that does not fit."
     index = sorted(drawn.paths) if index is None else list(index)
-    share = index if accelerator is None else index[accelerator.process_index::accelerator.num_processes]
+    share = (
+        index
+        if accelerator is None
+        else index[accelerator.process_index :: accelerator.num_processes]
+    )
     findings = []
     for k in tqdm(share, desc="judging stories", unit="story", disable=not progress):
         record = story_of(dataset, k)
@@ -535,53 +884,91 @@ def evaluate_stories(
         findings.append((k, [judge.look(record, frames, task) for judge in judges]))
     if accelerator is not None:
         from accelerate.utils import gather_object
+
         findings = gather_object(findings)
     by_judge = zip(*(found for _, found in sorted(findings, key=lambda pair: pair[0])))
     return [line for judge, found in zip(judges, by_judge) for line in judge.scores(list(found))]
 
 # %% ../nbs/14_command_line.ipynb #c7cf33d5
-def print_scores(scores:list):
+def print_scores(scores: list):
     "One line a score."
     for line in scores:
-        interval = f"   95 % interval [{line['low']:.3f}, {line['high']:.3f}]" if "low" in line else ""
+        interval = (
+            f"   95 % interval [{line['low']:.3f}, {line['high']:.3f}]" if "low" in line else ""
+        )
         print(f"{line['name']}: {line['value']:.3f}{interval}   n = {line['n']}")
 
 # %% ../nbs/14_command_line.ipynb #3a939f60
 def _prepare(a):
-    if Path(a.out).exists(): raise FileExistsError(f"{a.out} is there already: remove it, or name another file")
-    convert = dict(flintstones=convert_flintstones, pororo=convert_pororo, folder=convert_folder)[a.kind]
+    if Path(a.out).exists():
+        raise FileExistsError(f"{a.out} is there already: remove it, or name another file")
+    convert = dict(flintstones=convert_flintstones, pororo=convert_pororo, folder=convert_folder)[
+        a.kind
+    ]
     print(f"wrote {convert(a.raw, a.out)}")
 
 # %% ../nbs/14_command_line.ipynb #63a60e6d
 def _pretrain(a):
     preset, steps = PRESETS[a.preset], dict(_stage_steps(words) for words in a.steps)
     shared = dict(overwrite=a.overwrite, only=a.only, half=a.half)
-    if a.start: losses = _go_on(a, SECOND | dict(steps=steps or SECOND["steps"]), shared)
-    else: losses = pretrain(a.out, **preset | dict(steps=preset["steps"] | steps), seed=a.seed, **shared)
-    if a.only: print(f"stage {a.only} is done ({len(losses[a.only])} steps); without --only the other stages follow and the base is written")
-    else: print(f"wrote the base to {a.out}; next: causal-story train {a.out} DATA.h5 OUT")
+    if a.start:
+        losses = _go_on(a, SECOND | dict(steps=steps or SECOND["steps"]), shared)
+    else:
+        losses = pretrain(
+            a.out, **preset | dict(steps=preset["steps"] | steps), seed=a.seed, **shared
+        )
+    if a.only:
+        print(
+            f"stage {a.only} is done ({len(losses[a.only])} steps); without --only the other stages follow and the base is written"
+        )
+    else:
+        print(f"wrote the base to {a.out}; next: causal-story train {a.out} DATA.h5 OUT")
+
 
 def _go_on(a, settings, shared):
     "A second round, with the seed after that of the first."
-    start = a.start if a.start == "miniature" else local_folder(a.start, "--start", "a base that `pretrain` wrote")
+    start = (
+        a.start
+        if a.start == "miniature"
+        else local_folder(a.start, "--start", "a base that `pretrain` wrote")
+    )
     return continue_pretraining(a.out, start, **settings, seed=a.seed + 1, **shared)
 
-
 # %% ../nbs/14_command_line.ipynb #769e2b67
-def _stage_steps(words:str):
+def _stage_steps(words: str):
     "(stage, steps) of STAGE=N."
     stage, _, number = words.partition("=")
-    if stage not in STAGES or not number.isdigit() or int(number) < 1: raise ValueError(f"--steps {words}: expected STAGE=N with a stage of {', '.join(STAGES)}")
+    if stage not in STAGES or not number.isdigit() or int(number) < 1:
+        raise ValueError(f"--steps {words}: expected STAGE=N with a stage of {', '.join(STAGES)}")
     return stage, int(number)
 
 # %% ../nbs/14_command_line.ipynb #cf8da7a7
-_FULL_ONLY = dict(blip=BLIP_HUB, dataset=None, words=[], max_length=None, image_size=224, half=False, no_cache=False, gradient_checkpointing=False, checkpoint=None)
+_FULL_ONLY = dict(
+    blip=BLIP_HUB,
+    dataset=None,
+    words=[],
+    max_length=None,
+    image_size=224,
+    half=False,
+    no_cache=False,
+    gradient_checkpointing=False,
+    checkpoint=None,
+)
 
-def _full_size(a)->dict:
+
+def _full_size(a) -> dict:
     "The settings that presets have in common. Raises ValueError for one that would be ignored without a preset."
     for name, default in _FULL_ONLY.items():
-        if not a.preset and getattr(a, name, default) != default: raise ValueError(f"--{name.replace('_', '-')} is for full size: say --preset too")
-    return dict(preset=a.preset, blip=a.blip, dataset=a.dataset, words=a.words, max_length=a.max_length, image_size=a.image_size)
+        if not a.preset and getattr(a, name, default) != default:
+            raise ValueError(f"--{name.replace('_', '-')} is for full size: say --preset too")
+    return dict(
+        preset=a.preset,
+        blip=a.blip,
+        dataset=a.dataset,
+        words=a.words,
+        max_length=a.max_length,
+        image_size=a.image_size,
+    )
 
 # %% ../nbs/14_command_line.ipynb #f3b0eba2
 def _cache(a):
@@ -594,16 +981,28 @@ def _cache(a):
     path = cache_path(a.data, cache_settings(model, dataset, story_collator(pipe), a.half))
     there = path.exists()
     open_cache(model, dataset, story_collator(pipe), a.half, batch_size=a.batch_size).file.close()
-    print(f"{'already there:' if there else 'wrote'} {path} ({path.stat().st_size / 1e6:,.1f} MB); `train` with the same settings finds it")
+    print(
+        f"{'already there:' if there else 'wrote'} {path} ({path.stat().st_size / 1e6:,.1f} MB); `train` with the same settings finds it"
+    )
 
 # %% ../nbs/14_command_line.ipynb #fe3ef51a
-def best_device(name=None)->str:
+def best_device(name=None) -> str:
     "The device that was asked for, or the fastest there is; with several processes on one computer, each its own GPU."
-    return name or (f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu")
+    return name or (
+        f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
+        if torch.cuda.is_available()
+        else "mps"
+        if torch.backends.mps.is_available()
+        else "cpu"
+    )
 
 # %% ../nbs/14_command_line.ipynb #244cf94f
 def _train(a):
-    run, config, settings = Path(a.out) / "run", _training_config(a), {key: value for key, value in vars(a).items() if key not in ("run", "config")}
+    run, config, settings = (
+        Path(a.out) / "run",
+        _training_config(a),
+        {key: value for key, value in vars(a).items() if key not in ("run", "config")},
+    )
     _check_out(Path(a.out))
     _check_kind(a, StoryDataset(a.data, "train"))
     own = {} if a.preset else dict(width=a.width if a.method == "adapter" else 0, policy=a.policy)
@@ -613,64 +1012,134 @@ def _train(a):
     options = dict(folder=run, accelerator=accelerator)
     if accelerator.is_main_process:
         start_run(run, settings)
-        looking = [SamplePictures(pipe, a.data, run, a.sample_every, a.seed, num_inference_steps=a.sample_steps)] if a.sample_every else []
+        looking = (
+            [
+                SamplePictures(
+                    pipe, a.data, run, a.sample_every, a.seed, num_inference_steps=a.sample_steps
+                )
+            ]
+            if a.sample_every
+            else []
+        )
         log = MetricsLog(run, config)
         options["callbacks"] = [log, *looking]
-    if a.preset: train_full_scale(pipe, a.data, config, preset=a.preset, cache=not a.no_cache, half=a.half, checkpointing=a.gradient_checkpointing, new_words=bool(a.words or a.dataset), **options)
-    else: train_stories(pipe, a.data, config, method=a.method, width=a.width, **options)
+    if a.preset:
+        train_full_scale(
+            pipe,
+            a.data,
+            config,
+            preset=a.preset,
+            cache=not a.no_cache,
+            half=a.half,
+            checkpointing=a.gradient_checkpointing,
+            new_words=bool(a.words or a.dataset),
+            **options,
+        )
+    else:
+        train_stories(pipe, a.data, config, method=a.method, width=a.width, **options)
     if accelerator.is_main_process:
         log.close()
         pipe.save_whole(a.out)
         print(f"wrote the tuned pipeline to {a.out}; next: causal-story sample {a.out} {a.data}")
 
 # %% ../nbs/14_command_line.ipynb #1b48e27b
-def _training_config(a)->TrainingConfig:
+def _training_config(a) -> TrainingConfig:
     "Fill in what depends on the preset, in `a` as well, so that settings.yaml says what was used."
     if a.preset:
         for name in ("method", "width", "policy"):
-            if getattr(a, name) is not None: raise ValueError(f"--{name} belongs to the preset {a.preset}: leave one of the two out")
-    else: a.method, a.width, a.policy = a.method or "adapter", a.width or 32, a.policy or "weighted"
-    if a.learning_rate is None: a.learning_rate = {None: 1e-3, "causal-story": 1e-4}.get(a.preset, 1e-5)
-    return TrainingConfig(**{field.name: getattr(a, field.name) for field in fields(TrainingConfig)})
+            if getattr(a, name) is not None:
+                raise ValueError(
+                    f"--{name} belongs to the preset {a.preset}: leave one of the two out"
+                )
+    else:
+        a.method, a.width, a.policy = a.method or "adapter", a.width or 32, a.policy or "weighted"
+    if a.learning_rate is None:
+        a.learning_rate = {None: 1e-3, "causal-story": 1e-4}.get(a.preset, 1e-5)
+    return TrainingConfig(
+        **{field.name: getattr(a, field.name) for field in fields(TrainingConfig)}
+    )
 
 # %% ../nbs/14_command_line.ipynb #fa34989b
-def _check_out(out:Path):
+def _check_out(out: Path):
     "A folder for a run is new, empty, or holds a run."
-    if not out.exists() or (out.is_dir() and not any(out.iterdir())): return
-    if not out.is_dir() or not ((out / "run" / "settings.yaml").exists() or list_checkpoints(out / "run")):
+    if not out.exists() or (out.is_dir() and not any(out.iterdir())):
+        return
+    if not out.is_dir() or not (
+        (out / "run" / "settings.yaml").exists() or list_checkpoints(out / "run")
+    ):
         raise FileExistsError(f"{out} is there and holds no run of `train`: name another folder")
 
 # %% ../nbs/14_command_line.ipynb #f0aed625
 def _import_checkpoint(a, pipe):
     "Put AR-LDM's checkpoint, if there is one, into a pipeline; one process reports."
-    if not a.checkpoint: return
+    if not a.checkpoint:
+        return
     report = import_arldm_checkpoint(a.checkpoint, pipe, a.dataset, tuple(a.words))
-    if int(os.environ.get("RANK", 0)) == 0: print(report)
+    if int(os.environ.get("RANK", 0)) == 0:
+        print(report)
+
 
 def _check_kind(a, dataset):
     "Raise ValueError if the new words are those of another data set than the file holds."
     if a.dataset and dataset.kind and dataset.kind != a.dataset:
-        raise ValueError(f"{a.data} holds {dataset.kind} stories, and --dataset says {a.dataset}: the new words would be the wrong characters")
+        raise ValueError(
+            f"{a.data} holds {dataset.kind} stories, and --dataset says {a.dataset}: the new words would be the wrong characters"
+        )
+
 
 def _drawing(a):
     "(model, options of its call), as `sample` and `evaluate` ask."
     full = _full_size(a)
     if a.preset and (Path(a.model) / "story_context").is_dir():
-        raise ValueError(f"{a.model} is a tuned pipeline and --preset {a.preset} would make an untuned one of it: leave the preset out (in a file for several verbs, put it under train and cache)")
+        raise ValueError(
+            f"{a.model} is a tuned pipeline and --preset {a.preset} would make an untuned one of it: leave the preset out (in a file for several verbs, put it under train and cache)"
+        )
     pipe = new_pipeline(a.model, **full) if a.preset else load_pipeline(a.model)
     _import_checkpoint(a, pipe)
-    if a.scheduler: use_scheduler(pipe, a.scheduler)
-    if a.device or torch.cuda.is_available(): pipe.to(best_device(a.device))
-    return pipe, dict(num_inference_steps=a.num_inference_steps, guidance_scale=a.guidance_scale, guidance_interval=a.guidance_interval and list(check_interval(a.guidance_interval)), history_policy=a.policy, window=a.window)
+    if a.scheduler:
+        use_scheduler(pipe, a.scheduler)
+    if a.device or torch.cuda.is_available():
+        pipe.to(best_device(a.device))
+    return pipe, dict(
+        num_inference_steps=a.num_inference_steps,
+        guidance_scale=a.guidance_scale,
+        guidance_interval=a.guidance_interval and list(check_interval(a.guidance_interval)),
+        history_policy=a.policy,
+        window=a.window,
+    )
 
 # %% ../nbs/14_command_line.ipynb #395f4ca5
 def _draw_folder(a, folder, dataset, task, index):
     "Draw into a folder, this process's share; True in the process that goes on."
     pipe, options = _drawing(a)
     pipe.set_progress_bar_config(disable=True)
-    state, about = make_accelerator(TrainingConfig()), dict(model=str(a.model), scheduler=a.scheduler, preset=a.preset, checkpoint=a.checkpoint, data=Path(a.data).name, split=dataset.split, task=task, seed=a.seed)
-    with state.main_process_first(): claim_folder(folder, about | options)
-    draw_folder(pipe, dataset, folder, task, index, a.seed, a.batch_size, state.process_index, state.num_processes, **options)
+    state, about = (
+        make_accelerator(TrainingConfig()),
+        dict(
+            model=str(a.model),
+            scheduler=a.scheduler,
+            preset=a.preset,
+            checkpoint=a.checkpoint,
+            data=Path(a.data).name,
+            split=dataset.split,
+            task=task,
+            seed=a.seed,
+        ),
+    )
+    with state.main_process_first():
+        claim_folder(folder, about | options)
+    draw_folder(
+        pipe,
+        dataset,
+        folder,
+        task,
+        index,
+        a.seed,
+        a.batch_size,
+        state.process_index,
+        state.num_processes,
+        **options,
+    )
     state.wait_for_everyone()
     return state.is_main_process
 
@@ -678,70 +1147,148 @@ def _draw_folder(a, folder, dataset, task, index):
 def _sample(a):
     dataset = StoryDataset(a.data, a.split, a.task)
     _check_kind(a, dataset)
-    for k in a.story or []: story_of(dataset, k)
+    for k in a.story or []:
+        story_of(dataset, k)
     if a.folder:
-        if _draw_folder(a, a.folder, dataset, a.task, a.story): print(f"wrote {len(DrawnStories(a.folder).paths)} stories to {a.folder}; next: causal-story evaluate {a.folder} {a.data}")
+        if _draw_folder(a, a.folder, dataset, a.task, a.story):
+            print(
+                f"wrote {len(DrawnStories(a.folder).paths)} stories to {a.folder}; next: causal-story evaluate {a.folder} {a.data}"
+            )
         return
     pipe, options = _drawing(a)
-    print(f"wrote {sample_stories(pipe, a.data, a.split, a.task, a.story or [0], a.out, a.seed, **options)}")
+    print(
+        f"wrote {sample_stories(pipe, a.data, a.split, a.task, a.story or [0], a.out, a.seed, **options)}"
+    )
 
 # %% ../nbs/14_command_line.ipynb #29aeed38
 def _evaluate(a):
-    if a.out and Path(a.out).exists(): raise FileExistsError(f"{a.out} is there already: remove it, or name another file")
-    if a.stories is not None and a.stories < 1: raise ValueError(f"--stories must be at least 1, got {a.stories}")
+    if a.out and Path(a.out).exists():
+        raise FileExistsError(f"{a.out} is there already: remove it, or name another file")
+    if a.stories is not None and a.stories < 1:
+        raise ValueError(f"--stories must be at least 1, got {a.stories}")
     drawn = None if _is_model(a.model) else DrawnStories(a.model)
-    task, split = (_agreed(a, drawn, name, default) for name, default in (("task", "visualization"), ("split", "test")))
+    task, split = (
+        _agreed(a, drawn, name, default)
+        for name, default in (("task", "visualization"), ("split", "test"))
+    )
     dataset = StoryDataset(a.data, split, task)
     _check_kind(a, dataset)
     judges = _judges(a, story_of(dataset, 0).truth is not None)
     with contextlib.ExitStack() as stack:
         if drawn is None:
-            if not a.folder and int(os.environ.get("WORLD_SIZE", 1)) > 1: raise ValueError("several processes need --folder: a place where all of them draw")
+            if not a.folder and int(os.environ.get("WORLD_SIZE", 1)) > 1:
+                raise ValueError("several processes need --folder: a place where all of them draw")
             folder = a.folder or stack.enter_context(tempfile.TemporaryDirectory())
-            _draw_folder(a, folder, dataset, task, None if a.stories is None else range(min(a.stories, len(dataset))))
+            _draw_folder(
+                a,
+                folder,
+                dataset,
+                task,
+                None if a.stories is None else range(min(a.stories, len(dataset))),
+            )
             drawn = DrawnStories(folder)
-        index = sorted(drawn.paths)[:a.stories]
+        index = sorted(drawn.paths)[: a.stories]
         team = make_accelerator(TrainingConfig())
         scores = evaluate_stories(drawn, dataset, judges, task, index, accelerator=team)
-    if not team.is_main_process: return
+    if not team.is_main_process:
+        return
     print(f"{len(index)} of {len(dataset)} stories of split {split!r}, {task}, reference tile 0")
     print_scores(scores)
     if a.out:
-        record = dict(model=str(a.model), data=str(a.data), split=split, task=task, stories=len(index), reference_tile=0, drawn=drawn.about, versions=package_versions(), scores=scores)
-        with atomic_path(a.out) as partial: partial.write_text(json.dumps(record, indent=1, ensure_ascii=False), encoding="utf-8")
+        record = dict(
+            model=str(a.model),
+            data=str(a.data),
+            split=split,
+            task=task,
+            stories=len(index),
+            reference_tile=0,
+            drawn=drawn.about,
+            versions=package_versions(),
+            scores=scores,
+        )
+        with atomic_path(a.out) as partial:
+            partial.write_text(json.dumps(record, indent=1, ensure_ascii=False), encoding="utf-8")
         print(f"wrote {a.out}")
 
 # %% ../nbs/14_command_line.ipynb #2f7e0747
-def _is_model(name)->bool:
+def _is_model(name) -> bool:
     "A model to draw with, not a folder of drawn stories."
     path = Path(name)
-    return str(name) == "miniature" or (path / "model_index.json").exists() or (path / "unet").is_dir() or (not path.exists() and not path.is_absolute() and str(name).count("/") == 1)
+    return (
+        str(name) == "miniature"
+        or (path / "model_index.json").exists()
+        or (path / "unet").is_dir()
+        or (not path.exists() and not path.is_absolute() and str(name).count("/") == 1)
+    )
 
 # %% ../nbs/14_command_line.ipynb #b241fbdb
 def _agreed(a, drawn, name, default):
     "A setting that the drawn folder may know already."
     asked, known = getattr(a, name), drawn and drawn.about.get(name)
-    if asked and known and asked != known: raise ValueError(f"{drawn.folder} was drawn with {name} {known!r}, and --{name} says {asked!r}")
+    if asked and known and asked != known:
+        raise ValueError(
+            f"{drawn.folder} was drawn with {name} {known!r}, and --{name} says {asked!r}"
+        )
     return asked or known or default
 
 # %% ../nbs/14_command_line.ipynb #e9e6175c
-def _judges(a, truth:bool)->list:
+def _judges(a, truth: bool) -> list:
     device, judges = best_device(a.device), []
     if a.reader not in (None, "none") or (a.reader is None and truth):
-        reader = "miniature" if a.reader in (None, "miniature") else local_folder(a.reader, "reader", "a frame reader that save_pretrained wrote")
+        reader = (
+            "miniature"
+            if a.reader in (None, "miniature")
+            else local_folder(a.reader, "reader", "a frame reader that save_pretrained wrote")
+        )
         judges.append(WorldJudge(FrameReader.from_pretrained(reader).to(device)))
-    if a.classifier: judges.append(ClassifierJudge(read_network(a.classifier, "classifier", device), a.classifier_size, a.value_range, device))
-    if a.inception: judges.append(InceptionJudge(read_network(a.inception, "inception", device), a.value_range, device))
-    if a.clip: judges.append(ClipJudge(a.clip, device))
-    if not judges: raise ValueError("nothing to judge with: our frame reader needs stories of the world (and no --reader none); give --classifier, --inception or --clip")
+    if a.classifier:
+        judges.append(
+            ClassifierJudge(
+                read_network(a.classifier, "classifier", device),
+                a.classifier_size,
+                a.value_range,
+                device,
+            )
+        )
+    if a.inception:
+        judges.append(
+            InceptionJudge(read_network(a.inception, "inception", device), a.value_range, device)
+        )
+    if a.clip:
+        judges.append(ClipJudge(a.clip, device))
+    if not judges:
+        raise ValueError(
+            "nothing to judge with: our frame reader needs stories of the world (and no --reader none); give --classifier, --inception or --clip"
+        )
     return judges
 
 # %% ../nbs/14_command_line.ipynb #192fa158
 def _experiment(a):
-    records = run_experiment(a.out, a.arms, a.seeds, a.steps, a.batch_size, train_stories=a.train_stories, test_stories=a.stories, split=a.split, base=a.base, views=tuple(a.views))
+    records = run_experiment(
+        a.out,
+        a.arms,
+        a.seeds,
+        a.steps,
+        a.batch_size,
+        train_stories=a.train_stories,
+        test_stories=a.stories,
+        split=a.split,
+        base=a.base,
+        views=tuple(a.views),
+    )
     for record in records:
-        shares = {history: sum(rows) / len(rows) for history in record["correct"] if history in VIEWS and (rows := [row["correct"] for row in run_rows(record, history) if row["history_only"]])}
-        print(f"{record['arm']:24} seed {record['seed']}   " + "   ".join(f"{history} history {share:.3f}" for history, share in shares.items()))
+        shares = {
+            history: sum(rows) / len(rows)
+            for history in record["correct"]
+            if history in VIEWS
+            and (
+                rows := [row["correct"] for row in run_rows(record, history) if row["history_only"]]
+            )
+        }
+        print(
+            f"{record['arm']:24} seed {record['seed']}   "
+            + "   ".join(f"{history} history {share:.3f}" for history, share in shares.items())
+        )
 
 # %% ../nbs/14_command_line.ipynb #ca2db923
 def _demo(a):
@@ -749,102 +1296,378 @@ def _demo(a):
     with tempfile.TemporaryDirectory() as folder:
         folder = Path(folder)
         print(f"1/4 drawing {a.stories} stories")
-        write_folder(dict(train=make_stories(a.stories), test=make_stories(a.test_stories, "test", seed=1)), folder / "raw", size=64)
+        write_folder(
+            dict(train=make_stories(a.stories), test=make_stories(a.test_stories, "test", seed=1)),
+            folder / "raw",
+            size=64,
+        )
         data = convert_folder(folder / "raw", folder / "stories.h5")
         print("2/4 tuning the adapters")
-        train_stories(pipe, data, TrainingConfig(steps=a.steps, batch_size=4, learning_rate=1e-3, warmup_steps=20, ema_decay=0.99, checkpoint_every=0))
+        train_stories(
+            pipe,
+            data,
+            TrainingConfig(
+                steps=a.steps,
+                batch_size=4,
+                learning_rate=1e-3,
+                warmup_steps=20,
+                ema_decay=0.99,
+                checkpoint_every=0,
+            ),
+        )
         print("3/4 drawing a story that training never showed")
         print(f"wrote {sample_stories(pipe, data, 'test', 'visualization', [0], a.out).resolve()}")
-        print(f"4/4 reading {a.test_stories} such stories: facts that only the history tells, share drawn right")
+        print(
+            f"4/4 reading {a.test_stories} such stories: facts that only the history tells, share drawn right"
+        )
         dataset = StoryDataset(data, "test")
         pipe.set_progress_bar_config(disable=True)
-        print_lines(with_and_without_history(pipe, [dataset.story(k) for k in range(len(dataset))], FrameReader.from_pretrained("miniature"))["lines"])
+        print_lines(
+            with_and_without_history(
+                pipe,
+                [dataset.story(k) for k in range(len(dataset))],
+                FrameReader.from_pretrained("miniature"),
+            )["lines"]
+        )
         dataset.close()
 
 # %% ../nbs/14_command_line.ipynb #90539d33
 _SEED = ("--seed", dict(type=int, default=0, help="seed of weights, data order and noise"))
 _DEVICE = ("--device", dict(help="cuda, mps or cpu; left out: the fastest there is"))
-_WINDOW = ("--window", dict(type=int, help="earlier frames in view, for the policies local and weighted"))
+_WINDOW = (
+    "--window",
+    dict(type=int, help="earlier frames in view, for the policies local and weighted"),
+)
 _DATA = ("data", dict(help="HDF5 file that `prepare` wrote"))
 _CHECKPOINT = ("--checkpoint", dict(help="with --preset: AR-LDM's .ckpt, put into the model"))
 
 # %% ../nbs/14_command_line.ipynb #9bf8f043
-_FULL = ("full size (notebook 11)", ("--preset", dict(choices=tuple(FULL_SCALE), help=f"a full-size model; the base is then Stable Diffusion, a folder or a hub id such as {STABLE_DIFFUSION_HUB}")),
-         ("--blip", dict(default=BLIP_HUB, help="BLIP's retrieval model, folder or hub id")), ("--dataset", dict(choices=tuple(STORY_DATA), help="whose characters become new words")),
-         ("--words", dict(nargs="+", default=[], help="names of your own characters")), ("--max-length", dict(type=int, help="tokens a caption; left out: the data set's, else 77")),
-         ("--image-size", dict(type=int, default=224, help="pixels a side of the frames that BLIP reads")))
+_FULL = (
+    "full size (notebook 11)",
+    (
+        "--preset",
+        dict(
+            choices=tuple(FULL_SCALE),
+            help=f"a full-size model; the base is then Stable Diffusion, a folder or a hub id such as {STABLE_DIFFUSION_HUB}",
+        ),
+    ),
+    ("--blip", dict(default=BLIP_HUB, help="BLIP's retrieval model, folder or hub id")),
+    ("--dataset", dict(choices=tuple(STORY_DATA), help="whose characters become new words")),
+    ("--words", dict(nargs="+", default=[], help="names of your own characters")),
+    ("--max-length", dict(type=int, help="tokens a caption; left out: the data set's, else 77")),
+    (
+        "--image-size",
+        dict(type=int, default=224, help="pixels a side of the frames that BLIP reads"),
+    ),
+)
 
 # %% ../nbs/14_command_line.ipynb #638a69f0
-_DRAW = ("drawing", ("--scheduler", dict(choices=tuple(SCHEDULERS), help="instead of the model's")), ("--num-inference-steps", dict(type=int, help="instead of the model's")),
-         ("--guidance-scale", dict(type=float, help="instead of the model's")),
-         ("--guidance-interval", dict(type=float, nargs=2, metavar=("START", "STOP"), help="shares of the steps that are guided, 0 0.67 say; instead of the model's")), ("--policy", dict(choices=POLICIES, help="history policy instead of the model's")), _WINDOW, _SEED, _DEVICE,
-         ("--batch-size", dict(type=int, default=8, help="stories at once, into a folder")), _CHECKPOINT)
+_DRAW = (
+    "drawing",
+    ("--scheduler", dict(choices=tuple(SCHEDULERS), help="instead of the model's")),
+    ("--num-inference-steps", dict(type=int, help="instead of the model's")),
+    ("--guidance-scale", dict(type=float, help="instead of the model's")),
+    (
+        "--guidance-interval",
+        dict(
+            type=float,
+            nargs=2,
+            metavar=("START", "STOP"),
+            help="shares of the steps that are guided, 0 0.67 say; instead of the model's",
+        ),
+    ),
+    ("--policy", dict(choices=POLICIES, help="history policy instead of the model's")),
+    _WINDOW,
+    _SEED,
+    _DEVICE,
+    ("--batch-size", dict(type=int, default=8, help="stories at once, into a folder")),
+    _CHECKPOINT,
+)
 
 # %% ../nbs/14_command_line.ipynb #f4132dc5
-_LOOP = ("optimisation", ("--steps", dict(type=int, default=750, help="optimizer steps")), ("--batch-size", dict(type=int, default=8, help="stories a step, over all processes")),
-         ("--learning-rate", dict(type=float, help="peak; left out: 1e-3, with a preset 1e-4 (causal-story) or 1e-5")), ("--warmup-steps", dict(type=int, default=40, help="linear warm-up")),
-         ("--final-lr", dict(type=float, default=0.02, help="share of the peak that is left at the end")), ("--weight-decay", dict(type=float, default=1e-4, help="of AdamW")),
-         ("--betas", dict(type=float, nargs=2, default=[0.9, 0.99], help="of AdamW")), ("--max-grad-norm", dict(type=float, default=1.0, help="gradient clipping")),
-         ("--gradient-accumulation-steps", dict(type=int, default=1, help="backward passes a step")), ("--ema-decay", dict(type=float, default=0.99, help="moving average of the weights; 0 = none")),
-         ("--mixed-precision", dict(default="no", choices=("no", "fp16", "bf16"), help="of activations")), _SEED)
+_LOOP = (
+    "optimisation",
+    ("--steps", dict(type=int, default=750, help="optimizer steps")),
+    ("--batch-size", dict(type=int, default=8, help="stories a step, over all processes")),
+    (
+        "--learning-rate",
+        dict(type=float, help="peak; left out: 1e-3, with a preset 1e-4 (causal-story) or 1e-5"),
+    ),
+    ("--warmup-steps", dict(type=int, default=40, help="linear warm-up")),
+    (
+        "--final-lr",
+        dict(type=float, default=0.02, help="share of the peak that is left at the end"),
+    ),
+    ("--weight-decay", dict(type=float, default=1e-4, help="of AdamW")),
+    ("--betas", dict(type=float, nargs=2, default=[0.9, 0.99], help="of AdamW")),
+    ("--max-grad-norm", dict(type=float, default=1.0, help="gradient clipping")),
+    ("--gradient-accumulation-steps", dict(type=int, default=1, help="backward passes a step")),
+    ("--ema-decay", dict(type=float, default=0.99, help="moving average of the weights; 0 = none")),
+    (
+        "--mixed-precision",
+        dict(default="no", choices=("no", "fp16", "bf16"), help="of activations"),
+    ),
+    _SEED,
+)
 
 # %% ../nbs/14_command_line.ipynb #e9afbf1a
-_RUN = ("run folder (OUT/run)", ("--checkpoint-every", dict(type=int, default=100, help="steps; 0 = only at the end")), ("--keep-checkpoints", dict(type=int, default=2, help="older ones are removed")),
-        ("--sample-every", dict(type=int, default=0, help="draw a story every so many steps; 0 = never")), ("--sample-steps", dict(type=int, help="solver steps of that drawing; left out: the model's")))
+_RUN = (
+    "run folder (OUT/run)",
+    ("--checkpoint-every", dict(type=int, default=100, help="steps; 0 = only at the end")),
+    ("--keep-checkpoints", dict(type=int, default=2, help="older ones are removed")),
+    (
+        "--sample-every",
+        dict(type=int, default=0, help="draw a story every so many steps; 0 = never"),
+    ),
+    ("--sample-steps", dict(type=int, help="solver steps of that drawing; left out: the model's")),
+)
 
 # %% ../nbs/14_command_line.ipynb #9c079cc4
-_TUNED = ("what trains", ("--method", dict(choices=("adapter", "attention", "full", "none"), help="in the U-Net; left out: adapter")), ("--width", dict(type=int, help="of the adapters; left out: 32")),
-          ("--policy", dict(choices=POLICIES, help="history policy; left out: weighted")), _WINDOW)
+_TUNED = (
+    "what trains",
+    (
+        "--method",
+        dict(
+            choices=("adapter", "attention", "full", "none"), help="in the U-Net; left out: adapter"
+        ),
+    ),
+    ("--width", dict(type=int, help="of the adapters; left out: 32")),
+    ("--policy", dict(choices=POLICIES, help="history policy; left out: weighted")),
+    _WINDOW,
+)
 
 # %% ../nbs/14_command_line.ipynb #71ef771e
-_CACHED = (_CHECKPOINT, ("--half", dict(action="store_true", help="with a preset: keep features in half precision")), ("--no-cache", dict(action="store_true", help="with a preset: compute features at every step")),
-           ("--gradient-checkpointing", dict(action="store_true", help="with a preset: less memory, a third more computing")))
+_CACHED = (
+    _CHECKPOINT,
+    ("--half", dict(action="store_true", help="with a preset: keep features in half precision")),
+    ("--no-cache", dict(action="store_true", help="with a preset: compute features at every step")),
+    (
+        "--gradient-checkpointing",
+        dict(action="store_true", help="with a preset: less memory, a third more computing"),
+    ),
+)
 
 # %% ../nbs/14_command_line.ipynb #9661554b
-_JUDGES = ("judges", ("--reader", dict(help="our frame reader: a folder, miniature or none; left out: miniature, if these are stories of the world")),
-           ("--classifier", dict(help="TorchScript file: (V, 3, size, size) to one logit a character")), ("--classifier-size", dict(type=int, default=299, help="pixels a side that it expects")),
-           ("--inception", dict(help="TorchScript file: (V, 3, 299, 299) to features; then FID in both protocols")),
-           ("--value-range", dict(type=float, nargs=2, default=[-1.0, 1.0], help="pixel values that classifier and inception expect")), ("--clip", dict(help="CLIP, folder or hub id; then the CLIP score")))
+_JUDGES = (
+    "judges",
+    (
+        "--reader",
+        dict(
+            help="our frame reader: a folder, miniature or none; left out: miniature, if these are stories of the world"
+        ),
+    ),
+    ("--classifier", dict(help="TorchScript file: (V, 3, size, size) to one logit a character")),
+    ("--classifier-size", dict(type=int, default=299, help="pixels a side that it expects")),
+    (
+        "--inception",
+        dict(help="TorchScript file: (V, 3, 299, 299) to features; then FID in both protocols"),
+    ),
+    (
+        "--value-range",
+        dict(
+            type=float,
+            nargs=2,
+            default=[-1.0, 1.0],
+            help="pixel values that classifier and inception expect",
+        ),
+    ),
+    ("--clip", dict(help="CLIP, folder or hub id; then the CLIP score")),
+)
 
 # %% ../nbs/14_command_line.ipynb #18186c48
 _VERBS = {
-    "prepare": (_prepare, "Raw stories to one HDF5 file.", "causal-story prepare folder my_world stories.h5",
-                ("kind", dict(choices=("flintstones", "pororo", "folder"), help="layout of the raw data")), ("raw", dict(help="raw folder")), ("out", dict(help="HDF5 file to write"))),
-    "pretrain": (_pretrain, "A small base from nothing, on the cartoon world. Continues an interrupted run.", "causal-story pretrain base --preset quick",
-                 ("out", dict(help="folder to write")), ("--preset", dict(default="quick", choices=tuple(PRESETS), help="quick: about two hours on two cores; shipped: what made the base of the package")),
-                 ("--steps", dict(nargs="*", default=[], metavar="STAGE=N", help=f"other numbers of optimizer steps; stages: {', '.join(STAGES)}")),
-                 ("--start", dict(metavar="FOLDER", help="go on from this finished base, or from miniature: a second round for decoder and text_to_image, with settings of its own (--preset has no say then)")),
-                 ("--only", dict(choices=STAGES, help="this stage alone, so that stages can run side by side")), ("--overwrite", dict(action="store_true", help="replace finished weights")),
-                 ("--half", dict(action="store_true", help="store the models in half precision")), _SEED),
-    "cache": (_cache, "Compute once what the frozen parts of a full-size model say about the data, and keep it beside the data. Do this before several processes train.",
-              f"causal-story cache {STABLE_DIFFUSION_HUB} pororo.h5 dataset=pororo half=true", ("base", dict(help="Stable Diffusion, folder or hub id")), _DATA,
-              ("--split", dict(default="train", help="split of the file")), ("--half", dict(action="store_true", help="half precision, half the disk")),
-              ("--batch-size", dict(type=int, default=16, help="pictures at once")), _CHECKPOINT, _DEVICE, _FULL),
-    "train": (_train, "Tune adapters and story context on a frozen base. Continues an interrupted run; several processes with `accelerate launch`.",
-              "causal-story train miniature stories.h5 tuned steps=200 sample_every=100",
-              ("base", dict(help="folder that `pretrain` wrote, or miniature for the shipped one; with --preset: Stable Diffusion")), _DATA, ("out", dict(help="folder of the tuned pipeline")),
-              _TUNED, _LOOP, _RUN, (*_FULL, *_CACHED)),
-    "sample": (_sample, "Draw stories: a picture beside their truth, or, with --folder, a folder of frames.", "causal-story sample tuned stories.h5 --folder drawn",
-               ("model", dict(help="tuned pipeline, a base, or miniature")), _DATA, ("--split", dict(default="test", help="split of the file")),
-               ("--task", dict(default="visualization", choices=("visualization", "continuation"), help="what is drawn")), ("--story", dict(type=int, nargs="+", help="which stories; left out: story 0, with --folder all")),
-               ("--out", dict(default="story.png", help="picture to write")), ("--folder", dict(help="instead: folder for a subfolder a story and a PNG a frame; continues an interrupted drawing")), _DRAW, _FULL),
-    "evaluate": (_evaluate, "Compare drawn stories with a data set.", "causal-story evaluate drawn stories.h5 --clip clip-vit-base --out scores.json",
-                 ("model", dict(help="folder of drawn stories, from `sample --folder` or another program; or a model, which then draws")), _DATA,
-                 ("--split", dict(help="left out: as the stories were drawn, else test")), ("--task", dict(choices=("visualization", "continuation"), help="left out: as the stories were drawn, else visualization")),
-                 ("--stories", dict(type=int, help="only the first so many")), ("--out", dict(help="JSON file for the scores")), ("--folder", dict(help="where a model draws; left out: nothing is kept")), _JUDGES, _DRAW, _FULL),
-    "experiment": (_experiment, "Tune several arms with several seeds and score them on stories. Continues an interrupted experiment.", "causal-story experiment results --arms full weighted --seeds 0 1 2",
-                   ("out", dict(help="folder for one JSON file a run")), ("--arms", dict(nargs="+", default=["full", "weighted"], choices=tuple(ARMS), help="what is compared")),
-                   ("--seeds", dict(nargs="+", type=int, default=[0, 1, 2], help="one run a seed and arm")), ("--steps", dict(type=int, default=600, help="optimizer steps of every run")), ("--batch-size", dict(type=int, default=8, help="stories a step")),
-                   ("--train-stories", dict(type=int, default=1200, help="stories to tune on")), ("--stories", dict(type=int, default=200, help="stories that are drawn")), ("--split", dict(default="test", choices=("val", "test"), help="val while anything is still being chosen")),
-                   ("--base", dict(default="miniature", help="folder that `pretrain` wrote")), ("--views", dict(nargs="+", default=list(VIEWS), choices=tuple(VIEWS), help="drawn after each run: with the true history, with its own, as continuations"))),
-    "demo": (_demo, "Story data, adapter tuning and a drawn story in one go.", "causal-story demo --steps 100", ("--base", dict(default="miniature", help="folder that `pretrain` wrote")),
-             ("--stories", dict(type=int, default=1200, help="training stories")), ("--steps", dict(type=int, default=1800, help="optimizer steps, of 4 stories each")),
-             ("--test-stories", dict(type=int, default=40, help="held-out stories that are drawn and read")), ("--out", dict(default="story.png", help="picture to write"))),
+    "prepare": (
+        _prepare,
+        "Raw stories to one HDF5 file.",
+        "causal-story prepare folder my_world stories.h5",
+        ("kind", dict(choices=("flintstones", "pororo", "folder"), help="layout of the raw data")),
+        ("raw", dict(help="raw folder")),
+        ("out", dict(help="HDF5 file to write")),
+    ),
+    "pretrain": (
+        _pretrain,
+        "A small base from nothing, on the cartoon world. Continues an interrupted run.",
+        "causal-story pretrain base --preset quick",
+        ("out", dict(help="folder to write")),
+        (
+            "--preset",
+            dict(
+                default="quick",
+                choices=tuple(PRESETS),
+                help="quick: about two hours on two cores; shipped: what made the base of the package",
+            ),
+        ),
+        (
+            "--steps",
+            dict(
+                nargs="*",
+                default=[],
+                metavar="STAGE=N",
+                help=f"other numbers of optimizer steps; stages: {', '.join(STAGES)}",
+            ),
+        ),
+        (
+            "--start",
+            dict(
+                metavar="FOLDER",
+                help="go on from this finished base, or from miniature: a second round for decoder and text_to_image, with settings of its own (--preset has no say then)",
+            ),
+        ),
+        (
+            "--only",
+            dict(choices=STAGES, help="this stage alone, so that stages can run side by side"),
+        ),
+        ("--overwrite", dict(action="store_true", help="replace finished weights")),
+        ("--half", dict(action="store_true", help="store the models in half precision")),
+        _SEED,
+    ),
+    "cache": (
+        _cache,
+        "Compute once what the frozen parts of a full-size model say about the data, and keep it beside the data. Do this before several processes train.",
+        f"causal-story cache {STABLE_DIFFUSION_HUB} pororo.h5 dataset=pororo half=true",
+        ("base", dict(help="Stable Diffusion, folder or hub id")),
+        _DATA,
+        ("--split", dict(default="train", help="split of the file")),
+        ("--half", dict(action="store_true", help="half precision, half the disk")),
+        ("--batch-size", dict(type=int, default=16, help="pictures at once")),
+        _CHECKPOINT,
+        _DEVICE,
+        _FULL,
+    ),
+    "train": (
+        _train,
+        "Tune adapters and story context on a frozen base. Continues an interrupted run; several processes with `accelerate launch`.",
+        "causal-story train miniature stories.h5 tuned steps=200 sample_every=100",
+        (
+            "base",
+            dict(
+                help="folder that `pretrain` wrote, or miniature for the shipped one; with --preset: Stable Diffusion"
+            ),
+        ),
+        _DATA,
+        ("out", dict(help="folder of the tuned pipeline")),
+        _TUNED,
+        _LOOP,
+        _RUN,
+        (*_FULL, *_CACHED),
+    ),
+    "sample": (
+        _sample,
+        "Draw stories: a picture beside their truth, or, with --folder, a folder of frames.",
+        "causal-story sample tuned stories.h5 --folder drawn",
+        ("model", dict(help="tuned pipeline, a base, or miniature")),
+        _DATA,
+        ("--split", dict(default="test", help="split of the file")),
+        (
+            "--task",
+            dict(
+                default="visualization",
+                choices=("visualization", "continuation"),
+                help="what is drawn",
+            ),
+        ),
+        (
+            "--story",
+            dict(type=int, nargs="+", help="which stories; left out: story 0, with --folder all"),
+        ),
+        ("--out", dict(default="story.png", help="picture to write")),
+        (
+            "--folder",
+            dict(
+                help="instead: folder for a subfolder a story and a PNG a frame; continues an interrupted drawing"
+            ),
+        ),
+        _DRAW,
+        _FULL,
+    ),
+    "evaluate": (
+        _evaluate,
+        "Compare drawn stories with a data set.",
+        "causal-story evaluate drawn stories.h5 --clip clip-vit-base --out scores.json",
+        (
+            "model",
+            dict(
+                help="folder of drawn stories, from `sample --folder` or another program; or a model, which then draws"
+            ),
+        ),
+        _DATA,
+        ("--split", dict(help="left out: as the stories were drawn, else test")),
+        (
+            "--task",
+            dict(
+                choices=("visualization", "continuation"),
+                help="left out: as the stories were drawn, else visualization",
+            ),
+        ),
+        ("--stories", dict(type=int, help="only the first so many")),
+        ("--out", dict(help="JSON file for the scores")),
+        ("--folder", dict(help="where a model draws; left out: nothing is kept")),
+        _JUDGES,
+        _DRAW,
+        _FULL,
+    ),
+    "experiment": (
+        _experiment,
+        "Tune several arms with several seeds and score them on stories. Continues an interrupted experiment.",
+        "causal-story experiment results --arms full weighted --seeds 0 1 2",
+        ("out", dict(help="folder for one JSON file a run")),
+        (
+            "--arms",
+            dict(
+                nargs="+",
+                default=["full", "weighted"],
+                choices=tuple(ARMS),
+                help="what is compared",
+            ),
+        ),
+        ("--seeds", dict(nargs="+", type=int, default=[0, 1, 2], help="one run a seed and arm")),
+        ("--steps", dict(type=int, default=600, help="optimizer steps of every run")),
+        ("--batch-size", dict(type=int, default=8, help="stories a step")),
+        ("--train-stories", dict(type=int, default=1200, help="stories to tune on")),
+        ("--stories", dict(type=int, default=200, help="stories that are drawn")),
+        (
+            "--split",
+            dict(
+                default="test",
+                choices=("val", "test"),
+                help="val while anything is still being chosen",
+            ),
+        ),
+        ("--base", dict(default="miniature", help="folder that `pretrain` wrote")),
+        (
+            "--views",
+            dict(
+                nargs="+",
+                default=list(VIEWS),
+                choices=tuple(VIEWS),
+                help="drawn after each run: with the true history, with its own, as continuations",
+            ),
+        ),
+    ),
+    "demo": (
+        _demo,
+        "Story data, adapter tuning and a drawn story in one go.",
+        "causal-story demo --steps 100",
+        ("--base", dict(default="miniature", help="folder that `pretrain` wrote")),
+        ("--stories", dict(type=int, default=1200, help="training stories")),
+        ("--steps", dict(type=int, default=1800, help="optimizer steps, of 4 stories each")),
+        (
+            "--test-stories",
+            dict(type=int, default=40, help="held-out stories that are drawn and read"),
+        ),
+        ("--out", dict(default="story.png", help="picture to write")),
+    ),
 }
 
 # %% ../nbs/14_command_line.ipynb #0a2d9399
 class _Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
-    def _get_help_string(self, action): return action.help if action.default is None or action.default is False or action.default == [] else super()._get_help_string(action)
+    def _get_help_string(self, action):
+        return (
+            action.help
+            if action.default is None or action.default is False or action.default == []
+            else super()._get_help_string(action)
+        )
+
 
 class _Parser(argparse.ArgumentParser):
     def error(self, message):
@@ -854,31 +1677,67 @@ class _Parser(argparse.ArgumentParser):
         raise ValueError(message + (f"; did you mean {near[0]}?" if near else ""))
 
 # %% ../nbs/14_command_line.ipynb #a1a8af67
-_RULE = ("Every setting above is a flag, a word KEY=VALUE and a key of the YAML file that --config names;\nwords and flags win over the file: --learning-rate 1e-4, learning_rate=1e-4, learning_rate: 1e-4.\n"
-         "One file can serve several verbs: keys that only others know are passed over, and what stands under\na verb's name (train: {steps: 500}) is for that verb alone.")
+_RULE = (
+    "Every setting above is a flag, a word KEY=VALUE and a key of the YAML file that --config names;\nwords and flags win over the file: --learning-rate 1e-4, learning_rate=1e-4, learning_rate: 1e-4.\n"
+    "One file can serve several verbs: keys that only others know are passed over, and what stands under\na verb's name (train: {steps: 500}) is for that verb alone."
+)
 
 # %% ../nbs/14_command_line.ipynb #420a7b5a
 _SIGNS = {int: "N", float: "X"}
 
+
 def _add_settings(parser, settings):
     "Add flags and groups of flags; what a verb needs without a flag may also come from a file, so argparse must not insist."
     for first, *rest in settings:
-        if rest and not isinstance(rest[0], dict): _add_settings(parser.add_argument_group(first), rest)
-        elif first.startswith("--"): parser.add_argument(first, **({} if {"choices", "action"} & rest[0].keys() else dict(metavar=_SIGNS.get(rest[0].get("type"), "NAME"))) | rest[0])
-        else: parser.add_argument(first, nargs="?", **rest[0])
+        if rest and not isinstance(rest[0], dict):
+            _add_settings(parser.add_argument_group(first), rest)
+        elif first.startswith("--"):
+            parser.add_argument(
+                first,
+                **(
+                    {}
+                    if {"choices", "action"} & rest[0].keys()
+                    else dict(metavar=_SIGNS.get(rest[0].get("type"), "NAME"))
+                )
+                | rest[0],
+            )
+        else:
+            parser.add_argument(first, nargs="?", **rest[0])
 
 # %% ../nbs/14_command_line.ipynb #c33423bf
 def _parsers():
     "(the whole parser, verb -> its own)."
-    parser = _Parser("causal-story", description="Story visualization with local causal attention and adapters.", epilog="causal-story VERB --help explains a verb, with an example.")
-    parser.add_argument("--version", action="version", version=str(package_versions()["causal_story"]))
+    parser = _Parser(
+        "causal-story",
+        description="Story visualization with local causal attention and adapters.",
+        epilog="causal-story VERB --help explains a verb, with an example.",
+    )
+    parser.add_argument(
+        "--version", action="version", version=str(package_versions()["causal_story"])
+    )
     verbs, found = parser.add_subparsers(dest="verb", required=True, metavar="VERB"), {}
     for name, (run, text, example, *settings) in _VERBS.items():
-        words = " ".join(first.upper() for first, *rest in settings if not first.startswith("--") and isinstance(rest[0], dict))
-        found[name] = verbs.add_parser(name, help=text, description=text, usage=f"causal-story {name} {words} [KEY=VALUE ...] [--FLAG VALUE ...]".replace("  ", " "),
-                                       epilog=f"example:\n  {example}\n\n{_RULE}", formatter_class=_Help)
+        words = " ".join(
+            first.upper()
+            for first, *rest in settings
+            if not first.startswith("--") and isinstance(rest[0], dict)
+        )
+        found[name] = verbs.add_parser(
+            name,
+            help=text,
+            description=text,
+            usage=f"causal-story {name} {words} [KEY=VALUE ...] [--FLAG VALUE ...]".replace(
+                "  ", " "
+            ),
+            epilog=f"example:\n  {example}\n\n{_RULE}",
+            formatter_class=_Help,
+        )
         _add_settings(found[name], settings)
-        found[name].add_argument("--config", metavar="YAML", help="file of settings; OUT/run/settings.yaml of an earlier run is one")
+        found[name].add_argument(
+            "--config",
+            metavar="YAML",
+            help="file of settings; OUT/run/settings.yaml of an earlier run is one",
+        )
         found[name].set_defaults(run=run)
     return parser, found
 
@@ -887,23 +1746,45 @@ def _split_words(words, actions):
     "(KEY=VALUE words, the others). What follows a flag is that flag's value."
     settings, rest, flag = [], [], None
     for word in words:
-        if word.startswith("--"): flag = None if "=" in word else actions.get(word[2:].replace("-", "_"))
-        elif re.match(r"[A-Za-z][\w-]*=", word) and (flag is None or flag.nargs == 0 or (flag.nargs in ("+", "*") and not flag.metavar == "STAGE=N")): settings.append(word); continue
-        elif flag is not None and flag.nargs in (None, "?"): rest.append(word); flag = None; continue
+        if word.startswith("--"):
+            flag = None if "=" in word else actions.get(word[2:].replace("-", "_"))
+        elif re.match(r"[A-Za-z][\w-]*=", word) and (
+            flag is None
+            or flag.nargs == 0
+            or (flag.nargs in ("+", "*") and not flag.metavar == "STAGE=N")
+        ):
+            settings.append(word)
+            continue
+        elif flag is not None and flag.nargs in (None, "?"):
+            rest.append(word)
+            flag = None
+            continue
         rest.append(word)
     return settings, rest
 
 # %% ../nbs/14_command_line.ipynb #6a395063
 def _read_words(parser, words):
     "The settings that a verb runs with: defaults, then the file, then words and flags."
-    actions = {action.dest: action for action in parser._actions if action.dest not in ("help", "config")}
+    actions = {
+        action.dest: action for action in parser._actions if action.dest not in ("help", "config")
+    }
     settings, rest = _split_words(words, actions)
     config = parser.parse_intermixed_args(rest).config
-    verbs = {name: {action.dest for action in other._actions} - {"help", "config"} for name, other in _parsers()[1].items()}
+    verbs = {
+        name: {action.dest for action in other._actions} - {"help", "config"}
+        for name, other in _parsers()[1].items()
+    }
     parser.set_defaults(**read_settings(actions, config, settings, parser.prog.split()[-1], verbs))
     a = parser.parse_intermixed_args(rest)
-    missing = [name for name, action in actions.items() if not action.option_strings and getattr(a, name) is None]
-    if missing: raise ValueError(f"{missing[0].upper()} is missing ({actions[missing[0]].help}); {parser.format_usage().strip()}")
+    missing = [
+        name
+        for name, action in actions.items()
+        if not action.option_strings and getattr(a, name) is None
+    ]
+    if missing:
+        raise ValueError(
+            f"{missing[0].upper()} is missing ({actions[missing[0]].help}); {parser.format_usage().strip()}"
+        )
     return a
 
 # %% ../nbs/14_command_line.ipynb #4cfbd7d3
@@ -913,14 +1794,19 @@ def _part():
         torch.distributed.barrier()
         torch.distributed.destroy_process_group()
 
+
 def main(
-    argv=None, # list of words; None: those of the command line
-)->int:        # exit code
+    argv=None,  # list of words; None: those of the command line
+) -> int:  # exit code
     "The command `causal-story`. Errors of the request are one line on standard error and exit code 1; Ctrl-C is 130."
-    argv, (parser, verbs) = [str(word) for word in (sys.argv[1:] if argv is None else argv)], _parsers()
+    argv, (parser, verbs) = (
+        [str(word) for word in (sys.argv[1:] if argv is None else argv)],
+        _parsers(),
+    )
     verb = argv[0] if argv else "--help"
     try:
-        if verb not in verbs: parser.parse_args([verb])
+        if verb not in verbs:
+            parser.parse_args([verb])
         a = _read_words(verbs[verb], argv[1:])
         a.run(a)
         _part()
@@ -928,6 +1814,9 @@ def main(
         print(f"causal-story {verb}: {' '.join(str(error).split())}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        print(f"causal-story {verb}: stopped; what can be continued goes on with the same command", file=sys.stderr)
+        print(
+            f"causal-story {verb}: stopped; what can be continued goes on with the same command",
+            file=sys.stderr,
+        )
         return 130
     return 0

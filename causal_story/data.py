@@ -36,10 +36,10 @@ from tqdm.auto import tqdm
 
 # %% ../nbs/01_data.ipynb #cd132858
 def _story_axes(
-    figure,       # matplotlib figure, its size already set
-    left:float,   # inches from the left edge
-    bottom:float, # inches from the bottom edge
-    size:float,   # inches a side
+    figure,  # matplotlib figure, its size already set
+    left: float,  # inches from the left edge
+    bottom: float,  # inches from the bottom edge
+    size: float,  # inches a side
 ):
     "A square axis without ticks at a place given in inches. Our choice."
     width, height = figure.get_size_inches()
@@ -49,62 +49,102 @@ def _story_axes(
 
 
 def _draw_frame(
-    axis,       # where to draw
-    frame,      # PIL image, (H,W,3) uint8 array, or None for a gap
-    given:bool, # mark it as a frame that was given
+    axis,  # where to draw
+    frame,  # PIL image, (H,W,3) uint8 array, or None for a gap
+    given: bool,  # mark it as a frame that was given
 ):
     "One frame with rounded corners. Our choice."
     from matplotlib.patches import FancyBboxPatch
-    if frame is None: return
+
+    if frame is None:
+        return
     picture = Image.fromarray(np.asarray(frame))
-    if picture.width < 192: picture = picture.resize((192, 192), Image.LANCZOS)
+    if picture.width < 192:
+        picture = picture.resize((192, 192), Image.LANCZOS)
     image = axis.imshow(np.asarray(picture), extent=(0, 1, 0, 1), interpolation="antialiased")
     colour, line = ("#d9822b", 3) if given else ("#c9c9c9", 1)
-    border = FancyBboxPatch((0.02, 0.02), 0.96, 0.96, boxstyle="round,pad=0.02,rounding_size=0.06",
-                            facecolor="none", edgecolor=colour, linewidth=line, clip_on=False)
+    border = FancyBboxPatch(
+        (0.02, 0.02),
+        0.96,
+        0.96,
+        boxstyle="round,pad=0.02,rounding_size=0.06",
+        facecolor="none",
+        edgecolor=colour,
+        linewidth=line,
+        clip_on=False,
+    )
     axis.add_patch(border)
     image.set_clip_path(border)
     if given:
-        axis.text(0.06, 0.93, "given", va="top", fontsize=8, color="white", weight="bold",
-                  bbox=dict(boxstyle="round,pad=0.25", facecolor=colour, edgecolor="none"))
+        axis.text(
+            0.06,
+            0.93,
+            "given",
+            va="top",
+            fontsize=8,
+            color="white",
+            weight="bold",
+            bbox=dict(boxstyle="round,pad=0.25", facecolor=colour, edgecolor="none"),
+        )
 
 # %% ../nbs/01_data.ipynb #aaedf03b
 def show_story(
-    frames:list=None,       # the frames of one row: PIL images, (H,W,3) uint8 arrays, or None for a gap
-    captions:list[str]=None, # one caption a column, wrapped below the last row
-    title:str=None,         # a line above everything
-    rows:list=None,         # instead of `frames`: [(label, frames), ...], drawn one below the other
-    given:int=0,            # how many frames at the left were given, not drawn: they get a mark
-    panel:float=1.92,       # inches a frame (192 pixels at 100 dpi: three times 64)
+    frames: list = None,  # the frames of one row: PIL images, (H,W,3) uint8 arrays, or None for a gap
+    captions: list[str] = None,  # one caption a column, wrapped below the last row
+    title: str = None,  # a line above everything
+    rows: list = None,  # instead of `frames`: [(label, frames), ...], drawn one below the other
+    given: int = 0,  # how many frames at the left were given, not drawn: they get a mark
+    panel: float = 1.92,  # inches a frame (192 pixels at 100 dpi: three times 64)
 ):
     """A matplotlib figure of a story (or of several, row by row) with wrapped captions below. Our choice.
 
     Leave it as the last line of a cell to see it, or call `.savefig("story.png")` on it.
     Raises ValueError when there is no frame at all."""
     from matplotlib import pyplot
+
     rows = [(None, frames or [])] if rows is None else list(rows)
     columns = max((len(row) for _, row in rows), default=0)
-    if columns == 0: raise ValueError("show_story needs at least one frame: hand it frames=[...] or rows=[(label, frames), ...]")
+    if columns == 0:
+        raise ValueError(
+            "show_story needs at least one frame: hand it frames=[...] or rows=[(label, frames), ...]"
+        )
     texts = [textwrap.wrap(caption, int(panel * 13.5)) for caption in (captions or [])]
     step, margin = panel + 0.12, 0.95 if any(label for label, _ in rows) else 0.0
-    below, above = 0.17 * max(map(len, texts), default=0) + (0.1 if texts else 0), 0.38 if title else 0.0
+    below, above = (
+        0.17 * max(map(len, texts), default=0) + (0.1 if texts else 0),
+        0.38 if title else 0.0,
+    )
     width, height = margin + columns * step - 0.12, below + len(rows) * step - 0.12 + above
     figure = pyplot.figure(figsize=(width, height), dpi=100, facecolor="white")
-    write = lambda x, y, text, **style: figure.text(x / width, y / height, text, **({"color": "#333333", "fontsize": 9} | style))
+    write = lambda x, y, text, **style: figure.text(
+        x / width, y / height, text, **({"color": "#333333", "fontsize": 9} | style)
+    )
     for r, (label, row) in enumerate(rows):
         bottom = below + (len(rows) - 1 - r) * step
-        if label: write(margin - 0.12, bottom + panel / 2, textwrap.fill(label, 11), ha="right", va="center", fontsize=10, weight="bold")
-        for k, frame in enumerate(row): _draw_frame(_story_axes(figure, margin + k * step, bottom, panel), frame, k < given)
-    for k, lines in enumerate(texts): write(margin + k * step + panel / 2, below - 0.1, "\n".join(lines), ha="center", va="top")
-    if title: write(margin, height - 0.1, title, va="top", fontsize=12, weight="bold")
+        if label:
+            write(
+                margin - 0.12,
+                bottom + panel / 2,
+                textwrap.fill(label, 11),
+                ha="right",
+                va="center",
+                fontsize=10,
+                weight="bold",
+            )
+        for k, frame in enumerate(row):
+            _draw_frame(_story_axes(figure, margin + k * step, bottom, panel), frame, k < given)
+    for k, lines in enumerate(texts):
+        write(margin + k * step + panel / 2, below - 0.1, "\n".join(lines), ha="center", va="top")
+    if title:
+        write(margin, height - 0.1, title, va="top", fontsize=12, weight="bold")
     pyplot.close(figure)
     return figure
 
 # %% ../nbs/01_data.ipynb #1ed3547d
 def compact(
-    figure,          # matplotlib figure
-    colours:int=128, # in the palette
-)->Image.Image:      # the same picture with a palette, a third of the bytes
+    figure,  # matplotlib figure
+    colours: int = 128,  # in the palette
+) -> Image.Image:  # the same picture with a palette, a third of the bytes
     "A figure as a picture of few colours, so that a notebook full of stories stays small. Our choice."
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", bbox_inches="tight", pad_inches=0.1)
@@ -113,26 +153,28 @@ def compact(
 
 # %% ../nbs/01_data.ipynb #4787c930
 def stack_tiles(
-    tiles:list, # square pictures (PIL images or (H,H,3) uint8 arrays) of one size
-)->Image.Image: # a strip, H wide and len(tiles)*H high
+    tiles: list,  # square pictures (PIL images or (H,H,3) uint8 arrays) of one size
+) -> Image.Image:  # a strip, H wide and len(tiles)*H high
     "A vertical strip of square tiles, the way both public datasets keep a clip. Source: the released converters."
     return Image.fromarray(np.concatenate([np.asarray(tile) for tile in tiles]))
 
 
 def count_tiles(
-    strip:Image.Image, # a vertical strip of square tiles
-    where:str="image", # named in the error
-)->int:                # how many tiles
+    strip: Image.Image,  # a vertical strip of square tiles
+    where: str = "image",  # named in the error
+) -> int:  # how many tiles
     "Number of square tiles in a strip. Raises ValueError when the height is no multiple of the width."
     if strip.height % strip.width:
-        raise ValueError(f"{where} is {strip.width}x{strip.height} pixels: not a vertical strip of square tiles")
+        raise ValueError(
+            f"{where} is {strip.width}x{strip.height} pixels: not a vertical strip of square tiles"
+        )
     return strip.height // strip.width
 
 
 def cut_tile(
-    strip:Image.Image, # a vertical strip of square tiles
-    tile:int,          # which one, from the top
-)->Image.Image:        # a square picture
+    strip: Image.Image,  # a vertical strip of square tiles
+    tile: int,  # which one, from the top
+) -> Image.Image:  # a square picture
     "One tile of a strip."
     return strip.crop((0, tile * strip.width, strip.width, (tile + 1) * strip.width))
 
@@ -141,25 +183,29 @@ STORY_SPLITS = ("train", "val", "test")
 
 
 def _named_stories(
-    stories_by_split:dict,     # split -> list of objects with captions, truth() and frames(size=, take=)
-    n_frames:int=None,         # the only story length that the layout can hold
-    splits:tuple=STORY_SPLITS, # the only splits that the layout can hold (None: any)
-)->Iterator[tuple]:            # (split, name, story)
+    stories_by_split: dict,  # split -> list of objects with captions, truth() and frames(size=, take=)
+    n_frames: int = None,  # the only story length that the layout can hold
+    splits: tuple = STORY_SPLITS,  # the only splits that the layout can hold (None: any)
+) -> Iterator[tuple]:  # (split, name, story)
     "Every story with its split and a name that sorts in the order given. Raises ValueError for what the layout cannot hold."
     for split, stories in stories_by_split.items():
         if splits and split not in splits:
-            raise ValueError(f"stories_by_split: this layout knows the splits {splits}, not {split!r}")
+            raise ValueError(
+                f"stories_by_split: this layout knows the splits {splits}, not {split!r}"
+            )
         for index, story in enumerate(stories):
             name = f"{split}_{index:05d}"
             if n_frames and len(story.captions) != n_frames:
-                raise ValueError(f"stories_by_split: {name} has {len(story.captions)} captions, "
-                                 f"this layout holds stories of {n_frames} frames")
+                raise ValueError(
+                    f"stories_by_split: {name} has {len(story.captions)} captions, "
+                    f"this layout holds stories of {n_frames} frames"
+                )
             yield split, name, story
 
 
 def _new_folder(
-    out, # folder to make
-)->Path: # the same, made
+    out,  # folder to make
+) -> Path:  # the same, made
     "An empty folder. Raises FileExistsError when something is in it already, so that nothing is overwritten."
     out = Path(out)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
@@ -169,19 +215,24 @@ def _new_folder(
 
 
 def _write_truth(
-    out:Path,    # raw folder
-    truths:dict, # story id -> JSON-able truth or None
+    out: Path,  # raw folder
+    truths: dict,  # story id -> JSON-able truth or None
 ):
     "Our addition to the raw layouts: `truth.jsonl`, one line a story whose truth is known. Other readers ignore it."
-    lines = [json.dumps({"id": name, "truth": truth}) + "\n" for name, truth in truths.items() if truth is not None]
-    if lines: (out / "truth.jsonl").write_text("".join(lines), encoding="utf-8")
+    lines = [
+        json.dumps({"id": name, "truth": truth}) + "\n"
+        for name, truth in truths.items()
+        if truth is not None
+    ]
+    if lines:
+        (out / "truth.jsonl").write_text("".join(lines), encoding="utf-8")
 
 # %% ../nbs/01_data.ipynb #063f1f1e
 def write_flintstones_raw(
-    stories_by_split:dict, # "train"/"val"/"test" -> stories of five frames with captions, truth(), frames(size=, take=)
-    out,                   # new folder
-    size:int=128,          # pixels a side
-    tiles:int=5,           # pictures a clip
+    stories_by_split: dict,  # "train"/"val"/"test" -> stories of five frames with captions, truth(), frames(size=, take=)
+    out,  # new folder
+    size: int = 128,  # pixels a side
+    tiles: int = 5,  # pictures a clip
 ):
     """Writes stories in the raw FlintstonesSV layout. Source: the layout that the released converters read.
 
@@ -193,28 +244,39 @@ def write_flintstones_raw(
         clips = [f"{name}_shot_{k}" for k in range(5)]
         takes = [story.frames(size=size, take=take) for take in range(tiles)]
         for k, clip in enumerate(clips):
-            np.save(out / "video_frames_sampled" / f"{clip}.npy", np.stack([np.asarray(take[k]) for take in takes]))
+            np.save(
+                out / "video_frames_sampled" / f"{clip}.npy",
+                np.stack([np.asarray(take[k]) for take in takes]),
+            )
             annotations.append({"globalID": clip, "description": story.captions[k]})
-            followings[clip] = clips[k + 1:]
+            followings[clip] = clips[k + 1 :]
         splits[split] += clips
         truths[clips[0]] = story.truth()
     (out / "train-val-test_split.json").write_text(json.dumps(splits), encoding="utf-8")
-    (out / "flintstones_annotations_v1-0.json").write_text(json.dumps(annotations), encoding="utf-8")
+    (out / "flintstones_annotations_v1-0.json").write_text(
+        json.dumps(annotations), encoding="utf-8"
+    )
     (out / "following_cache4.pkl").write_bytes(pickle.dumps(followings))
     _write_truth(out, truths)
 
 # %% ../nbs/01_data.ipynb #c7f08526
 def write_pororo_raw(
-    stories_by_split:dict, # "train"/"val"/"test" -> stories of five frames with captions, truth(), frames(size=, take=)
-    out,                   # new folder
-    size:int=128,          # pixels a side
-    tiles:int=5,           # pictures a clip
+    stories_by_split: dict,  # "train"/"val"/"test" -> stories of five frames with captions, truth(), frames(size=, take=)
+    out,  # new folder
+    size: int = 128,  # pixels a side
+    tiles: int = 5,  # pictures a clip
 ):
     """Writes stories in the raw PororoSV layout. Source: the layout that the released converters read.
 
     Raises ValueError for another story length or split, FileExistsError when something is in `out` already."""
     out = _new_folder(out)
-    firsts, followings, descriptions, ids, truths = [], [], {}, {split: [] for split in STORY_SPLITS}, {}
+    firsts, followings, descriptions, ids, truths = (
+        [],
+        [],
+        {},
+        {split: [] for split in STORY_SPLITS},
+        {},
+    )
     for split, name, story in _named_stories(stories_by_split, n_frames=5):
         (out / name).mkdir()
         takes = [story.frames(size=size, take=take) for take in range(tiles)]
@@ -236,9 +298,9 @@ def write_pororo_raw(
 
 # %% ../nbs/01_data.ipynb #3c5a777c
 def write_folder(
-    stories_by_split:dict, # split -> stories with captions, truth(), frames(size=, take=)
-    out,                   # new folder
-    size:int=128,          # pixels a side
+    stories_by_split: dict,  # split -> stories with captions, truth(), frames(size=, take=)
+    out,  # new folder
+    size: int = 128,  # pixels a side
 ):
     "Writes stories as a plain folder: `stories.jsonl` beside the pictures. Our choice of layout."
     out = _new_folder(out)
@@ -246,8 +308,15 @@ def write_folder(
     with open(out / "stories.jsonl", "w", encoding="utf-8") as lines:
         for split, name, story in _named_stories(stories_by_split, splits=None):
             paths = [f"img/{name}_{k}.png" for k in range(len(story.captions))]
-            for path, frame in zip(paths, story.frames(size=size)): frame.save(out / path)
-            record = {"id": name, "split": split, "frames": paths, "captions": list(story.captions), "truth": story.truth()}
+            for path, frame in zip(paths, story.frames(size=size)):
+                frame.save(out / path)
+            record = {
+                "id": name,
+                "split": split,
+                "frames": paths,
+                "captions": list(story.captions),
+                "truth": story.truth(),
+            }
             lines.write(json.dumps(record, ensure_ascii=False) + "\n")
 
 # %% ../nbs/01_data.ipynb #522b1ce2
@@ -260,8 +329,10 @@ _PLAIN_DTYPE = re.compile(r"([?]|[biufcSU]\d+|O\d*)")
 
 class _PlainDtype:
     "Stands in for `numpy.dtype` while unpickling: simple dtypes only, no fields, no sub-arrays. Our choice."
+
     def __init__(self, spec, align=False, copy=True):
-        if not isinstance(spec, str) or not _PLAIN_DTYPE.fullmatch(spec): raise RefusedPickle(f"the numpy dtype {spec!r}")
+        if not isinstance(spec, str) or not _PLAIN_DTYPE.fullmatch(spec):
+            raise RefusedPickle(f"the numpy dtype {spec!r}")
         self.dtype = np.dtype("O" if spec.startswith("O") else spec)
 
     def __setstate__(self, state):
@@ -272,14 +343,15 @@ class _PlainDtype:
 
 
 def _raw_bytes(
-    raw, # bytes, or latin-1 text as Python 2 wrote them
-)->bytes:
+    raw,  # bytes, or latin-1 text as Python 2 wrote them
+) -> bytes:
     "The bytes of a pickled array."
     return raw.encode("latin1") if isinstance(raw, str) else bytes(raw)
 
 
 class _PlainArray(np.ndarray):
     "Stands in for `numpy.ndarray` while unpickling: sizes are checked before numpy trusts them. Our choice."
+
     def __setstate__(self, state):
         shape, kind, fortran, raw = state[-4:]
         if not isinstance(kind, _PlainDtype) or not all(type(n) is int and n >= 0 for n in shape):
@@ -287,101 +359,146 @@ class _PlainArray(np.ndarray):
         objects = kind.dtype.hasobject
         raw = list(raw) if objects else _raw_bytes(raw)
         expected = math.prod(shape) * (1 if objects else kind.dtype.itemsize)
-        if len(raw) != expected: raise RefusedPickle(f"a numpy array that promises {expected} and brings {len(raw)} entries")
+        if len(raw) != expected:
+            raise RefusedPickle(
+                f"a numpy array that promises {expected} and brings {len(raw)} entries"
+            )
         super().__setstate__((1, shape, kind.dtype, bool(fortran), raw))
 
 # %% ../nbs/01_data.ipynb #884e0dc6
 class _Sealed:
     "A function that a pickle may call but not change. Our choice."
+
     __slots__ = ("function",)
-    def __init__(self, function): self.function = function
-    def __call__(self, *arguments): return self.function(*arguments)
-    def __setstate__(self, state): raise RefusedPickle("a change of the reader itself")
+
+    def __init__(self, function):
+        self.function = function
+
+    def __call__(self, *arguments):
+        return self.function(*arguments)
+
+    def __setstate__(self, state):
+        raise RefusedPickle("a change of the reader itself")
 
 
 class PlainUnpickler(pickle.Unpickler):
     """Unpickles plain containers, text, numbers, bytes and numpy arrays, from Python 2 or 3, numpy 1 or 2. Our choice.
 
     Raises RefusedPickle for anything else."""
+
     def __init__(self, file):
         super().__init__(file, encoding="latin1")
-        self.allowed = {"numpy.ndarray": "ndarray", "numpy.dtype": _Sealed(_PlainDtype), "_codecs.encode": _Sealed(self._encode),
-                        "collections.OrderedDict": OrderedDict, "collections.defaultdict": defaultdict}
+        self.allowed = {
+            "numpy.ndarray": "ndarray",
+            "numpy.dtype": _Sealed(_PlainDtype),
+            "_codecs.encode": _Sealed(self._encode),
+            "collections.OrderedDict": OrderedDict,
+            "collections.defaultdict": defaultdict,
+        }
         for core in ("numpy.core", "numpy._core"):
-            self.allowed |= {f"{core}.multiarray._reconstruct": _Sealed(self._array),
-                             f"{core}.multiarray.scalar": _Sealed(self._scalar),
-                             f"{core}.numeric._frombuffer": _Sealed(self._frombuffer)}
+            self.allowed |= {
+                f"{core}.multiarray._reconstruct": _Sealed(self._array),
+                f"{core}.multiarray.scalar": _Sealed(self._scalar),
+                f"{core}.numeric._frombuffer": _Sealed(self._frombuffer),
+            }
         for kind in (set, frozenset, list, dict, bytes, bytearray, complex):
-            self.allowed |= {f"{module}.{kind.__name__}": kind for module in ("builtins", "__builtin__")}
+            self.allowed |= {
+                f"{module}.{kind.__name__}": kind for module in ("builtins", "__builtin__")
+            }
 
     def find_class(self, module, name):
         "The stand-in for what the pickle asks for by name. Raises RefusedPickle for any name that is not on the list."
-        if f"{module}.{name}" not in self.allowed: raise RefusedPickle(f"{module}.{name}")
+        if f"{module}.{name}" not in self.allowed:
+            raise RefusedPickle(f"{module}.{name}")
         return self.allowed[f"{module}.{name}"]
 
-    def persistent_load(self, key): raise RefusedPickle("a persistent reference")
-    def _array(self, kind, shape, letter): return np.empty(0, dtype=np.uint8).view(_PlainArray)
-    def _scalar(self, kind, raw): return np.frombuffer(_raw_bytes(raw), dtype=kind.dtype, count=1)[0]
-    def _frombuffer(self, raw, kind, shape, order): return np.frombuffer(raw, dtype=kind.dtype).reshape(shape, order=order)
+    def persistent_load(self, key):
+        raise RefusedPickle("a persistent reference")
+
+    def _array(self, kind, shape, letter):
+        return np.empty(0, dtype=np.uint8).view(_PlainArray)
+
+    def _scalar(self, kind, raw):
+        return np.frombuffer(_raw_bytes(raw), dtype=kind.dtype, count=1)[0]
+
+    def _frombuffer(self, raw, kind, shape, order):
+        return np.frombuffer(raw, dtype=kind.dtype).reshape(shape, order=order)
 
     def _encode(self, text, encoding="latin1"):
-        if encoding not in ("latin1", "latin-1", "utf-8", "ascii"): raise RefusedPickle(f"the text encoding {encoding!r}")
+        if encoding not in ("latin1", "latin-1", "utf-8", "ascii"):
+            raise RefusedPickle(f"the text encoding {encoding!r}")
         return text.encode(encoding)
 
 # %% ../nbs/01_data.ipynb #fb7a8045
 def _unpickle(
-    file,      # binary file, at the start of the pickle
-    path:Path, # named in the errors
+    file,  # binary file, at the start of the pickle
+    path: Path,  # named in the errors
 ):
     "Reads one pickle through the gate. Raises RefusedPickle, or ValueError when the file is damaged."
-    try: return PlainUnpickler(file).load()
+    try:
+        return PlainUnpickler(file).load()
     except RefusedPickle as error:
-        raise RefusedPickle(f"{path}: refused, because unpickling it would call {error}. Only plain containers, text, "
-                            "numbers, bytes and numpy arrays are read; this is not a genuine data file") from None
-    except Exception as error: raise ValueError(f"{path}: not a readable pickle, damaged or cut short ({error})") from error
+        raise RefusedPickle(
+            f"{path}: refused, because unpickling it would call {error}. Only plain containers, text, "
+            "numbers, bytes and numpy arrays are read; this is not a genuine data file"
+        ) from None
+    except Exception as error:
+        raise ValueError(
+            f"{path}: not a readable pickle, damaged or cut short ({error})"
+        ) from error
 
 
 def load_pickle(
-    path, # a .pkl file
+    path,  # a .pkl file
 ):
     """The plain data in a pickled file; no code of the file is run.
 
     Raises RefusedPickle (a ValueError) that names what the file asked for, ValueError when it is damaged."""
-    with open(path, "rb") as file: return _unpickle(file, Path(path))
+    with open(path, "rb") as file:
+        return _unpickle(file, Path(path))
 
 
 def load_npy(
-    path,        # a .npy file
-)->np.ndarray:   # the array; Python objects in it are plain data
+    path,  # a .npy file
+) -> np.ndarray:  # the array; Python objects in it are plain data
     """An array from a `.npy` file, objects included; no code of the file is run.
 
     Raises RefusedPickle or ValueError that names the file."""
     with open(path, "rb") as file:
         try:
             version = np.lib.format.read_magic(file)
-            header = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}[version]
+            header = {
+                (1, 0): np.lib.format.read_array_header_1_0,
+                (2, 0): np.lib.format.read_array_header_2_0,
+            }[version]
             shape, _, kind = header(file)
-            if not kind.hasobject: return np.load(path, allow_pickle=False)
+            if not kind.hasobject:
+                return np.load(path, allow_pickle=False)
         except (ValueError, KeyError, EOFError, OSError) as error:
-            raise ValueError(f"{path}: not a readable .npy file, damaged or cut short ({error})") from error
+            raise ValueError(
+                f"{path}: not a readable .npy file, damaged or cut short ({error})"
+            ) from error
         array = _unpickle(file, Path(path))
     if not isinstance(array, np.ndarray) or array.shape != shape:
-        raise ValueError(f"{path}: its header promises an array of shape {shape}, its content is something else")
+        raise ValueError(
+            f"{path}: its header promises an array of shape {shape}, its content is something else"
+        )
     return array.view(np.ndarray)
 
 # %% ../nbs/01_data.ipynb #75faa90b
 @dataclass
 class RawStory:
     "One story on its way into an HDF5 file."
-    id:str              # unique name
-    captions:list[str]  # N captions
-    strips:list         # N PIL images: vertical strips of square tiles
-    truth:object=None   # anything JSON can hold, or None
+
+    id: str  # unique name
+    captions: list[str]  # N captions
+    strips: list  # N PIL images: vertical strips of square tiles
+    truth: object = None  # anything JSON can hold, or None
 
 
 def png_bytes(
-    image:Image.Image, # any picture
-)->bytes:              # its PNG file, red first
+    image: Image.Image,  # any picture
+) -> bytes:  # its PNG file, red first
     "A picture as PNG bytes."
     buffer = io.BytesIO()
     image.convert("RGB").save(buffer, "PNG")
@@ -389,34 +506,42 @@ def png_bytes(
 
 
 def _check_story(
-    story:RawStory, # what a converter read
+    story: RawStory,  # what a converter read
 ):
     "Raises ValueError or TypeError naming the story when its parts do not pair up."
-    if not story.strips: raise ValueError(f"story {story.id!r} has no frame: at least one is needed")
+    if not story.strips:
+        raise ValueError(f"story {story.id!r} has no frame: at least one is needed")
     if len(story.captions) != len(story.strips):
-        raise ValueError(f"story {story.id!r} has {len(story.captions)} captions for {len(story.strips)} frames: one a frame is needed")
+        raise ValueError(
+            f"story {story.id!r} has {len(story.captions)} captions for {len(story.strips)} frames: one a frame is needed"
+        )
     for k, caption in enumerate(story.captions):
         if not isinstance(caption, str):
-            raise TypeError(f"story {story.id!r}, caption {k}: text expected, not {type(caption).__name__}")
-    for k, strip in enumerate(story.strips): count_tiles(strip, f"story {story.id!r}, image{k}")
+            raise TypeError(
+                f"story {story.id!r}, caption {k}: text expected, not {type(caption).__name__}"
+            )
+    for k, strip in enumerate(story.strips):
+        count_tiles(strip, f"story {story.id!r}, image{k}")
 
 
 def write_story(
-    group:h5py.Group, # new, empty group of this story
-    story:RawStory,   # what goes in
+    group: h5py.Group,  # new, empty group of this story
+    story: RawStory,  # what goes in
 ):
     "One story, version 2. Raises ValueError or TypeError naming the story when captions and frames do not pair up."
     _check_story(story)
-    for k, strip in enumerate(story.strips): group[f"image{k}"] = np.frombuffer(png_bytes(strip), dtype=np.uint8)
+    for k, strip in enumerate(story.strips):
+        group[f"image{k}"] = np.frombuffer(png_bytes(strip), dtype=np.uint8)
     group["captions"] = json.dumps(list(story.captions))
-    if story.truth is not None: group["truth"] = json.dumps(story.truth)
+    if story.truth is not None:
+        group["truth"] = json.dumps(story.truth)
     group.attrs["id"] = story.id
 
 # %% ../nbs/01_data.ipynb #dbeec4ee
 @contextmanager
 def atomic_path(
-    path,            # final name of a file
-)->Iterator[Path]:   # write here instead
+    path,  # final name of a file
+) -> Iterator[Path]:  # write here instead
     """Yields a temporary name in the same folder; renames it to `path` on success, deletes it on any failure,
     Ctrl-C included. What a killed process leaves ends in `.partial` and may be deleted. Our choice."""
     path = Path(path)
@@ -425,25 +550,31 @@ def atomic_path(
     try:
         yield partial
         os.replace(partial, path)
-    finally: partial.unlink(missing_ok=True)
+    finally:
+        partial.unlink(missing_ok=True)
 
 # %% ../nbs/01_data.ipynb #4cd7b833
 class PatientFile(io.FileIO):
     "A file that HDF5 can write to: it never sees a write fail, `check` raises what happened. Our choice."
+
     failure = None
 
     def write(self, data):
         "Writes all of `data`, or remembers the failure and writes nothing from then on. Always answers that all went well."
         data, done = memoryview(data).cast("B"), 0
         try:
-            while done < len(data) and not self.failure: done += super().write(data[done:])
-        except BaseException as error: self.failure = error
+            while done < len(data) and not self.failure:
+                done += super().write(data[done:])
+        except BaseException as error:
+            self.failure = error
         return len(data)
 
     def truncate(self, size=None):
         "Cuts or lengthens the file, or remembers the failure."
-        try: return super().truncate(size)
-        except OSError as error: self.failure = error
+        try:
+            return super().truncate(size)
+        except OSError as error:
+            self.failure = error
         return size
 
     def check(self, out):
@@ -451,22 +582,25 @@ class PatientFile(io.FileIO):
         if isinstance(self.failure, OSError):
             message = f"{out} could not be written, nothing is left of this attempt: {self.failure.strerror}"
             raise OSError(self.failure.errno, message)
-        if self.failure: raise self.failure
+        if self.failure:
+            raise self.failure
 
 # %% ../nbs/01_data.ipynb #b244a802
 def write_hdf5(
-    keys_by_split:dict,   # split -> sequence of whatever identifies a story
-    read_story:Callable,  # (split, key) -> RawStory
-    out,                  # HDF5 file to write; replaced only by a complete one
-    progress:bool=True,   # show a progress bar
-    kind:str="",          # "pororo", "flintstones", or "" for any other data; `StoryFile.kind` reads it
-)->Path:                  # `out`
+    keys_by_split: dict,  # split -> sequence of whatever identifies a story
+    read_story: Callable,  # (split, key) -> RawStory
+    out,  # HDF5 file to write; replaced only by a complete one
+    progress: bool = True,  # show a progress bar
+    kind: str = "",  # "pororo", "flintstones", or "" for any other data; `StoryFile.kind` reads it
+) -> Path:  # `out`
     """Writes an HDF5 file, version 2, atomically and one story at a time. Our choice.
 
     Raises ValueError when there is no story, OSError naming `out` when it cannot be written."""
     out, total = Path(out), sum(map(len, keys_by_split.values()))
-    if not total: raise ValueError(f"there is no story to write to {out}")
-    if out.is_dir(): raise ValueError(f"out={str(out)!r} is a folder: name a file")
+    if not total:
+        raise ValueError(f"there is no story to write to {out}")
+    if out.is_dir():
+        raise ValueError(f"out={str(out)!r} is a folder: name a file")
     with atomic_path(out) as partial, PatientFile(partial, "w+") as disk:
         bar = tqdm(total=total, desc=f"writing {out.name}", unit="story", disable=not progress)
         with h5py.File(disk, "w") as file, bar:
@@ -483,211 +617,311 @@ def write_hdf5(
 
 # %% ../nbs/01_data.ipynb #83fbc0c0
 def convert_stories(
-    stories_by_split:dict, # split -> stories with captions, truth() and frames(size=, take=)
-    out,                   # HDF5 file to write
-    size:int=64,           # pixels a side
-    tiles:int=1,           # takes of every frame
-    progress:bool=True,    # show a progress bar
-)->Path:                   # `out`
+    stories_by_split: dict,  # split -> stories with captions, truth() and frames(size=, take=)
+    out,  # HDF5 file to write
+    size: int = 64,  # pixels a side
+    tiles: int = 1,  # takes of every frame
+    progress: bool = True,  # show a progress bar
+) -> Path:  # `out`
     "Stories in memory → HDF5, version 2, without a raw folder in between. Our choice."
+
     def read_story(split, key):
         index, story = key
         takes = [story.frames(size=size, take=take) for take in range(tiles)]
         strips = [stack_tiles(clip) for clip in zip(*takes)]
         return RawStory(f"{split}_{index:05d}", list(story.captions), strips, story.truth())
+
     keys = {split: list(enumerate(stories)) for split, stories in stories_by_split.items()}
     return write_hdf5(keys, read_story, out, progress)
 
 # %% ../nbs/01_data.ipynb #6c5bc794
-FLINTSTONES_FILES = ("train-val-test_split.json", "following_cache4.pkl", "flintstones_annotations_v1-0.json",
-                     "video_frames_sampled")
-PORORO_FILES = ("descriptions.npy", "img_cache4.npy", "following_cache4.npy", "train_seen_unseen_ids.npy")
+FLINTSTONES_FILES = (
+    "train-val-test_split.json",
+    "following_cache4.pkl",
+    "flintstones_annotations_v1-0.json",
+    "video_frames_sampled",
+)
+PORORO_FILES = (
+    "descriptions.npy",
+    "img_cache4.npy",
+    "following_cache4.npy",
+    "train_seen_unseen_ids.npy",
+)
 
 
 def _check_layout(
-    raw,         # raw folder
-    name:str,    # of the layout
-    files:tuple, # what must be there
-)->Path:         # the folder
+    raw,  # raw folder
+    name: str,  # of the layout
+    files: tuple,  # what must be there
+) -> Path:  # the folder
     "Raises FileNotFoundError that names what is missing and all that the layout expects."
     raw = Path(raw)
     expected = f"a {name} folder holds {', '.join(files)}"
-    if not raw.is_dir(): raise FileNotFoundError(f"raw={str(raw)!r} is not a folder: {expected}")
+    if not raw.is_dir():
+        raise FileNotFoundError(f"raw={str(raw)!r} is not a folder: {expected}")
     missing = [file for file in files if not (raw / file).exists()]
     if missing:
-        other = [kind for kind, theirs in dict(FlintstonesSV=FLINTSTONES_FILES, PororoSV=PORORO_FILES, plain=("stories.jsonl",)).items()
-                 if theirs != files and all((raw / file).exists() for file in theirs)]
-        raise FileNotFoundError(f"{raw} lacks {', '.join(missing)}: {expected}" + (f". It looks like a {other[0]} folder" if other else ""))
+        other = [
+            kind
+            for kind, theirs in dict(
+                FlintstonesSV=FLINTSTONES_FILES, PororoSV=PORORO_FILES, plain=("stories.jsonl",)
+            ).items()
+            if theirs != files and all((raw / file).exists() for file in theirs)
+        ]
+        raise FileNotFoundError(
+            f"{raw} lacks {', '.join(missing)}: {expected}"
+            + (f". It looks like a {other[0]} folder" if other else "")
+        )
     return raw
 
 
 def _load_json(
-    path:Path, # JSON file
+    path: Path,  # JSON file
 ):
     "What a JSON file holds. Raises ValueError naming the file."
-    try: return json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error: raise ValueError(f"{path}: not readable JSON ({error})") from error
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path}: not readable JSON ({error})") from error
 
 
 def _read_truth(
-    raw:Path, # raw folder
-)->dict:      # story id -> truth; empty without the file
+    raw: Path,  # raw folder
+) -> dict:  # story id -> truth; empty without the file
     "Our optional `truth.jsonl`."
     path = raw / "truth.jsonl"
-    if not path.exists(): return {}
-    try: return {record["id"]: record["truth"] for record in map(json.loads, path.read_text(encoding="utf-8").splitlines())}
+    if not path.exists():
+        return {}
+    try:
+        return {
+            record["id"]: record["truth"]
+            for record in map(json.loads, path.read_text(encoding="utf-8").splitlines())
+        }
     except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{path}: every line must be {{\"id\": ..., \"truth\": ...}} ({error!r})") from error
+        raise ValueError(
+            f'{path}: every line must be {{"id": ..., "truth": ...}} ({error!r})'
+        ) from error
 
 
 def clean_caption(
-    text:str, # as annotated
-)->str:       # one line
+    text: str,  # as annotated
+) -> str:  # one line
     "Line breaks, tabs and runs of spaces become one space. Our choice: deleting them, as is usual, glues words together."
     return " ".join(text.split())
 
 # %% ../nbs/01_data.ipynb #56f994e7
 def _flintstones_strip(
-    path:Path,    # one clip, (tiles, H, H, 3) uint8
-)->Image.Image:   # vertical strip
+    path: Path,  # one clip, (tiles, H, H, 3) uint8
+) -> Image.Image:  # vertical strip
     "One clip of the raw FlintstonesSV folder. Raises FileNotFoundError or ValueError naming the file."
-    if not path.exists(): raise FileNotFoundError(f"{path}: this clip is part of a story, but the file is missing")
+    if not path.exists():
+        raise FileNotFoundError(f"{path}: this clip is part of a story, but the file is missing")
     clip = load_npy(path)
-    if clip.ndim != 4 or clip.shape[1] != clip.shape[2] or clip.shape[3] != 3 or clip.dtype != np.uint8 or not len(clip):
-        raise ValueError(f"{path}: an array (5, 128, 128, 3) of uint8 is expected, not {clip.shape} of {clip.dtype}")
+    if (
+        clip.ndim != 4
+        or clip.shape[1] != clip.shape[2]
+        or clip.shape[3] != 3
+        or clip.dtype != np.uint8
+        or not len(clip)
+    ):
+        raise ValueError(
+            f"{path}: an array (5, 128, 128, 3) of uint8 is expected, not {clip.shape} of {clip.dtype}"
+        )
     return stack_tiles(list(clip))
 
 
 def _flintstones_index(
-    raw:Path,    # raw folder
-)->tuple[dict, dict, dict]: # split -> ids, id -> following ids, id -> caption
+    raw: Path,  # raw folder
+) -> tuple[dict, dict, dict]:  # split -> ids, id -> following ids, id -> caption
     "The index files of the raw FlintstonesSV folder. Raises ValueError naming a file that is not what it should be."
     split_file, following_file, annotation_file, _ = (raw / name for name in FLINTSTONES_FILES)
-    splits, followings, annotations = _load_json(split_file), load_pickle(following_file), _load_json(annotation_file)
+    splits, followings, annotations = (
+        _load_json(split_file),
+        load_pickle(following_file),
+        _load_json(annotation_file),
+    )
     if not isinstance(splits, dict) or not set(STORY_SPLITS) <= set(splits):
         raise ValueError(f"{split_file}: lists of ids named {', '.join(STORY_SPLITS)} are expected")
     if not isinstance(followings, dict):
-        raise ValueError(f"{following_file}: a dict from id to following ids is expected, not {type(followings).__name__}")
-    try: return splits, followings, {note["globalID"]: clean_caption(note["description"]) for note in annotations}
+        raise ValueError(
+            f"{following_file}: a dict from id to following ids is expected, not {type(followings).__name__}"
+        )
+    try:
+        return (
+            splits,
+            followings,
+            {note["globalID"]: clean_caption(note["description"]) for note in annotations},
+        )
     except (KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"{annotation_file}: a list of objects with globalID and description is expected") from error
+        raise ValueError(
+            f"{annotation_file}: a list of objects with globalID and description is expected"
+        ) from error
 
 # %% ../nbs/01_data.ipynb #da122b78
 def convert_flintstones(
-    raw,                # raw FlintstonesSV folder
-    out,                # HDF5 file to write
-    progress:bool=True, # show a progress bar
-)->Path:                # `out`
+    raw,  # raw FlintstonesSV folder
+    out,  # HDF5 file to write
+    progress: bool = True,  # show a progress bar
+) -> Path:  # `out`
     """FlintstonesSV → HDF5, version 2. Ids with exactly four followings make a story; split order is kept.
 
     Source: the layout that the released converters read. Raises FileNotFoundError or ValueError naming the file."""
     raw = _check_layout(raw, "FlintstonesSV", FLINTSTONES_FILES)
     splits, followings, descriptions = _flintstones_index(raw)
     truths = _read_truth(raw)
+
     def read_story(split, first):
         clips = [first, *followings[first]]
         missing = [clip for clip in clips if clip not in descriptions]
         if missing:
-            raise ValueError(f"{raw / FLINTSTONES_FILES[2]}: no description of {missing[0]!r}, which story {first!r} needs")
-        strips = [_flintstones_strip(raw / "video_frames_sampled" / f"{clip}.npy") for clip in clips]
+            raise ValueError(
+                f"{raw / FLINTSTONES_FILES[2]}: no description of {missing[0]!r}, which story {first!r} needs"
+            )
+        strips = [
+            _flintstones_strip(raw / "video_frames_sampled" / f"{clip}.npy") for clip in clips
+        ]
         return RawStory(first, [descriptions[clip] for clip in clips], strips, truths.get(first))
-    keys = {split: [clip for clip in splits[split] if len(followings.get(clip, ())) == 4] for split in STORY_SPLITS}
+
+    keys = {
+        split: [clip for clip in splits[split] if len(followings.get(clip, ())) == 4]
+        for split in STORY_SPLITS
+    }
     return write_hdf5(keys, read_story, out, progress, "flintstones")
 
 # %% ../nbs/01_data.ipynb #b388a0ac
 def _plain_text(
     entry,  # numpy bytes, bytes or text, perhaps text that looks like b'...'
-)->str:     # text
+) -> str:  # text
     "A path or caption of PororoSV, in whichever of its forms."
     text = entry.decode("utf-8") if isinstance(entry, bytes) else str(entry)
     return text[2:-1] if re.fullmatch(r"b(['\"]).*\1", text, re.DOTALL) else text
 
 
 def open_image(
-    source,    # path, or bytes, of an image file
-    where:str, # named in the error
-)->Image.Image: # decoded, RGB
+    source,  # path, or bytes, of an image file
+    where: str,  # named in the error
+) -> Image.Image:  # decoded, RGB
     "Decodes an image. Raises ValueError naming `where` when it does not decode, FileNotFoundError when it is not there."
     try:
         with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as image:
             image.load()
             return image if image.mode == "RGB" else image.convert("RGB")
-    except FileNotFoundError: raise FileNotFoundError(f"{where}: there is no such image") from None
+    except FileNotFoundError:
+        raise FileNotFoundError(f"{where}: there is no such image") from None
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise ValueError(f"{where} does not decode as an image ({error})") from error
 
 
 def _pororo_index(
-    raw:Path,    # raw folder
-)->tuple[dict, np.ndarray, np.ndarray, dict]: # split -> sorted keys, first pictures, followings, picture -> captions
+    raw: Path,  # raw folder
+) -> tuple[
+    dict, np.ndarray, np.ndarray, dict
+]:  # split -> sorted keys, first pictures, followings, picture -> captions
     "The index files of the raw PororoSV folder. Raises ValueError naming a file that is not what it should be."
     descriptions, firsts, followings, ids = (load_npy(raw / name) for name in PORORO_FILES)
     if descriptions.ndim or not isinstance(descriptions.item(), dict):
-        raise ValueError(f"{raw / PORORO_FILES[0]}: one pickled dict from picture to captions is expected")
+        raise ValueError(
+            f"{raw / PORORO_FILES[0]}: one pickled dict from picture to captions is expected"
+        )
     if ids.ndim == 0 or len(ids) != 3:
-        raise ValueError(f"{raw / PORORO_FILES[3]}: three arrays of ids (train, seen, unseen) are expected")
-    keys = {split: np.sort(np.asarray(part, dtype=np.int64)).tolist() for split, part in zip(STORY_SPLITS, ids)}
+        raise ValueError(
+            f"{raw / PORORO_FILES[3]}: three arrays of ids (train, seen, unseen) are expected"
+        )
+    keys = {
+        split: np.sort(np.asarray(part, dtype=np.int64)).tolist()
+        for split, part in zip(STORY_SPLITS, ids)
+    }
     wrong = [key for part in keys.values() for key in part if not 0 <= key < len(firsts)]
     if len(firsts) != len(followings) or wrong:
-        raise ValueError(f"{raw}: {PORORO_FILES[1]} ({len(firsts)} entries), {PORORO_FILES[2]} ({len(followings)}) and "
-                         f"{PORORO_FILES[3]} (ids that do not exist: {wrong[:3]}) do not belong together")
-    keys = {split: [key for key in part if len(followings[key]) == 4] for split, part in keys.items()}
+        raise ValueError(
+            f"{raw}: {PORORO_FILES[1]} ({len(firsts)} entries), {PORORO_FILES[2]} ({len(followings)}) and "
+            f"{PORORO_FILES[3]} (ids that do not exist: {wrong[:3]}) do not belong together"
+        )
+    keys = {
+        split: [key for key in part if len(followings[key]) == 4] for split, part in keys.items()
+    }
     return keys, firsts, followings, descriptions.item()
 
 # %% ../nbs/01_data.ipynb #32fd5605
 def convert_pororo(
-    raw,                # raw PororoSV folder
-    out,                # HDF5 file to write
-    progress:bool=True, # show a progress bar
-)->Path:                # `out`
+    raw,  # raw PororoSV folder
+    out,  # HDF5 file to write
+    progress: bool = True,  # show a progress bar
+) -> Path:  # `out`
     """PororoSV → HDF5, version 2. (train, seen, unseen) become train, val, test, each sorted; a picture's first caption is used.
 
     Source: the layout that the released converters read. Raises FileNotFoundError or ValueError naming the file."""
     raw = _check_layout(raw, "PororoSV", PORORO_FILES)
     keys, firsts, followings, descriptions = _pororo_index(raw)
     truths = _read_truth(raw)
+
     def read_story(split, key):
         names = [_plain_text(path).removesuffix(".png") for path in (firsts[key], *followings[key])]
         missing = [name for name in names if not descriptions.get(name)]
         if missing:
-            raise ValueError(f"{raw / PORORO_FILES[0]}: no description of {missing[0]!r}, which story {names[0]!r} needs")
+            raise ValueError(
+                f"{raw / PORORO_FILES[0]}: no description of {missing[0]!r}, which story {names[0]!r} needs"
+            )
         captions = [clean_caption(_plain_text(descriptions[name][0])) for name in names]
-        strips = [open_image(raw / f"{name}.png", f"{raw / name}.png (story {names[0]!r})") for name in names]
+        strips = [
+            open_image(raw / f"{name}.png", f"{raw / name}.png (story {names[0]!r})")
+            for name in names
+        ]
         return RawStory(names[0], captions, strips, truths.get(names[0]))
+
     return write_hdf5(keys, read_story, out, progress, "pororo")
 
 # %% ../nbs/01_data.ipynb #ff02d40b
 def _check_line(
-    raw:Path,     # folder
-    number:int,   # line of stories.jsonl, from 1
-    line:str,     # its text
-)->dict:          # the record, with id and split
+    raw: Path,  # folder
+    number: int,  # line of stories.jsonl, from 1
+    line: str,  # its text
+) -> dict:  # the record, with id and split
     "One line of `stories.jsonl`. Raises ValueError or FileNotFoundError naming the line."
     where = f"{raw / 'stories.jsonl'}, line {number}"
-    try: record = {"id": f"line_{number}", "split": "train", **json.loads(line), "where": where}
-    except ValueError as error: raise ValueError(f"{where}: not readable JSON ({error})") from error
-    except TypeError: raise ValueError(f"{where}: a JSON object with \"frames\" and \"captions\" is expected") from None
-    name, split, frames, captions = (record.get(key) for key in ("id", "split", "frames", "captions"))
+    try:
+        record = {"id": f"line_{number}", "split": "train", **json.loads(line), "where": where}
+    except ValueError as error:
+        raise ValueError(f"{where}: not readable JSON ({error})") from error
+    except TypeError:
+        raise ValueError(
+            f'{where}: a JSON object with "frames" and "captions" is expected'
+        ) from None
+    name, split, frames, captions = (
+        record.get(key) for key in ("id", "split", "frames", "captions")
+    )
     for key, texts in (("frames", frames), ("captions", captions)):
         if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
-            raise ValueError(f"{where}: \"{key}\" must be a list of strings")
-    if not frames: raise ValueError(f"{where}: a story needs at least one frame")
-    if len(frames) != len(captions): raise ValueError(f"{where}: {len(captions)} captions for {len(frames)} frames: one a frame is needed")
-    if not isinstance(name, str) or not isinstance(split, str) or not re.fullmatch(r"[\w-]+", split):
-        raise ValueError(f"{where}: \"id\" must be a string, \"split\" a name of letters, digits, - and _")
+            raise ValueError(f'{where}: "{key}" must be a list of strings')
+    if not frames:
+        raise ValueError(f"{where}: a story needs at least one frame")
+    if len(frames) != len(captions):
+        raise ValueError(
+            f"{where}: {len(captions)} captions for {len(frames)} frames: one a frame is needed"
+        )
+    if (
+        not isinstance(name, str)
+        or not isinstance(split, str)
+        or not re.fullmatch(r"[\w-]+", split)
+    ):
+        raise ValueError(
+            f'{where}: "id" must be a string, "split" a name of letters, digits, - and _'
+        )
     missing = [path for path in frames if not (raw / path).is_file()]
-    if missing: raise FileNotFoundError(f"{where}: there is no picture {missing[0]!r} in {raw}")
+    if missing:
+        raise FileNotFoundError(f"{where}: there is no picture {missing[0]!r} in {raw}")
     return record
 
 
 def _square_picture(
-    path:Path,  # any image file
-    where:str,  # named in the error
-    size:int,   # pixels a side, at most
-)->Image.Image: # square RGB
+    path: Path,  # any image file
+    where: str,  # named in the error
+    size: int,  # pixels a side, at most
+) -> Image.Image:  # square RGB
     "The middle square of a picture, upright, on white. Our choice. Raises ValueError when it does not decode."
     try:
-        with Image.open(path) as image: image = ImageOps.exif_transpose(image).convert("RGBA")
+        with Image.open(path) as image:
+            image = ImageOps.exif_transpose(image).convert("RGBA")
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise ValueError(f"{where}: {path.name} does not decode as an image ({error})") from error
     image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
@@ -695,111 +929,141 @@ def _square_picture(
 
 # %% ../nbs/01_data.ipynb #e2107351
 def convert_folder(
-    raw,                # folder with stories.jsonl and pictures
-    out,                # HDF5 file to write
-    progress:bool=True, # show a progress bar
-    size:int=512,       # larger pictures are scaled down to this many pixels a side
-)->Path:                # `out`
+    raw,  # folder with stories.jsonl and pictures
+    out,  # HDF5 file to write
+    progress: bool = True,  # show a progress bar
+    size: int = 512,  # larger pictures are scaled down to this many pixels a side
+) -> Path:  # `out`
     """A plain folder → HDF5, version 2; stories of any length, splits in the order in which they appear. Our choice of layout.
 
     Raises FileNotFoundError or ValueError naming file and line."""
     raw = _check_layout(raw, "story", ("stories.jsonl",))
     records, seen = {}, {}
-    for number, line in enumerate((raw / "stories.jsonl").read_text(encoding="utf-8-sig").splitlines(), 1):
-        if not line.strip(): continue
+    for number, line in enumerate(
+        (raw / "stories.jsonl").read_text(encoding="utf-8-sig").splitlines(), 1
+    ):
+        if not line.strip():
+            continue
         record = _check_line(raw, number, line)
         first = seen.setdefault(record["id"], number)
-        if first != number: raise ValueError(f"{record['where']}: the id {record['id']!r} was used in line {first} already")
+        if first != number:
+            raise ValueError(
+                f"{record['where']}: the id {record['id']!r} was used in line {first} already"
+            )
         records.setdefault(record["split"], []).append(record)
+
     def read_story(split, record):
         strips = [_square_picture(raw / path, record["where"], size) for path in record["frames"]]
         captions = [clean_caption(caption) for caption in record["captions"]]
         return RawStory(record["id"], captions, strips, record.get("truth"))
+
     return write_hdf5(records, read_story, out, progress)
 
 # %% ../nbs/01_data.ipynb #30939e12
 class StoredStory(NamedTuple):
     "A story as it lies in the file, images not yet decoded."
-    id:str
-    captions:list
-    images:list  # N PNG files as bytes
-    truth:object
+
+    id: str
+    captions: list
+    images: list  # N PNG files as bytes
+    truth: object
 
 
 def _read_v1(
-    group:h5py.Group, # a split
-    key:int,          # row
-)->StoredStory:       # the story of that row
+    group: h5py.Group,  # a split
+    key: int,  # row
+) -> StoredStory:  # the story of that row
     "Version 1: arrays image0 ... and `text` joined by '|'. Source: the layout that the released converters read."
     images = [group[f"image{k}"][key].tobytes() for k in range(_count_images(group))]
-    return StoredStory(f"{group.name.strip('/')}/{key}", group["text"].asstr()[key].split("|"), images, None)
+    return StoredStory(
+        f"{group.name.strip('/')}/{key}", group["text"].asstr()[key].split("|"), images, None
+    )
 
 
 def _read_v2(
-    group:h5py.Group, # a split
-    key:str,          # name of the story's group
-)->StoredStory:       # that story
+    group: h5py.Group,  # a split
+    key: str,  # name of the story's group
+) -> StoredStory:  # that story
     "Version 2: one group a story."
     story = group[key]
     images = [story[f"image{k}"][()].tobytes() for k in range(_count_images(story))]
     truth = json.loads(story["truth"].asstr()[()]) if "truth" in story else None
-    return StoredStory(str(story.attrs["id"]), json.loads(story["captions"].asstr()[()]), images, truth)
+    return StoredStory(
+        str(story.attrs["id"]), json.loads(story["captions"].asstr()[()]), images, truth
+    )
 
 
 def _count_images(
-    group:h5py.Group, # holds image0, image1, ...
-)->int:               # how many
+    group: h5py.Group,  # holds image0, image1, ...
+) -> int:  # how many
     "How many images lie side by side."
     return sum(1 for name in group if re.fullmatch(r"image\d+", name))
 
 # %% ../nbs/01_data.ipynb #75eba660
 def open_stories(
-    path,           # HDF5 file, version 1 or 2
-)->h5py.File:       # open for reading
+    path,  # HDF5 file, version 1 or 2
+) -> h5py.File:  # open for reading
     "Opens a story file. Raises FileNotFoundError or ValueError naming it when it is missing, cut short or no HDF5 file."
     if not Path(path).is_file():
-        raise FileNotFoundError(f"{path}: no such file. Make one with convert_flintstones, convert_pororo, "
-                                "convert_folder or convert_stories")
-    try: return h5py.File(path, "r", locking=False)
+        raise FileNotFoundError(
+            f"{path}: no such file. Make one with convert_flintstones, convert_pororo, "
+            "convert_folder or convert_stories"
+        )
+    try:
+        return h5py.File(path, "r", locking=False)
     except OSError as error:
-        raise ValueError(f"{path}: cut short, or not an HDF5 file; convert or copy it again ({error})") from error
+        raise ValueError(
+            f"{path}: cut short, or not an HDF5 file; convert or copy it again ({error})"
+        ) from error
 
 
 def story_schema(
-    file:h5py.File, # open story file
-)->int:             # 1 or 2
+    file: h5py.File,  # open story file
+) -> int:  # 1 or 2
     "Which version a file is. Raises ValueError naming the file for anything else."
     found, colour = file.attrs.get("schema"), file.attrs.get("colour", "rgb")
-    if found == 2 and colour == "rgb": return 2
+    if found == 2 and colour == "rgb":
+        return 2
     if found is not None:
-        raise ValueError(f"{file.filename}: schema {found} with colour {colour!r} is unknown here, "
-                         "this library reads version 1 and version 2 (rgb)")
+        raise ValueError(
+            f"{file.filename}: schema {found} with colour {colour!r} is unknown here, "
+            "this library reads version 1 and version 2 (rgb)"
+        )
     groups = [group for group in file.values() if isinstance(group, h5py.Group)]
-    if groups and all("text" in group and "image0" in group for group in groups): return 1
-    raise ValueError(f"{file.filename}: an HDF5 file, but not one with stories "
-                     "(neither the attribute schema=2 nor groups with image0 and text)")
+    if groups and all("text" in group and "image0" in group for group in groups):
+        return 1
+    raise ValueError(
+        f"{file.filename}: an HDF5 file, but not one with stories "
+        "(neither the attribute schema=2 nor groups with image0 and text)"
+    )
 
 
 def story_keys(
-    file:h5py.File, # open story file
-    split:str,      # its group
-)->list:            # what identifies each story: row numbers (version 1) or names (version 2)
+    file: h5py.File,  # open story file
+    split: str,  # its group
+) -> list:  # what identifies each story: row numbers (version 1) or names (version 2)
     "Keys of a split, in order. Raises ValueError that lists the splits there are, or says that arrays differ in length."
-    if split not in file: raise ValueError(f"{file.filename}: there is no split {split!r}; it has {', '.join(map(repr, file))}")
-    if story_schema(file) == 2: return sorted(file[split])
+    if split not in file:
+        raise ValueError(
+            f"{file.filename}: there is no split {split!r}; it has {', '.join(map(repr, file))}"
+        )
+    if story_schema(file) == 2:
+        return sorted(file[split])
     lengths = {name: len(file[split][name]) for name in file[split]}
     if len(set(lengths.values())) > 1:
-        raise ValueError(f"{file.filename}, split {split!r}: the arrays differ in length: {lengths}")
+        raise ValueError(
+            f"{file.filename}, split {split!r}: the arrays differ in length: {lengths}"
+        )
     return list(range(lengths["text"]))
 
 # %% ../nbs/01_data.ipynb #6ead2219
 def choose_tile(
-    n_tiles:int, # tiles to choose from
-    seed:int,    # of the run
-    epoch:int,   # of the training
-    index:int,   # story
-    frame:int,   # frame of the story
-)->int:          # 0 ... n_tiles-1
+    n_tiles: int,  # tiles to choose from
+    seed: int,  # of the run
+    epoch: int,  # of the training
+    index: int,  # story
+    frame: int,  # frame of the story
+) -> int:  # 0 ... n_tiles-1
     """The training tile, a pure function of its arguments. Our choice.
 
     (Python hashes the text that seeds its generator with SHA-512, the same everywhere.)"""
@@ -811,76 +1075,105 @@ TASKS = ("visualization", "continuation")
 
 class TaskLayout(NamedTuple):
     "A story arranged for a task."
-    captions:list         # V captions of the frames to draw
-    frames:list           # V frames to draw
-    history_captions:list # F captions of the history blocks
-    history_frames:list   # F frames of the history blocks
+
+    captions: list  # V captions of the frames to draw
+    frames: list  # V frames to draw
+    history_captions: list  # F captions of the history blocks
+    history_frames: list  # F frames of the history blocks
 
 
 def split_task(
-    captions:list[str],    # N captions
-    frames:list,           # N frames
-    task:str,              # "visualization" or "continuation"
-    where:str="the story", # named in the errors
-)->TaskLayout:             # what is drawn, and the history
+    captions: list[str],  # N captions
+    frames: list,  # N frames
+    task: str,  # "visualization" or "continuation"
+    where: str = "the story",  # named in the errors
+) -> TaskLayout:  # what is drawn, and the history
     """Arranges a story for a task. Source: AR-LDM's layout.
 
     Raises ValueError for an unknown task, too few frames, or captions that do not pair up."""
-    if task not in TASKS: raise ValueError(f"task={task!r} is unknown: choose one of {TASKS}")
+    if task not in TASKS:
+        raise ValueError(f"task={task!r} is unknown: choose one of {TASKS}")
     if len(captions) != len(frames):
-        raise ValueError(f"{where} has {len(captions)} captions for {len(frames)} frames: one a frame is needed")
+        raise ValueError(
+            f"{where} has {len(captions)} captions for {len(frames)} frames: one a frame is needed"
+        )
     given = 1 if task == "continuation" else 0
-    if len(frames) < given + 1: raise ValueError(f"{where} has {len(frames)} frame(s): {task} needs at least {given + 1}")
+    if len(frames) < given + 1:
+        raise ValueError(f"{where} has {len(frames)} frame(s): {task} needs at least {given + 1}")
     return TaskLayout(list(captions[given:]), list(frames[given:]), list(captions), list(frames))
 
 # %% ../nbs/01_data.ipynb #2c725111
 @dataclass(frozen=True)
 class StoryRecord:
     "A story, decoded."
-    id:str
-    captions:list[str] # N
-    frames:list        # N square RGB PIL images in true colours
-    truth:object       # what the world knows of the story, or None
+
+    id: str
+    captions: list[str]  # N
+    frames: list  # N square RGB PIL images in true colours
+    truth: object  # what the world knows of the story, or None
 
 # %% ../nbs/01_data.ipynb #ed4fe097
 class StoryFile:
     "One split of an HDF5 file, version 1 or 2, as stored. Opens the file lazily in every process; can be sent to workers."
-    def __init__(self,
-        path,      # HDF5 file
-        split:str, # group of the file
+
+    def __init__(
+        self,
+        path,  # HDF5 file
+        split: str,  # group of the file
     ):
         self.path, self.split, self._file, self._owner = str(path), split, None, None
-        with open_stories(path) as file: self.schema, self.keys, self.kind = story_schema(file), story_keys(file, split), str(file.attrs.get("kind", ""))
+        with open_stories(path) as file:
+            self.schema, self.keys, self.kind = (
+                story_schema(file),
+                story_keys(file, split),
+                str(file.attrs.get("kind", "")),
+            )
 
-    def __len__(self): return len(self.keys)
-    def __getstate__(self): return {**self.__dict__, "_file": None, "_owner": None}
+    def __len__(self):
+        return len(self.keys)
+
+    def __getstate__(self):
+        return {**self.__dict__, "_file": None, "_owner": None}
 
     def close(self):
         "Closes the file in this process; the next access opens it again."
-        if self._file is not None and self._owner == os.getpid(): self._file.close()
+        if self._file is not None and self._owner == os.getpid():
+            self._file.close()
         self._file = None
 
-    def stored(self, index:int)->StoredStory:
+    def stored(self, index: int) -> StoredStory:
         "A story as it lies in the file: captions and PNG files, nothing decoded. Raises IndexError, or ValueError naming file and story."
         if not -len(self) <= index < len(self):
-            raise IndexError(f"{self.path}: there is no story {index} among the {len(self)} of split {self.split!r}")
-        if self._owner != os.getpid(): self._file = None
-        if self._file is None: self._file, self._owner = open_stories(self.path), os.getpid()
-        try: return (_read_v1 if self.schema == 1 else _read_v2)(self._file[self.split], self.keys[index])
+            raise IndexError(
+                f"{self.path}: there is no story {index} among the {len(self)} of split {self.split!r}"
+            )
+        if self._owner != os.getpid():
+            self._file = None
+        if self._file is None:
+            self._file, self._owner = open_stories(self.path), os.getpid()
+        try:
+            return (_read_v1 if self.schema == 1 else _read_v2)(
+                self._file[self.split], self.keys[index]
+            )
         except (OSError, KeyError, ValueError, RuntimeError) as error:
-            raise ValueError(f"{self.path}: story {index} of split {self.split!r} cannot be read ({error})") from error
+            raise ValueError(
+                f"{self.path}: story {index} of split {self.split!r} cannot be read ({error})"
+            ) from error
 
 # %% ../nbs/01_data.ipynb #27a5745d
 class StoryDataset(StoryFile, torch.utils.data.Dataset):
     "Stories of one split of an HDF5 file, version 1 or 2, in true colours. Can be sent to workers."
-    def __init__(self,
-        path,                      # HDF5 file
-        split:str="train",         # group of the file
-        task:str="visualization",  # only checks that stories are long enough for it
-        train:bool=None,           # draw tiles at random (default: only for the split "train"); otherwise tile 0
-        seed:int=0,                # of the tiles
+
+    def __init__(
+        self,
+        path,  # HDF5 file
+        split: str = "train",  # group of the file
+        task: str = "visualization",  # only checks that stories are long enough for it
+        train: bool = None,  # draw tiles at random (default: only for the split "train"); otherwise tile 0
+        seed: int = 0,  # of the tiles
     ):
-        if task not in TASKS: raise ValueError(f"task={task!r} is unknown: choose one of {TASKS}")
+        if task not in TASKS:
+            raise ValueError(f"task={task!r} is unknown: choose one of {TASKS}")
         super().__init__(path, split)
         self.task, self.seed = task, seed
         self.train = split == "train" if train is None else train
@@ -890,9 +1183,10 @@ class StoryDataset(StoryFile, torch.utils.data.Dataset):
         return f"StoryDataset({Path(self.path).name!r}, {self.split!r}, {self.task!r}): {len(self)} stories, version {self.schema}"
 
     @property
-    def epoch(self)->int: return int(self._epoch)
+    def epoch(self) -> int:
+        return int(self._epoch)
 
-    def set_epoch(self, epoch:int):
+    def set_epoch(self, epoch: int):
         "Sets the epoch that training tiles are derived from, in all workers."
         self._epoch.fill_(epoch)
 
@@ -900,16 +1194,19 @@ class StoryDataset(StoryFile, torch.utils.data.Dataset):
         for k, blob in enumerate(stored.images):
             where = f"{self.path}: story {stored.id!r}, image{k}"
             strip = open_image(blob, where)
-            yield (Image.merge("RGB", strip.split()[::-1]) if self.schema == 1 else strip), count_tiles(strip, where)
+            yield (
+                (Image.merge("RGB", strip.split()[::-1]) if self.schema == 1 else strip),
+                count_tiles(strip, where),
+            )
 
-    def tile_counts(self, index:int)->list[int]:
+    def tile_counts(self, index: int) -> list[int]:
         "How many tiles each frame of a story has."
         return [tiles for _, tiles in self._strips(self.stored(index))]
 
     def _tile(self, tiles, index, frame):
         return choose_tile(tiles, self.seed, self.epoch, index, frame) if self.train else 0
 
-    def story(self, index:int, tile:int=None)->StoryRecord:
+    def story(self, index: int, tile: int = None) -> StoryRecord:
         """A story in true colours. `tile`: that tile of every frame; None: by the rule above.
 
         Raises IndexError, or ValueError naming file and story."""
@@ -918,58 +1215,94 @@ class StoryDataset(StoryFile, torch.utils.data.Dataset):
         split_task(stored.captions, stored.images, self.task, f"{where}{stored.id!r}{hint}")
         for k, (strip, tiles) in enumerate(self._strips(stored)):
             chosen = self._tile(tiles, index % len(self), k) if tile is None else tile
-            if not 0 <= chosen < tiles: raise ValueError(f"tile={tile}: frame {k} of story {stored.id!r} has tiles 0 to {tiles - 1}")
+            if not 0 <= chosen < tiles:
+                raise ValueError(
+                    f"tile={tile}: frame {k} of story {stored.id!r} has tiles 0 to {tiles - 1}"
+                )
             frames.append(cut_tile(strip, chosen))
         return StoryRecord(stored.id, stored.captions, frames, stored.truth)
 
-    def __getitem__(self, index:int)->dict:
+    def __getitem__(self, index: int) -> dict:
         record = self.story(index)
-        return {"id": record.id, "index": index % len(self), "captions": record.captions, "frames": record.frames,
-                "truth": record.truth}
+        return {
+            "id": record.id,
+            "index": index % len(self),
+            "captions": record.captions,
+            "frames": record.frames,
+            "truth": record.truth,
+        }
 
 # %% ../nbs/01_data.ipynb #781f6d10
-CLIP_IMAGE_MEAN, CLIP_IMAGE_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
+CLIP_IMAGE_MEAN, CLIP_IMAGE_STD = (
+    (0.48145466, 0.4578275, 0.40821073),
+    (0.26862954, 0.26130258, 0.27577711),
+)
 
 
 def pixels(
-    frames:list,             # n square PIL images
-    size:int,                # pixels a side
-    mean:tuple=(.5, .5, .5), # for red, green, blue; the default leads to [-1, 1]
-    std:tuple=(.5, .5, .5),  # for red, green, blue
-)->torch.Tensor:             # (n, 3, size, size) float32
+    frames: list,  # n square PIL images
+    size: int,  # pixels a side
+    mean: tuple = (0.5, 0.5, 0.5),  # for red, green, blue; the default leads to [-1, 1]
+    std: tuple = (0.5, 0.5, 0.5),  # for red, green, blue
+) -> torch.Tensor:  # (n, 3, size, size) float32
     "Frames as a tensor: bicubic resize, scaled to [0, 1], then minus mean, over std."
-    resized = [frame if frame.size == (size, size) else frame.resize((size, size), Image.BICUBIC) for frame in frames]
+    resized = [
+        frame if frame.size == (size, size) else frame.resize((size, size), Image.BICUBIC)
+        for frame in frames
+    ]
     arrays = [np.asarray(frame) for frame in resized]
-    x = torch.from_numpy(np.stack(arrays)).permute(0, 3, 1, 2).float() / 255   # (n, 3, size, size)
+    x = torch.from_numpy(np.stack(arrays)).permute(0, 3, 1, 2).float() / 255  # (n, 3, size, size)
     return (x - torch.tensor(mean).view(3, 1, 1)) / torch.tensor(std).view(3, 1, 1)
 
 # %% ../nbs/01_data.ipynb #51b0b5e6
 class CaptionTokens:
     "Captions of a batch as tokens, each story filled up to the longest; warns once if one had to be cut."
-    def __init__(self,
-        max_length:int, # S, tokens a caption
+
+    def __init__(
+        self,
+        max_length: int,  # S, tokens a caption
     ):
-        self.max_length, self._warned = max_length, torch.zeros((), dtype=torch.bool).share_memory_()
+        self.max_length, self._warned = (
+            max_length,
+            torch.zeros((), dtype=torch.bool).share_memory_(),
+        )
 
     def _tokens(self, tokenizer, rows, ids):
         longest = max(map(len, rows))
         texts = [text for row in rows for text in row + [""] * (longest - len(row))]
-        tokens = tokenizer(texts, padding="max_length", truncation=True, max_length=self.max_length, return_tensors="pt")
+        tokens = tokenizer(
+            texts,
+            padding="max_length",
+            truncation=True,
+            max_length=self.max_length,
+            return_tensors="pt",
+        )
         mask = tokens["attention_mask"].bool()
         self._warn_if_cut(tokenizer, texts, mask, [name for name in ids for _ in range(longest)])
         shape = (len(rows), longest, self.max_length)
         return tokens["input_ids"].view(shape), mask.view(shape)
 
     def _warn_if_cut(self, tokenizer, texts, mask, names):
-        if self._warned: return
+        if self._warned:
+            return
         for row in mask.all(dim=1).nonzero().flatten().tolist():
             room = 4 * len(texts[row].encode()) + 8
-            whole = tokenizer([texts[row]], padding="max_length", truncation=True, max_length=room, return_tensors="pt")
+            whole = tokenizer(
+                [texts[row]],
+                padding="max_length",
+                truncation=True,
+                max_length=room,
+                return_tensors="pt",
+            )
             n = int(whole["attention_mask"].sum())
-            if n <= self.max_length: continue
+            if n <= self.max_length:
+                continue
             self._warned.fill_(True)
-            warnings.warn(f"story {names[row]!r}: the caption {texts[row]!r} has {n} tokens and is cut to "
-                          f"max_length={self.max_length}; longer captions after it are cut without a word", stacklevel=4)
+            warnings.warn(
+                f"story {names[row]!r}: the caption {texts[row]!r} has {n} tokens and is cut to "
+                f"max_length={self.max_length}; longer captions after it are cut without a word",
+                stacklevel=4,
+            )
             return
 
 # %% ../nbs/01_data.ipynb #2557b761
@@ -978,38 +1311,68 @@ class StoryCollator(CaptionTokens):
 
     frames (B,V,3,H,W), caption_ids and caption_mask (B,V,S), frame_valid (B,V), history_frames (B,F,3,h,w), history_ids and
     history_mask (B,F,S), history_valid (B,F), index (B,), and the lists ids, captions, truth. Layout as AR-LDM's."""
-    def __init__(self,
-        caption_tokenizer,            # CLIP's, or anything called like a transformers tokenizer
-        history_tokenizer,            # BLIP's, likewise
-        frame_size:int=64,            # pixels a side of the frames to draw
-        history_size:int=64,          # pixels a side of the history frames
-        max_length:int=32,            # S, tokens a caption
-        task:str="visualization",     # or "continuation"
-        image_mean:tuple=CLIP_IMAGE_MEAN, # of the history frames
-        image_std:tuple=CLIP_IMAGE_STD,   # of the history frames
+
+    def __init__(
+        self,
+        caption_tokenizer,  # CLIP's, or anything called like a transformers tokenizer
+        history_tokenizer,  # BLIP's, likewise
+        frame_size: int = 64,  # pixels a side of the frames to draw
+        history_size: int = 64,  # pixels a side of the history frames
+        max_length: int = 32,  # S, tokens a caption
+        task: str = "visualization",  # or "continuation"
+        image_mean: tuple = CLIP_IMAGE_MEAN,  # of the history frames
+        image_std: tuple = CLIP_IMAGE_STD,  # of the history frames
     ):
-        if task not in TASKS: raise ValueError(f"task={task!r} is unknown: choose one of {TASKS}")
-        self.caption_tokenizer, self.history_tokenizer, self.task = caption_tokenizer, history_tokenizer, task
+        if task not in TASKS:
+            raise ValueError(f"task={task!r} is unknown: choose one of {TASKS}")
+        self.caption_tokenizer, self.history_tokenizer, self.task = (
+            caption_tokenizer,
+            history_tokenizer,
+            task,
+        )
         super().__init__(max_length)
         self.frame_size, self.history_size = frame_size, history_size
         self.image_mean, self.image_std = tuple(image_mean), tuple(image_std)
 
-    def __call__(self, items:list[dict])->dict:
+    def __call__(self, items: list[dict]) -> dict:
         "The batch. Raises ValueError naming the story that does not fit the task."
-        layouts = [split_task(item["captions"], item["frames"], self.task, f"story {item['id']!r}") for item in items]
+        layouts = [
+            split_task(item["captions"], item["frames"], self.task, f"story {item['id']!r}")
+            for item in items
+        ]
         ids = [item["id"] for item in items]
-        caption_ids, caption_mask = self._tokens(self.caption_tokenizer, [layout.captions for layout in layouts], ids)
-        history_ids, history_mask = self._tokens(self.history_tokenizer, [layout.history_captions for layout in layouts], ids)
+        caption_ids, caption_mask = self._tokens(
+            self.caption_tokenizer, [layout.captions for layout in layouts], ids
+        )
+        history_ids, history_mask = self._tokens(
+            self.history_tokenizer, [layout.history_captions for layout in layouts], ids
+        )
         frames, frame_valid = self._pixels([layout.frames for layout in layouts], self.frame_size)
         past = [layout.history_frames for layout in layouts]
-        history, history_valid = self._pixels(past, self.history_size, self.image_mean, self.image_std)
-        return {"frames": frames, "caption_ids": caption_ids, "caption_mask": caption_mask, "frame_valid": frame_valid,
-                "history_frames": history, "history_ids": history_ids, "history_mask": history_mask, "history_valid": history_valid,
-                "ids": ids, "index": torch.tensor([item["index"] for item in items]),
-                "captions": [list(item["captions"]) for item in items], "truth": [item["truth"] for item in items]}
+        history, history_valid = self._pixels(
+            past, self.history_size, self.image_mean, self.image_std
+        )
+        return {
+            "frames": frames,
+            "caption_ids": caption_ids,
+            "caption_mask": caption_mask,
+            "frame_valid": frame_valid,
+            "history_frames": history,
+            "history_ids": history_ids,
+            "history_mask": history_mask,
+            "history_valid": history_valid,
+            "ids": ids,
+            "index": torch.tensor([item["index"] for item in items]),
+            "captions": [list(item["captions"]) for item in items],
+            "truth": [item["truth"] for item in items],
+        }
 
     def _pixels(self, rows, size, *normalisation):
         longest = max(map(len, rows))
-        filled, valid = torch.zeros(len(rows), longest, 3, size, size), torch.zeros(len(rows), longest, dtype=torch.bool)
-        for b, row in enumerate(rows): filled[b, :len(row)], valid[b, :len(row)] = pixels(row, size, *normalisation), True
+        filled, valid = (
+            torch.zeros(len(rows), longest, 3, size, size),
+            torch.zeros(len(rows), longest, dtype=torch.bool),
+        )
+        for b, row in enumerate(rows):
+            filled[b, : len(row)], valid[b, : len(row)] = pixels(row, size, *normalisation), True
         return filled, valid

@@ -23,8 +23,17 @@ from diffusers.configuration_utils import register_to_config
 from tokenizers import AddedToken, pre_tokenizers, trainers
 from torch import nn
 from torch.nn import functional
-from transformers import (BertTokenizer, BlipTextConfig, BlipTextModel, BlipVisionConfig, BlipVisionModel,
-                          CLIPTextConfig, CLIPTextModel, CLIPTokenizer, PretrainedConfig)
+from transformers import (
+    BertTokenizer,
+    BlipTextConfig,
+    BlipTextModel,
+    BlipVisionConfig,
+    BlipVisionModel,
+    CLIPTextConfig,
+    CLIPTextModel,
+    CLIPTokenizer,
+    PretrainedConfig,
+)
 
 from .data import CLIP_IMAGE_MEAN, CLIP_IMAGE_STD
 
@@ -34,13 +43,20 @@ def _merges(backend) -> list[tuple[str, str]]:
     return [tuple(pair) for pair in json.loads(backend.to_str())["model"]["merges"]]
 
 # %% ../nbs/02_encoders.ipynb #58114e8d
-def _clip_tokenizer(lines:list[str], max_length:int) -> CLIPTokenizer:
+def _clip_tokenizer(lines: list[str], max_length: int) -> CLIPTokenizer:
     "A byte-pair tokenizer of CLIP's kind in which every word of `lines` is one token."
     start, end = "<|startoftext|>", "<|endoftext|>"
     learner = CLIPTokenizer().backend_tokenizer
-    learner.train_from_iterator(lines, trainers.BpeTrainer(
-        vocab_size=30_000, end_of_word_suffix="</w>", show_progress=False, special_tokens=[start, end],
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet()))
+    learner.train_from_iterator(
+        lines,
+        trainers.BpeTrainer(
+            vocab_size=30_000,
+            end_of_word_suffix="</w>",
+            show_progress=False,
+            special_tokens=[start, end],
+            initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        ),
+    )
     letters = sorted(pre_tokenizers.ByteLevel.alphabet())
     learned = learner.get_vocab()
     whole = sorted((token for token in learned if token not in (start, end)), key=learned.get)
@@ -49,11 +65,16 @@ def _clip_tokenizer(lines:list[str], max_length:int) -> CLIPTokenizer:
     return CLIPTokenizer(vocab=vocab, merges=_merges(learner), model_max_length=max_length)
 
 # %% ../nbs/02_encoders.ipynb #3b851803
-def _bert_tokenizer(lines:list[str], max_length:int) -> BertTokenizer:
+def _bert_tokenizer(lines: list[str], max_length: int) -> BertTokenizer:
     "A word-piece tokenizer of BLIP's kind: the words of `lines`, and letters to spell any other."
     backend = BertTokenizer().backend_tokenizer
-    words = Counter(word for line in lines
-                    for word, _ in backend.pre_tokenizer.pre_tokenize_str(backend.normalizer.normalize_str(line)))
+    words = Counter(
+        word
+        for line in lines
+        for word, _ in backend.pre_tokenizer.pre_tokenize_str(
+            backend.normalizer.normalize_str(line)
+        )
+    )
     letters = string.ascii_lowercase + string.digits + string.punctuation
     special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
     tokens = special + list(letters) + ["##" + letter for letter in letters] + sorted(words)
@@ -62,117 +83,148 @@ def _bert_tokenizer(lines:list[str], max_length:int) -> BertTokenizer:
 
 # %% ../nbs/02_encoders.ipynb #b934f306
 def add_blip_tokens(
-    tokenizer:BertTokenizer, # changed in place
-) -> BertTokenizer: # the same tokenizer
+    tokenizer: BertTokenizer,  # changed in place
+) -> BertTokenizer:  # the same tokenizer
     "Give a BERT tokenizer BLIP's two signs for the first token, [DEC] and [ENC], unless it has them."
     known = tokenizer.get_vocab()
-    if "[DEC]" not in known: tokenizer.add_special_tokens({"bos_token": "[DEC]"})
-    if "[ENC]" not in known: tokenizer.add_special_tokens({"extra_special_tokens": ["[ENC]"]})
+    if "[DEC]" not in known:
+        tokenizer.add_special_tokens({"bos_token": "[DEC]"})
+    if "[ENC]" not in known:
+        tokenizer.add_special_tokens({"extra_special_tokens": ["[ENC]"]})
     return tokenizer
 
 # %% ../nbs/02_encoders.ipynb #c586e5dd
 def tiny_tokenizers(
-    captions:Iterable[str], # training captions; each of their words becomes one token
-    max_length:int=32, # S, tokens a caption is padded or cut to
-    characters:Iterable[str]=(), # names that must be known even if no caption has them
-) -> tuple[CLIPTokenizer, BertTokenizer]: # for the caption encoder and the history encoder
+    captions: Iterable[str],  # training captions; each of their words becomes one token
+    max_length: int = 32,  # S, tokens a caption is padded or cut to
+    characters: Iterable[str] = (),  # names that must be known even if no caption has them
+) -> tuple[CLIPTokenizer, BertTokenizer]:  # for the caption encoder and the history encoder
     """Both tokenizers, made on the spot without network; any other word is spelt in pieces or letters (our choice).
 
     Raises `ValueError` if there is no caption or `max_length` leaves no room between start and end."""
     lines = [*captions, *characters]
-    if not lines: raise ValueError("captions is empty; the tokenizers are made from it")
-    if max_length < 3: raise ValueError(f"max_length is {max_length}; start, one word and end need at least 3")
+    if not lines:
+        raise ValueError("captions is empty; the tokenizers are made from it")
+    if max_length < 3:
+        raise ValueError(f"max_length is {max_length}; start, one word and end need at least 3")
     return _clip_tokenizer(lines, max_length), _bert_tokenizer(lines, max_length)
 
 # %% ../nbs/02_encoders.ipynb #f55004fc
-def _is_one_token(tokenizer, word:str) -> bool:
+def _is_one_token(tokenizer, word: str) -> bool:
     "Whether the tokenizer already reads `word` as one known token."
     ids = tokenizer(word, add_special_tokens=False).input_ids
     return len(ids) == 1 and ids[0] != tokenizer.unk_token_id
 
 # %% ../nbs/02_encoders.ipynb #0a51ac11
-def _check_rows(tokenizer, model:nn.Module|None):
+def _check_rows(tokenizer, model: nn.Module | None):
     "Raise `ValueError` if new ids would fall on rows that the model already uses for something else."
     rows = 0 if model is None else model.get_input_embeddings().weight.shape[0]
     if rows > len(tokenizer):
-        raise ValueError(f"model has {rows} word rows, but tokenizer knows {len(tokenizer)} tokens: new words would "
-                         "take over rows in use. For BLIP call add_blip_tokens(tokenizer) first")
+        raise ValueError(
+            f"model has {rows} word rows, but tokenizer knows {len(tokenizer)} tokens: new words would "
+            "take over rows in use. For BLIP call add_blip_tokens(tokenizer) first"
+        )
 
 # %% ../nbs/02_encoders.ipynb #03fb7131
-def _grow_embedding(model:nn.Module, n_rows:int):
+def _grow_embedding(model: nn.Module, n_rows: int):
     "Grow the word embedding to `n_rows`; new rows are the mean of the old ones."
     old = model.get_input_embeddings().weight.detach()
     n_old, mean = len(old), old.mean(0)
-    if n_rows == n_old: return
+    if n_rows == n_old:
+        return
     model.resize_token_embeddings(n_rows, mean_resizing=False)
-    with torch.no_grad(): model.get_input_embeddings().weight[n_old:] = mean
+    with torch.no_grad():
+        model.get_input_embeddings().weight[n_old:] = mean
 
 # %% ../nbs/02_encoders.ipynb #cd25875d
 def add_words(
-    tokenizer:CLIPTokenizer|BertTokenizer, # changed in place
-    model:nn.Module|None, # its word embeddings grow in place (`CLIPTextModel`, `HistoryEncoder`); None: tokenizer only
-    words:Iterable[str], # character names, any case
-) -> list[str]: # the words that were new
+    tokenizer: CLIPTokenizer | BertTokenizer,  # changed in place
+    model: nn.Module
+    | None,  # its word embeddings grow in place (`CLIPTextModel`, `HistoryEncoder`); None: tokenizer only
+    words: Iterable[str],  # character names, any case
+) -> list[str]:  # the words that were new
     """Teach words as whole tokens, matched in any case and never inside a longer word; a second call changes nothing.
 
     A new row of the embedding starts as the mean of the old rows (our choice). Call it before an optimizer is made.
     Raises `ValueError` for a word with a space in it, or if the model has rows that the tokenizer does not know."""
     words = list(dict.fromkeys(word.lower() for word in words))
     bad = [word for word in words if not word or re.search(r"\s", word)]
-    if bad: raise ValueError(f"words holds {bad[0]!r}; a word is not empty and has no space in it")
+    if bad:
+        raise ValueError(f"words holds {bad[0]!r}; a word is not empty and has no space in it")
     _check_rows(tokenizer, model)
     new = [word for word in words if not _is_one_token(tokenizer, word)]
     tokenizer.add_tokens([AddedToken(word, single_word=True, normalized=True) for word in new])
-    if model is not None: _grow_embedding(model, len(tokenizer))
+    if model is not None:
+        _grow_embedding(model, len(tokenizer))
     return new
 
 # %% ../nbs/02_encoders.ipynb #32cc987f
 def tiny_text_encoder(
-    tokenizer:CLIPTokenizer, # gives vocabulary, special ids and length
-    width:int=128, # D
-    layers:int=2, # transformer layers
-    heads:int=4, # attention heads
-) -> CLIPTextModel: # untrained, in evaluation mode
+    tokenizer: CLIPTokenizer,  # gives vocabulary, special ids and length
+    width: int = 128,  # D
+    layers: int = 2,  # transformer layers
+    heads: int = 4,  # attention heads
+) -> CLIPTextModel:  # untrained, in evaluation mode
     "A small CLIP text encoder of the real class; weights come from torch's global random state."
     config = CLIPTextConfig(
-        vocab_size=len(tokenizer), hidden_size=width, intermediate_size=4*width, projection_dim=width,
-        num_hidden_layers=layers, num_attention_heads=heads, max_position_embeddings=tokenizer.model_max_length,
-        bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id)
+        vocab_size=len(tokenizer),
+        hidden_size=width,
+        intermediate_size=4 * width,
+        projection_dim=width,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        max_position_embeddings=tokenizer.model_max_length,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
     return CLIPTextModel(config).eval()
 
 # %% ../nbs/02_encoders.ipynb #f56725f2
 def encode_captions(
-    text_encoder:CLIPTextModel, # reads the captions
-    input_ids:torch.Tensor, # (..., S) long
-    mask:torch.Tensor|None=None, # (..., S) bool, False = padding; None: padding is read like words
-) -> torch.Tensor: # (..., S, D) last hidden states
+    text_encoder: CLIPTextModel,  # reads the captions
+    input_ids: torch.Tensor,  # (..., S) long
+    mask: torch.Tensor
+    | None = None,  # (..., S) bool, False = padding; None: padding is read like words
+) -> torch.Tensor:  # (..., S, D) last hidden states
     """CLIP's states of every caption token, padding hidden from the words (as AR-LDM calls it).
 
     Raises `ValueError` if the captions are longer than the position table."""
     rows = text_encoder.config.max_position_embeddings
     if input_ids.shape[-1] > rows:
-        raise ValueError(f"input_ids has {input_ids.shape[-1]} tokens, text_encoder {rows} positions: "
-                         "cut the captions or call lengthen_positions")
+        raise ValueError(
+            f"input_ids has {input_ids.shape[-1]} tokens, text_encoder {rows} positions: "
+            "cut the captions or call lengthen_positions"
+        )
     flat_mask = None if mask is None else mask.flatten(0, -2)
     states = text_encoder(input_ids.flatten(0, -2), attention_mask=flat_mask).last_hidden_state
     return states.unflatten(0, input_ids.shape[:-1])
 
 # %% ../nbs/02_encoders.ipynb #3bdaba24
 def lengthen_positions(
-    text_encoder:CLIPTextModel, # changed in place
-    n_positions:int, # tokens it shall read
-    keep:int=20, # first rows left as they are
-) -> CLIPTextModel: # the same model
+    text_encoder: CLIPTextModel,  # changed in place
+    n_positions: int,  # tokens it shall read
+    keep: int = 20,  # first rows left as they are
+) -> CLIPTextModel:  # the same model
     """Stretch CLIP's position table by linear interpolation; the first `keep` rows, the best trained, stay (our choice).
 
     The released code appends random rows instead. Raises `ValueError` if the table would shrink."""
-    embeddings = text_encoder.text_model.embeddings if hasattr(text_encoder, "text_model") else text_encoder.embeddings
+    embeddings = (
+        text_encoder.text_model.embeddings
+        if hasattr(text_encoder, "text_model")
+        else text_encoder.embeddings
+    )
     table = embeddings.position_embedding.weight.detach()  # (n_old, D)
     if n_positions < len(table):
-        raise ValueError(f"n_positions is {n_positions}; the table has {len(table)} rows and does not shrink")
-    if n_positions == len(table): return text_encoder
+        raise ValueError(
+            f"n_positions is {n_positions}; the table has {len(table)} rows and does not shrink"
+        )
+    if n_positions == len(table):
+        return text_encoder
     keep = min(keep, len(table) - 2)
-    tail = functional.interpolate(table[keep:].T[None].float(), size=n_positions - keep, mode="linear", align_corners=True)[0].T
+    tail = functional.interpolate(
+        table[keep:].T[None].float(), size=n_positions - keep, mode="linear", align_corners=True
+    )[0].T
     longer = torch.cat([table[:keep], tail.to(table.dtype)])
     embeddings.position_embedding = nn.Embedding.from_pretrained(longer, freeze=False)
     embeddings.position_ids = torch.arange(n_positions, device=table.device)[None]
@@ -180,25 +232,43 @@ def lengthen_positions(
     return text_encoder
 
 # %% ../nbs/02_encoders.ipynb #b8870996
-def _tiny_blip_configs(tokenizer:BertTokenizer, width:int, layers:int, heads:int, image_size:int, patch_size:int) -> tuple[dict, dict]:
+def _tiny_blip_configs(
+    tokenizer: BertTokenizer, width: int, layers: int, heads: int, image_size: int, patch_size: int
+) -> tuple[dict, dict]:
     "Vision and text configuration of a small BLIP; the vision weights start at scale 0.02 so that the picture is seen."
-    shape = dict(hidden_size=width, intermediate_size=2*width, num_hidden_layers=layers, num_attention_heads=heads)
-    vision = BlipVisionConfig(**shape, image_size=image_size, patch_size=patch_size, initializer_range=0.02)
+    shape = dict(
+        hidden_size=width,
+        intermediate_size=2 * width,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+    )
+    vision = BlipVisionConfig(
+        **shape, image_size=image_size, patch_size=patch_size, initializer_range=0.02
+    )
     text = BlipTextConfig(
-        **shape, vocab_size=len(tokenizer), encoder_hidden_size=width, max_position_embeddings=tokenizer.model_max_length,
-        is_decoder=True, use_cache=False, pad_token_id=tokenizer.pad_token_id, sep_token_id=tokenizer.sep_token_id,
-        eos_token_id=tokenizer.sep_token_id, bos_token_id=tokenizer.bos_token_id)
+        **shape,
+        vocab_size=len(tokenizer),
+        encoder_hidden_size=width,
+        max_position_embeddings=tokenizer.model_max_length,
+        is_decoder=True,
+        use_cache=False,
+        pad_token_id=tokenizer.pad_token_id,
+        sep_token_id=tokenizer.sep_token_id,
+        eos_token_id=tokenizer.sep_token_id,
+        bos_token_id=tokenizer.bos_token_id,
+    )
     return vision.to_diff_dict(), text.to_diff_dict()
 
 # %% ../nbs/02_encoders.ipynb #5f691812
 def resize_image_positions(
-    table:torch.Tensor, # (1, 1+side*side, Dv): class token first, then the patches in raster order
-    side:int, # patches along a side afterwards
-) -> torch.Tensor: # (1, 1+side*side, Dv)
+    table: torch.Tensor,  # (1, 1+side*side, Dv): class token first, then the patches in raster order
+    side: int,  # patches along a side afterwards
+) -> torch.Tensor:  # (1, 1+side*side, Dv)
     "A picture's position table for another image size, by bicubic interpolation over the patch grid."
     first, grid = table[:, :1], table[:, 1:]
     old = round(grid.shape[1] ** 0.5)
-    if old == side: return table
+    if old == side:
+        return table
     grid = grid.transpose(1, 2).unflatten(2, (old, old))  # (1, Dv, old, old)
     grid = functional.interpolate(grid, size=(side, side), mode="bicubic", align_corners=False)
     return torch.cat([first, grid.flatten(2).transpose(1, 2)], dim=1)
@@ -209,10 +279,13 @@ _BLIP_TEXT_PARTS = ("text_encoder", "text_model", "text_decoder")
 # %% ../nbs/02_encoders.ipynb #d4357c96
 def _load_blip(source) -> nn.Module:
     "The transformers BLIP model in a folder or under a hub id; a model is handed through."
-    if isinstance(source, nn.Module): return source
+    if isinstance(source, nn.Module):
+        return source
     name = str(source)
     if not Path(name).is_dir() and not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", name):
-        raise FileNotFoundError(f"no BLIP folder at {name!r}; give a folder with config.json and weights, or a hub id")
+        raise FileNotFoundError(
+            f"no BLIP folder at {name!r}; give a folder with config.json and weights, or a hub id"
+        )
     config = PretrainedConfig.get_config_dict(name)[0]
     kind = (config.get("architectures") or ["BlipForImageTextRetrieval"])[0]
     if not kind.startswith("Blip") or not hasattr(transformers, kind):
@@ -220,111 +293,151 @@ def _load_blip(source) -> nn.Module:
     return getattr(transformers, kind).from_pretrained(name)
 
 # %% ../nbs/02_encoders.ipynb #da80fbe6
-def _blip_towers(blip:nn.Module) -> tuple[BlipVisionModel, BlipTextModel]:
+def _blip_towers(blip: nn.Module) -> tuple[BlipVisionModel, BlipTextModel]:
     "The image and the text encoder inside a BLIP model, whatever its task."
     text = next((getattr(blip, name) for name in _BLIP_TEXT_PARTS if hasattr(blip, name)), None)
     text = getattr(text, "bert", text)
-    if not isinstance(text, BlipTextModel): raise ValueError(f"{type(blip).__name__} has no BLIP text encoder")
+    if not isinstance(text, BlipTextModel):
+        raise ValueError(f"{type(blip).__name__} has no BLIP text encoder")
     return blip.vision_model, text
 
 # %% ../nbs/02_encoders.ipynb #6e22ad14
-def _blip_parts(source, image_size:int) -> tuple[dict, dict, dict, dict]:
+def _blip_parts(source, image_size: int) -> tuple[dict, dict, dict, dict]:
     "Configurations and weights of both towers for `image_size`; the text's pooler, which nothing reads, is left out."
     vision, text = _blip_towers(_load_blip(source))
     patch, name = vision.config.patch_size, "embeddings.position_embedding"
-    if image_size % patch: raise ValueError(f"image_size is {image_size}; it must be a multiple of the patch size {patch}")
+    if image_size % patch:
+        raise ValueError(
+            f"image_size is {image_size}; it must be a multiple of the patch size {patch}"
+        )
     weights = vision.state_dict()
     weights[name] = resize_image_positions(weights[name].float(), image_size // patch)
-    text_weights = {key: value for key, value in text.state_dict().items() if not key.startswith("pooler.")}
-    return (vision.config.to_diff_dict() | dict(image_size=image_size), text.config.to_diff_dict() | dict(is_decoder=True),
-            weights, text_weights)
+    text_weights = {
+        key: value for key, value in text.state_dict().items() if not key.startswith("pooler.")
+    }
+    return (
+        vision.config.to_diff_dict() | dict(image_size=image_size),
+        text.config.to_diff_dict() | dict(is_decoder=True),
+        weights,
+        text_weights,
+    )
 
 # %% ../nbs/02_encoders.ipynb #7b0ff267
 class HistoryEncoder(ModelMixin, ConfigMixin):
     """BLIP as a reader of history: the picture's patches enter its text encoder by cross-attention (paper, figure).
 
     `vision_config` and `text_config` are the dictionaries of `BlipVisionConfig` and `BlipTextConfig`."""
+
     @register_to_config
-    def __init__(self,
-        vision_config:dict, # image size, patch size, width, layers ...
-        text_config:dict, # vocabulary, width, layers ...; is_decoder must be true
-        enc_token_id:int, # [ENC], put in place of the first token
-        dec_token_id:int|None=None, # [DEC], the first token when reading from left to right
+    def __init__(
+        self,
+        vision_config: dict,  # image size, patch size, width, layers ...
+        text_config: dict,  # vocabulary, width, layers ...; is_decoder must be true
+        enc_token_id: int,  # [ENC], put in place of the first token
+        dec_token_id: int | None = None,  # [DEC], the first token when reading from left to right
     ):
         super().__init__()
         text_config = BlipTextConfig.from_dict(dict(text_config))
-        if not text_config.is_decoder: raise ValueError("text_config has is_decoder=False: such a text encoder has no cross-attention")
+        if not text_config.is_decoder:
+            raise ValueError(
+                "text_config has is_decoder=False: such a text encoder has no cross-attention"
+            )
         self.vision = BlipVisionModel(BlipVisionConfig.from_dict(dict(vision_config)))
         self.text = BlipTextModel(text_config, add_pooling_layer=False)
 
     @classmethod
-    def from_blip(cls,
-        source:str|Path|nn.Module, # folder or hub id of a transformers BLIP, or the model itself
-        image_size:int=224, # pixels a side; the position table is interpolated to it
-        enc_token_id:int|None=None, # None: the last row of the vocabulary, where BLIP's authors have it
-        dec_token_id:int|None=None, # None: the row before
-    ) -> "HistoryEncoder": # with BLIP's weights, in evaluation mode
+    def from_blip(
+        cls,
+        source: str
+        | Path
+        | nn.Module,  # folder or hub id of a transformers BLIP, or the model itself
+        image_size: int = 224,  # pixels a side; the position table is interpolated to it
+        enc_token_id: int
+        | None = None,  # None: the last row of the vocabulary, where BLIP's authors have it
+        dec_token_id: int | None = None,  # None: the row before
+    ) -> "HistoryEncoder":  # with BLIP's weights, in evaluation mode
         """A trained BLIP, e.g. `Salesforce/blip-itm-large-coco` (AR-LDM: BLIP's `model_large` at 224 pixels).
 
         Raises `FileNotFoundError` without such a folder, `ValueError` if it holds no BLIP or the size does not fit."""
         vision_config, text_config, vision_weights, text_weights = _blip_parts(source, image_size)
         rows = text_config["vocab_size"]
-        encoder = cls(vision_config, text_config, rows - 1 if enc_token_id is None else enc_token_id,
-                      rows - 2 if dec_token_id is None else dec_token_id)
+        encoder = cls(
+            vision_config,
+            text_config,
+            rows - 1 if enc_token_id is None else enc_token_id,
+            rows - 2 if dec_token_id is None else dec_token_id,
+        )
         encoder.vision.load_state_dict(vision_weights)
         encoder.text.load_state_dict(text_weights)
         return encoder.eval()
 
-    def image_features(self,
-        pixel_values:torch.Tensor, # (N, 3, h, w), BLIP's normalisation
-    ) -> torch.Tensor: # (N, 1+patches, Dv)
+    def image_features(
+        self,
+        pixel_values: torch.Tensor,  # (N, 3, h, w), BLIP's normalisation
+    ) -> torch.Tensor:  # (N, 1+patches, Dv)
         "States of the picture's class token and patches. Worth caching where the vision tower is frozen. Raises ValueError for pictures of another size."
         size = self.config["vision_config"]["image_size"]
         if pixel_values.ndim != 4 or pixel_values.shape[1:] != (3, size, size):
-            raise ValueError(f"pixel_values has shape {tuple(pixel_values.shape)}; expected (N, 3, {size}, {size})")
+            raise ValueError(
+                f"pixel_values has shape {tuple(pixel_values.shape)}; expected (N, 3, {size}, {size})"
+            )
         return self.vision(pixel_values).last_hidden_state
 
-    def forward(self,
-        pixel_values:torch.Tensor|None=None, # (N, 3, h, w); or
-        input_ids:torch.Tensor|None=None, # (N, S) long, its first token is replaced
-        attention_mask:torch.Tensor|None=None, # (N, S) bool, False = padding
-        image_features:torch.Tensor|None=None, # (N, P, Dv) from `image_features`, instead of pixel_values
-        causal:bool=False, # each token sees only earlier ones (for a captioning loss)
-    ) -> torch.Tensor: # (N, S, D) last hidden states
+    def forward(
+        self,
+        pixel_values: torch.Tensor | None = None,  # (N, 3, h, w); or
+        input_ids: torch.Tensor | None = None,  # (N, S) long, its first token is replaced
+        attention_mask: torch.Tensor | None = None,  # (N, S) bool, False = padding
+        image_features: torch.Tensor
+        | None = None,  # (N, P, Dv) from `image_features`, instead of pixel_values
+        causal: bool = False,  # each token sees only earlier ones (for a captioning loss)
+    ) -> torch.Tensor:  # (N, S, D) last hidden states
         """One block of S history tokens for every (frame, caption) pair; the caption's first token becomes [ENC].
 
         Raises `ValueError` if picture or text is missing, or if `causal` is asked of an encoder without [DEC]."""
         return _read_history(self, pixel_values, input_ids, attention_mask, image_features, causal)
 
-    def get_input_embeddings(self) -> nn.Embedding: return self.text.get_input_embeddings()
+    def get_input_embeddings(self) -> nn.Embedding:
+        return self.text.get_input_embeddings()
 
-    def resize_token_embeddings(self, n_rows:int, mean_resizing:bool=False):
+    def resize_token_embeddings(self, n_rows: int, mean_resizing: bool = False):
         "Give the word embedding `n_rows` rows, as transformers models do, and write that into the configuration."
         self.text.resize_token_embeddings(n_rows, mean_resizing=mean_resizing)
         self.register_to_config(text_config=self.text.config.to_diff_dict())
 
 # %% ../nbs/02_encoders.ipynb #6099ccb0
-def _read_history(encoder, pixel_values, input_ids, attention_mask, image_features, causal) -> torch.Tensor:
+def _read_history(
+    encoder, pixel_values, input_ids, attention_mask, image_features, causal
+) -> torch.Tensor:
     "The body of `HistoryEncoder.forward`; raises `ValueError` if picture or text is missing, or [DEC] is needed and unknown."
-    if (pixel_values is None) == (image_features is None): raise ValueError("give either pixel_values or image_features")
-    if input_ids is None: raise ValueError("input_ids is missing; the empty caption is \"\", tokenized")
+    if (pixel_values is None) == (image_features is None):
+        raise ValueError("give either pixel_values or image_features")
+    if input_ids is None:
+        raise ValueError('input_ids is missing; the empty caption is "", tokenized')
     first = encoder.config["dec_token_id" if causal else "enc_token_id"]
-    if first is None: raise ValueError("causal reading needs dec_token_id, which this encoder was made without")
-    if image_features is None: image_features = encoder.image_features(pixel_values)
+    if first is None:
+        raise ValueError("causal reading needs dec_token_id, which this encoder was made without")
+    if image_features is None:
+        image_features = encoder.image_features(pixel_values)
     ids = torch.cat([torch.full_like(input_ids[:, :1], first), input_ids[:, 1:]], dim=1)
-    output = encoder.text(ids, attention_mask=attention_mask, encoder_hidden_states=image_features,
-                          is_decoder=causal, use_cache=False)
+    output = encoder.text(
+        ids,
+        attention_mask=attention_mask,
+        encoder_hidden_states=image_features,
+        is_decoder=causal,
+        use_cache=False,
+    )
     return output.last_hidden_state
 
 # %% ../nbs/02_encoders.ipynb #cd7a1329
 def tiny_history_encoder(
-    tokenizer:BertTokenizer, # gives vocabulary, special ids and length; has [ENC] and [DEC]
-    width:int=128, # D
-    layers:int=2, # transformer layers on each side
-    heads:int=4, # attention heads
-    image_size:int=64, # pixels a side
-    patch_size:int=8, # pixels a side
-) -> HistoryEncoder: # untrained, in evaluation mode
+    tokenizer: BertTokenizer,  # gives vocabulary, special ids and length; has [ENC] and [DEC]
+    width: int = 128,  # D
+    layers: int = 2,  # transformer layers on each side
+    heads: int = 4,  # attention heads
+    image_size: int = 64,  # pixels a side
+    patch_size: int = 8,  # pixels a side
+) -> HistoryEncoder:  # untrained, in evaluation mode
     "A small BLIP of the real classes; weights come from torch's global random state."
     enc, dec = add_blip_tokens(tokenizer).convert_tokens_to_ids(["[ENC]", "[DEC]"])
     vision, text = _tiny_blip_configs(tokenizer, width, layers, heads, image_size, patch_size)
@@ -332,39 +445,48 @@ def tiny_history_encoder(
 
 # %% ../nbs/02_encoders.ipynb #4fd05d90
 def null_caption_ids(
-    tokenizer:CLIPTokenizer|BertTokenizer, # of the encoder that will read it
-    length:int|None=None, # S; None: the tokenizer's own
-) -> torch.Tensor: # (S,) long
+    tokenizer: CLIPTokenizer | BertTokenizer,  # of the encoder that will read it
+    length: int | None = None,  # S; None: the tokenizer's own
+) -> torch.Tensor:  # (S,) long
     "The empty caption, padded to full length."
     length = length or tokenizer.model_max_length
-    return tokenizer("", padding="max_length", truncation=True, max_length=length, return_tensors="pt").input_ids[0]
+    return tokenizer(
+        "", padding="max_length", truncation=True, max_length=length, return_tensors="pt"
+    ).input_ids[0]
 
 # %% ../nbs/02_encoders.ipynb #e6235f71
 def null_caption_states(
-    text_encoder:CLIPTextModel, # reads the null caption
-    null_ids:torch.Tensor, # (S,) from the caption tokenizer
-) -> torch.Tensor: # (S, D)
+    text_encoder: CLIPTextModel,  # reads the null caption
+    null_ids: torch.Tensor,  # (S,) from the caption tokenizer
+) -> torch.Tensor:  # (S, D)
     "CLIP's states of the empty caption, read without a mask (AR-LDM). Gradients flow."
     return encode_captions(text_encoder, null_ids[None].to(text_encoder.device))[0]
 
 # %% ../nbs/02_encoders.ipynb #2103473b
 def null_history_states(
-    history_encoder:HistoryEncoder, # reads the null block
-    null_ids:torch.Tensor, # (S,) from the history tokenizer
-) -> torch.Tensor: # (S, D)
+    history_encoder: HistoryEncoder,  # reads the null block
+    null_ids: torch.Tensor,  # (S,) from the history tokenizer
+) -> torch.Tensor:  # (S, D)
     "BLIP's states of a black picture (normalised like every other) with the empty caption, without a mask (AR-LDM)."
-    size, like = history_encoder.config["vision_config"]["image_size"], dict(device=history_encoder.device, dtype=history_encoder.dtype)
+    size, like = (
+        history_encoder.config["vision_config"]["image_size"],
+        dict(device=history_encoder.device, dtype=history_encoder.dtype),
+    )
     black = -torch.tensor(CLIP_IMAGE_MEAN, **like) / torch.tensor(CLIP_IMAGE_STD, **like)
-    return history_encoder(black.view(1, 3, 1, 1).expand(1, 3, size, size), null_ids[None].to(like["device"]))[0]
+    return history_encoder(
+        black.view(1, 3, 1, 1).expand(1, 3, size, size), null_ids[None].to(like["device"])
+    )[0]
 
 # %% ../nbs/02_encoders.ipynb #3c64f8e9
 def drop_conditions(
-    caption_states:torch.Tensor, # (B, V, S, D)
-    history_states:torch.Tensor, # (B, F, S, D)
-    dropped:torch.Tensor, # (B, V) bool, True = draw this frame without condition
-    null_caption:torch.Tensor, # (S, D)
-    null_history:torch.Tensor, # (S, D), the same for every block
-) -> tuple[torch.Tensor, torch.Tensor]: # captions (B, V, S, D) and histories of every frame (B, V, F, S, D)
+    caption_states: torch.Tensor,  # (B, V, S, D)
+    history_states: torch.Tensor,  # (B, F, S, D)
+    dropped: torch.Tensor,  # (B, V) bool, True = draw this frame without condition
+    null_caption: torch.Tensor,  # (S, D)
+    null_history: torch.Tensor,  # (S, D), the same for every block
+) -> tuple[
+    torch.Tensor, torch.Tensor
+]:  # captions (B, V, S, D) and histories of every frame (B, V, F, S, D)
     "Put the null states where a frame is drawn without condition; other frames keep theirs."
     captions = torch.where(dropped[..., None, None], null_caption, caption_states)
     histories = torch.where(dropped[..., None, None, None], null_history, history_states[:, None])
@@ -372,69 +494,85 @@ def drop_conditions(
 
 # %% ../nbs/02_encoders.ipynb #88b8848f
 def assemble_context(
-    caption_states:torch.Tensor, # (B, V, S, D)
-    history_states:torch.Tensor, # (B, F, S, D), or (B, V, F, S, D) if frames differ in theirs
-    types:torch.Tensor, # (2, D): added to caption tokens, added to history tokens
-    times:torch.Tensor, # (at least F, D): row k is added to history block k
-) -> torch.Tensor: # (B, V, (1+F)*S, D)
+    caption_states: torch.Tensor,  # (B, V, S, D)
+    history_states: torch.Tensor,  # (B, F, S, D), or (B, V, F, S, D) if frames differ in theirs
+    types: torch.Tensor,  # (2, D): added to caption tokens, added to history tokens
+    times: torch.Tensor,  # (at least F, D): row k is added to history block k
+) -> torch.Tensor:  # (B, V, (1+F)*S, D)
     "`[caption i | history 0 | ... | history F-1]` for every frame i, as AR-LDM lays it out."
     B, V, S, D = caption_states.shape
-    if history_states.ndim == 4: history_states = history_states[:, None]  # (B, 1, F, S, D)
-    history = history_states + types[1] + times[:history_states.shape[2], None]
+    if history_states.ndim == 4:
+        history_states = history_states[:, None]  # (B, 1, F, S, D)
+    history = history_states + types[1] + times[: history_states.shape[2], None]
     history = history.flatten(2, 3).expand(B, V, -1, D)  # (B, V, F*S, D)
     return torch.cat([caption_states + types[0], history], dim=2)
 
 # %% ../nbs/02_encoders.ipynb #4ea4aa31
 def pack_tokens(
-    tokens:torch.Tensor, # (N, T, D)
-    mask:torch.Tensor, # (N, T) bool, True = may attend
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]: # tokens (N, n, D), mask (N, n), places (N, n)
+    tokens: torch.Tensor,  # (N, T, D)
+    mask: torch.Tensor,  # (N, T) bool, True = may attend
+) -> tuple[
+    torch.Tensor, torch.Tensor, torch.Tensor
+]:  # tokens (N, n, D), mask (N, n), places (N, n)
     "Move the visible tokens of every row to the front, in order, and cut what no row sees. n is the largest count."
     n = max(1, int(mask.sum(-1).max()))
     places = mask.to(torch.uint8).argsort(dim=-1, descending=True, stable=True)[:, :n]
-    return tokens.gather(1, places[..., None].expand(-1, -1, tokens.shape[-1])), mask.gather(1, places), places
+    return (
+        tokens.gather(1, places[..., None].expand(-1, -1, tokens.shape[-1])),
+        mask.gather(1, places),
+        places,
+    )
 
 # %% ../nbs/02_encoders.ipynb #cf847454
 class StoryLayer(nn.Module):
     "Pre-norm transformer layer in which only visible tokens are looked at (our choice)."
-    def __init__(self, width:int, heads:int):
+
+    def __init__(self, width: int, heads: int):
         super().__init__()
         self.heads = heads
         self.norm1, self.norm2 = nn.LayerNorm(width), nn.LayerNorm(width)
-        self.to_qkv, self.to_out = nn.Linear(width, 3*width), nn.Linear(width, width)
-        self.mlp = nn.Sequential(nn.Linear(width, 4*width), nn.GELU(), nn.Linear(4*width, width))
+        self.to_qkv, self.to_out = nn.Linear(width, 3 * width), nn.Linear(width, width)
+        self.mlp = nn.Sequential(
+            nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width)
+        )
 
-    def forward(self,
-        x:torch.Tensor, # (N, T, D)
-        mask:torch.Tensor, # (N, T) bool, True = may be looked at
-    ) -> torch.Tensor: # (N, T, D)
+    def forward(
+        self,
+        x: torch.Tensor,  # (N, T, D)
+        mask: torch.Tensor,  # (N, T) bool, True = may be looked at
+    ) -> torch.Tensor:  # (N, T, D)
         "Attention, then a two-layer perceptron, each added to its input. A row that sees nothing sees everything: no NaN."
         keys = (mask | ~mask.any(-1, keepdim=True))[:, None, None]  # (N, 1, 1, T)
-        q, k, v = self.to_qkv(self.norm1(x)).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)  # each (N, heads, T, D/heads)
+        q, k, v = (
+            self.to_qkv(self.norm1(x)).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
+        )  # each (N, heads, T, D/heads)
         mixed = functional.scaled_dot_product_attention(q, k, v, attn_mask=keys)
         x = x + self.to_out(mixed.transpose(1, 2).flatten(2))
         return x + self.mlp(self.norm2(x))
 
 # %% ../nbs/02_encoders.ipynb #016b5bfc
 def story_distance(
-    n_frames:int, # V
-    n_blocks:int, # F
-    frame_times:torch.Tensor|None=None, # (V,) story time of each frame; None: read off F = V or F = V+1
-) -> torch.Tensor: # (V, F) long
+    n_frames: int,  # V
+    n_blocks: int,  # F
+    frame_times: torch.Tensor
+    | None = None,  # (V,) story time of each frame; None: read off F = V or F = V+1
+) -> torch.Tensor:  # (V, F) long
     """How many frames before frame i block k lies; 1 is the frame just before, 0 and less is never visible.
 
     Raises `ValueError` if the times are neither given nor clear from V and F."""
     if frame_times is None:
         if n_blocks and n_blocks - n_frames not in (0, 1):
-            raise ValueError(f"{n_blocks} history blocks and {n_frames} frames: give frame_times, the story time of each frame")
+            raise ValueError(
+                f"{n_blocks} history blocks and {n_frames} frames: give frame_times, the story time of each frame"
+            )
         frame_times = torch.arange(n_frames) + n_blocks - n_frames
     return frame_times[:, None] - torch.arange(n_blocks, device=frame_times.device)
 
 # %% ../nbs/02_encoders.ipynb #9c264a45
 def masked_softmax(
-    scores:torch.Tensor, # (..., n)
-    mask:torch.Tensor, # (..., n) bool, True = takes part
-) -> torch.Tensor: # (..., n) float32, sums to 1 where anything takes part, else zeros
+    scores: torch.Tensor,  # (..., n)
+    mask: torch.Tensor,  # (..., n) bool, True = takes part
+) -> torch.Tensor:  # (..., n) float32, sums to 1 where anything takes part, else zeros
     "Softmax over the entries that take part; a row without any is 0, with finite gradients."
     scores = scores.float().masked_fill(~mask, torch.finfo(torch.float32).min)
     return scores.softmax(-1) * mask
@@ -442,12 +580,15 @@ def masked_softmax(
 # %% ../nbs/02_encoders.ipynb #140d06d4
 class _MaskedPool(nn.Module):
     "Learned weighted mean over the visible tokens; an ordinary mean at first, zeros where nothing is visible."
-    def __init__(self, width:int):
+
+    def __init__(self, width: int):
         super().__init__()
         self.score = nn.Parameter(torch.zeros(width))
         self.norm = nn.LayerNorm(width)
 
-    def forward(self, tokens:torch.Tensor, mask:torch.Tensor) -> torch.Tensor:  # (..., S, D), (..., S) -> (..., D)
+    def forward(
+        self, tokens: torch.Tensor, mask: torch.Tensor
+    ) -> torch.Tensor:  # (..., S, D), (..., S) -> (..., D)
         tokens = self.norm(tokens)
         shares = masked_softmax(tokens @ self.score, mask).to(tokens.dtype)
         return (shares[..., None] * tokens).sum(-2)
@@ -455,7 +596,8 @@ class _MaskedPool(nn.Module):
 # %% ../nbs/02_encoders.ipynb #226f8428
 class _RelevanceHead(nn.Module):
     "Compares the current caption with each visible block; equal relevance at first."
-    def __init__(self, width:int, n_times:int):
+
+    def __init__(self, width: int, n_times: int):
         super().__init__()
         self.caption_pool, self.history_pool = _MaskedPool(width), _MaskedPool(width)
         self.query, self.key = nn.Linear(width, width), nn.Linear(width, width, bias=False)
@@ -467,10 +609,16 @@ class _RelevanceHead(nn.Module):
         context = context.unflatten(2, (-1, caption_mask.shape[2]))  # (B, V, 1+F, S, D)
         history_mask = history_mask[:, None].expand(-1, context.shape[1], -1, -1)  # (B, V, F, S)
         visible = frame_mask.to(context.device) & history_mask.any(-1)
-        if dropped is not None: caption_mask, history_mask = caption_mask | dropped[..., None], history_mask | dropped[..., None, None]
+        if dropped is not None:
+            caption_mask, history_mask = (
+                caption_mask | dropped[..., None],
+                history_mask | dropped[..., None, None],
+            )
         query = self.query(self.caption_pool(context[:, :, 0], caption_mask))  # (B, V, D)
         key = self.key(self.history_pool(context[:, :, 1:], history_mask))  # (B, V, F, D)
-        scores = (query[:, :, None] * key).sum(-1) / query.shape[-1] ** 0.5 + self.distance_bias[distance]
+        scores = (query[:, :, None] * key).sum(-1) / query.shape[-1] ** 0.5 + self.distance_bias[
+            distance
+        ]
         return masked_softmax(scores, visible)
 
 # %% ../nbs/02_encoders.ipynb #49a9f39f
@@ -478,14 +626,21 @@ def _check_context(config, caption_states, history_states, token_mask):
     "Raise `ValueError` naming the argument whose shape does not fit the others or the checkpoint."
     B, V, S, D = caption_states.shape
     F = history_states.shape[-3]
-    if D != config.width: raise ValueError(f"caption_states has width {D}; this context was made for {config.width}")
+    if D != config.width:
+        raise ValueError(f"caption_states has width {D}; this context was made for {config.width}")
     if tuple(history_states.shape) not in ((B, F, S, D), (B, V, F, S, D)):
-        raise ValueError(f"history_states has shape {tuple(history_states.shape)}; expected (B, F, S, D) or (B, V, F, S, D) "
-                         f"with B={B}, V={V}, S={S}, D={D}")
+        raise ValueError(
+            f"history_states has shape {tuple(history_states.shape)}; expected (B, F, S, D) or (B, V, F, S, D) "
+            f"with B={B}, V={V}, S={S}, D={D}"
+        )
     if F > config.n_times:
-        raise ValueError(f"{F} history blocks, but the checkpoint knows {config.n_times} story times: use a shorter story")
-    if token_mask is not None and tuple(token_mask.shape) != (B, V, (1+F)*S):
-        raise ValueError(f"token_mask has shape {tuple(token_mask.shape)}; expected (B, V, (1+F)*S) = {(B, V, (1+F)*S)}")
+        raise ValueError(
+            f"{F} history blocks, but the checkpoint knows {config.n_times} story times: use a shorter story"
+        )
+    if token_mask is not None and tuple(token_mask.shape) != (B, V, (1 + F) * S):
+        raise ValueError(
+            f"token_mask has shape {tuple(token_mask.shape)}; expected (B, V, (1+F)*S) = {(B, V, (1 + F) * S)}"
+        )
 
 # %% ../nbs/02_encoders.ipynb #5d5d870a
 class StoryContext(ModelMixin, ConfigMixin):
@@ -493,69 +648,106 @@ class StoryContext(ModelMixin, ConfigMixin):
 
     With `context_layers=0` exactly AR-LDM's context. `context_layers` adds attention over these tokens, `relevance`
     a weight for every block (both our reading of the abstract)."""
+
     @register_to_config
-    def __init__(self,
-        width:int, # D
-        n_times:int=9, # longest story: 8 drawn frames and a given one
-        context_layers:int=0, # layers of attention over caption and history
-        heads:int=4, # attention heads of these layers
-        relevance:bool=False, # whether blocks can be weighed
+    def __init__(
+        self,
+        width: int,  # D
+        n_times: int = 9,  # longest story: 8 drawn frames and a given one
+        context_layers: int = 0,  # layers of attention over caption and history
+        heads: int = 4,  # attention heads of these layers
+        relevance: bool = False,  # whether blocks can be weighed
     ):
         super().__init__()
-        self.type_embedding, self.time_embedding = nn.Embedding(2, width), nn.Embedding(n_times, width)
-        for embedding in (self.type_embedding, self.time_embedding): nn.init.normal_(embedding.weight, std=0.02)
+        self.type_embedding, self.time_embedding = (
+            nn.Embedding(2, width),
+            nn.Embedding(n_times, width),
+        )
+        for embedding in (self.type_embedding, self.time_embedding):
+            nn.init.normal_(embedding.weight, std=0.02)
         self.layers = nn.ModuleList(StoryLayer(width, heads) for _ in range(context_layers))
         if context_layers:
-            self.distance_embedding, self.norm, self.projection = nn.Embedding(n_times, width), nn.LayerNorm(width), nn.Linear(width, width)
-            for weight in (self.distance_embedding.weight, self.projection.weight, self.projection.bias): nn.init.zeros_(weight)
+            self.distance_embedding, self.norm, self.projection = (
+                nn.Embedding(n_times, width),
+                nn.LayerNorm(width),
+                nn.Linear(width, width),
+            )
+            for weight in (
+                self.distance_embedding.weight,
+                self.projection.weight,
+                self.projection.bias,
+            ):
+                nn.init.zeros_(weight)
         self.relevance_head = _RelevanceHead(width, n_times) if relevance else None
 
-    def forward(self,
-        caption_states:torch.Tensor, # (B, V, S, D)
-        history_states:torch.Tensor, # (B, F, S, D), or (B, V, F, S, D) if frames differ in theirs
-        token_mask:torch.Tensor|None=None, # (B, V, (1+F)*S) bool; the context layers need it
-        frame_times:torch.Tensor|None=None, # (V,) story time of each frame; None: read off F = V or F = V+1
-        context_layer:bool=True, # False: AR-LDM's context even if there are layers
-    ) -> torch.Tensor: # (B, V, (1+F)*S, D)
+    def forward(
+        self,
+        caption_states: torch.Tensor,  # (B, V, S, D)
+        history_states: torch.Tensor,  # (B, F, S, D), or (B, V, F, S, D) if frames differ in theirs
+        token_mask: torch.Tensor | None = None,  # (B, V, (1+F)*S) bool; the context layers need it
+        frame_times: torch.Tensor
+        | None = None,  # (V,) story time of each frame; None: read off F = V or F = V+1
+        context_layer: bool = True,  # False: AR-LDM's context even if there are layers
+    ) -> torch.Tensor:  # (B, V, (1+F)*S, D)
         """The context of every frame. Through the layers a visible token learns from visible tokens only.
 
         Raises `ValueError` if shapes disagree, the story is longer than the time table, or the layers get no mask."""
         _check_context(self.config, caption_states, history_states, token_mask)
-        context = assemble_context(caption_states, history_states, self.type_embedding.weight, self.time_embedding.weight)
-        if not (context_layer and len(self.layers)): return context
-        if token_mask is None: raise ValueError("token_mask is missing; the context layers need it to hide the future")
+        context = assemble_context(
+            caption_states, history_states, self.type_embedding.weight, self.time_embedding.weight
+        )
+        if not (context_layer and len(self.layers)):
+            return context
+        if token_mask is None:
+            raise ValueError("token_mask is missing; the context layers need it to hide the future")
         distance = story_distance(caption_states.shape[1], history_states.shape[-3], frame_times)
         return context + _look_around(self, context, token_mask, distance)
 
-    def relevance(self,
-        context:torch.Tensor, # (B, V, (1+F)*S, D), from `forward`
-        frame_mask:torch.Tensor, # (V, F) or (B, V, F) bool
-        caption_mask:torch.Tensor, # (B, V, S) bool
-        history_mask:torch.Tensor, # (B, F, S) bool
-        frame_times:torch.Tensor|None=None, # (V,) story time of each frame, as in `forward`
-        dropped:torch.Tensor|None=None, # (B, V) bool, rows without condition: their padding counts
-    ) -> torch.Tensor: # (B, V, F)
+    def relevance(
+        self,
+        context: torch.Tensor,  # (B, V, (1+F)*S, D), from `forward`
+        frame_mask: torch.Tensor,  # (V, F) or (B, V, F) bool
+        caption_mask: torch.Tensor,  # (B, V, S) bool
+        history_mask: torch.Tensor,  # (B, F, S) bool
+        frame_times: torch.Tensor | None = None,  # (V,) story time of each frame, as in `forward`
+        dropped: torch.Tensor
+        | None = None,  # (B, V) bool, rows without condition: their padding counts
+    ) -> torch.Tensor:  # (B, V, F)
         """How much each visible block matters for each frame: sums to 1, equal at first, 0 everywhere without history.
 
         Raises `ValueError` if the checkpoint has no relevance."""
-        if self.relevance_head is None: raise ValueError("this StoryContext was made with relevance=False; it cannot weigh the history")
-        distance = story_distance(caption_mask.shape[1], history_mask.shape[1], frame_times).clamp(0, self.config.n_times - 1)
-        return self.relevance_head(context, frame_mask, caption_mask, history_mask, distance.to(context.device), dropped)
+        if self.relevance_head is None:
+            raise ValueError(
+                "this StoryContext was made with relevance=False; it cannot weigh the history"
+            )
+        distance = story_distance(caption_mask.shape[1], history_mask.shape[1], frame_times).clamp(
+            0, self.config.n_times - 1
+        )
+        return self.relevance_head(
+            context, frame_mask, caption_mask, history_mask, distance.to(context.device), dropped
+        )
 
 # %% ../nbs/02_encoders.ipynb #febc50aa
 def _look_around(
-    story_context:StoryContext, # its layers, distance embedding, norm and projection are used
-    context:torch.Tensor, # (B, V, (1+F)*S, D)
-    token_mask:torch.Tensor, # (B, V, (1+F)*S) bool
-    distance:torch.Tensor, # (V, F)
-) -> torch.Tensor: # (B, V, (1+F)*S, D), zero at tokens that are not visible
+    story_context: StoryContext,  # its layers, distance embedding, norm and projection are used
+    context: torch.Tensor,  # (B, V, (1+F)*S, D)
+    token_mask: torch.Tensor,  # (B, V, (1+F)*S) bool
+    distance: torch.Tensor,  # (V, F)
+) -> torch.Tensor:  # (B, V, (1+F)*S, D), zero at tokens that are not visible
     "What the context layers add to every visible token."
     (B, V, T, D), F = context.shape, distance.shape[1]
-    distance = functional.pad(distance.clamp(0, story_context.config.n_times - 1), (1, 0))  # (V, 1+F), the caption at 0
-    distance = distance.repeat_interleave(T // (1+F), dim=1).repeat(B, 1).to(context.device)  # (B*V, T)
+    distance = functional.pad(
+        distance.clamp(0, story_context.config.n_times - 1), (1, 0)
+    )  # (V, 1+F), the caption at 0
+    distance = (
+        distance.repeat_interleave(T // (1 + F), dim=1).repeat(B, 1).to(context.device)
+    )  # (B*V, T)
     hidden, mask, places = pack_tokens(context.flatten(0, 1), token_mask.flatten(0, 1))
     hidden = hidden + story_context.distance_embedding(distance.gather(1, places))
-    for layer in story_context.layers: hidden = layer(hidden, mask)
+    for layer in story_context.layers:
+        hidden = layer(hidden, mask)
     update = story_context.projection(story_context.norm(hidden)) * mask[..., None]
-    blank = context.new_zeros(B*V, T, D)
-    return blank.scatter(1, places[..., None].expand_as(update), update.to(context.dtype)).unflatten(0, (B, V))
+    blank = context.new_zeros(B * V, T, D)
+    return blank.scatter(
+        1, places[..., None].expand_as(update), update.to(context.dtype)
+    ).unflatten(0, (B, V))

@@ -29,95 +29,169 @@ from tqdm.auto import tqdm
 
 from .causal_mask import frame_mask
 from .data import StoryCollator, StoryDataset, StoryRecord
-from .metrics import (FrameReader, fact_rows, frames_tensor, paired_difference, read_frames, scarf_appearances, scarf_consistency, score_facts,
-                                  summarise)
-from .model import draw_randomness, latent_posterior, normalise_latents, prepare_tuning, sample_generator, trained_by_part
-from .pipeline import CausalStoryPipeline, fingerprint, load_base, story_pipeline, to_pil
+from causal_story.metrics import (
+    FrameReader,
+    fact_rows,
+    frames_tensor,
+    paired_difference,
+    read_frames,
+    scarf_appearances,
+    scarf_consistency,
+    score_facts,
+    summarise,
+)
+from causal_story.model import (
+    draw_randomness,
+    latent_posterior,
+    normalise_latents,
+    prepare_tuning,
+    sample_generator,
+    trained_by_part,
+)
+from causal_story.pipeline import (
+    CausalStoryPipeline,
+    fingerprint,
+    load_base,
+    story_pipeline,
+    to_pil,
+)
 from .storyworld import CHARACTERS, PROPS, SCARVES, SETTINGS, make_stories
 from .training import TrainingConfig, cache_stories, check_history, story_length, tune
 from .unet import record_attention
 
 # %% ../nbs/10_does_it_help.ipynb #38706635
 def story_records(
-    stories,     # `Story` objects
-    size:int=64, # pixels a side
-)->list:         # StoryRecords, as a dataset would give them
+    stories,  # `Story` objects
+    size: int = 64,  # pixels a side
+) -> list:  # StoryRecords, as a dataset would give them
     "Stories of the world, drawn, without the way over a file."
-    return [StoryRecord(f"{story.seed:08d}", list(story.captions), story.frames(size), story.truth()) for story in stories]
+    return [
+        StoryRecord(f"{story.seed:08d}", list(story.captions), story.frames(size), story.truth())
+        for story in stories
+    ]
+
 
 def draw_stories(
-    pipe:CausalStoryPipeline,
-    records:list,              # N StoryRecords of one length
-    task:str="visualization",
-    true_history:bool=False,   # show the true earlier frames instead of the drawn ones
-    seed:int=0,                # with a story's place, decides its noise
-    batch_size:int=50,         # stories at once
-    progress:bool=True,        # show a bar
-    **options,                 # of the pipeline: history_policy, window, num_inference_steps, guidance_scale ...
-)->list:                       # N lists of V PIL images
+    pipe: CausalStoryPipeline,
+    records: list,  # N StoryRecords of one length
+    task: str = "visualization",
+    true_history: bool = False,  # show the true earlier frames instead of the drawn ones
+    seed: int = 0,  # with a story's place, decides its noise
+    batch_size: int = 50,  # stories at once
+    progress: bool = True,  # show a bar
+    **options,  # of the pipeline: history_policy, window, num_inference_steps, guidance_scale ...
+) -> list:  # N lists of V PIL images
     "Draw the stories of a data set. Raises what the pipeline raises."
     drawn, given = [], int(task == "continuation")
-    for start in tqdm(range(0, len(records), batch_size), desc="drawing stories", leave=False, disable=not progress):
-        some = records[start:start + batch_size]
-        generators = [torch.Generator().manual_seed(seed * 1_000_003 + start + k) for k in range(len(some))]
-        source = dict(source_image=[r.frames[0] for r in some], source_caption=[r.captions[0] for r in some]) if given else {}
+    for start in tqdm(
+        range(0, len(records), batch_size),
+        desc="drawing stories",
+        leave=False,
+        disable=not progress,
+    ):
+        some = records[start : start + batch_size]
+        generators = [
+            torch.Generator().manual_seed(seed * 1_000_003 + start + k) for k in range(len(some))
+        ]
+        source = (
+            dict(
+                source_image=[r.frames[0] for r in some],
+                source_caption=[r.captions[0] for r in some],
+            )
+            if given
+            else {}
+        )
         history = dict(history_frames=[r.frames[given:] for r in some]) if true_history else {}
-        drawn += pipe([r.captions[given:] for r in some], task=task, generator=generators, **source, **history, **options).frames
+        drawn += pipe(
+            [r.captions[given:] for r in some],
+            task=task,
+            generator=generators,
+            **source,
+            **history,
+            **options,
+        ).frames
     return drawn
 
 # %% ../nbs/10_does_it_help.ipynb #5b30ff9e
 @torch.no_grad()
 def ceilings(
-    pipe:CausalStoryPipeline,  # its autoencoder is used
-    records:list,              # StoryRecords with truth
-    reader,                    # FrameReader that judges
-    task:str="visualization",
-)->list:                       # lines for `print_lines`
+    pipe: CausalStoryPipeline,  # its autoencoder is used
+    records: list,  # StoryRecords with truth
+    reader,  # FrameReader that judges
+    task: str = "visualization",
+) -> list:  # lines for `print_lines`
     "Accuracy of the true frames (what is missing to 1 is the reader's own error) and of these after the autoencoder, on history-only facts."
+
     def through(frames):
         x = frames_tensor(frames).to(pipe._execution_device, pipe.vae.dtype)
         return to_pil(pipe.vae.decode(pipe.vae.encode(x).latent_dist.mean).sample.clamp(-1, 1))
-    true, lines = [r.frames[int(task == "continuation"):] for r in records], []
-    for name, shown in (("true frames", true), ("through the autoencoder", [through(frames) for frames in true])):
+
+    true, lines = [r.frames[int(task == "continuation") :] for r in records], []
+    for name, shown in (
+        ("true frames", true),
+        ("through the autoencoder", [through(frames) for frames in true]),
+    ):
         rows = score_facts(reader, shown, [r.truth for r in records], task)
-        lines += [dict(model=name, **line) for line in summarise([row for row in rows if row["history_only"]])]
+        lines += [
+            dict(model=name, **line)
+            for line in summarise([row for row in rows if row["history_only"]])
+        ]
     return lines
 
+
 def with_and_without_history(
-    pipe:CausalStoryPipeline,
-    records:list,              # StoryRecords with truth
-    reader,                    # FrameReader that judges
-    task:str="visualization",
-    **options,                 # of `draw_stories`
-)->dict:                       # drawn: lists of frames with history; lines: dicts for a table, one a row
+    pipe: CausalStoryPipeline,
+    records: list,  # StoryRecords with truth
+    reader,  # FrameReader that judges
+    task: str = "visualization",
+    **options,  # of `draw_stories`
+) -> dict:  # drawn: lists of frames with history; lines: dicts for a table, one a row
     "Accuracy on history-only facts, with the history and with it hidden, the paired difference with 95 % intervals, and the `ceilings`."
     truths, rows, drawn = [r.truth for r in records], {}, {}
     for name, policy in (("with its history", {}), ("history hidden", dict(history_policy="none"))):
         drawn[name] = draw_stories(pipe, records, task, **policy, **options)
-        rows[name] = [row for row in score_facts(reader, drawn[name], truths, task) if row["history_only"]]
+        rows[name] = [
+            row for row in score_facts(reader, drawn[name], truths, task) if row["history_only"]
+        ]
     lines = [dict(model=name, **summarise(some)[0]) for name, some in rows.items()]
     gap = paired_difference(*rows.values())
-    lines.append(dict(model="difference", accuracy=gap["difference"], low=gap["low"], high=gap["high"], n=gap["n"], stories=gap["stories"]))
-    return dict(drawn=drawn["with its history"], lines=lines + ceilings(pipe, records, reader, task))
+    lines.append(
+        dict(
+            model="difference",
+            accuracy=gap["difference"],
+            low=gap["low"],
+            high=gap["high"],
+            n=gap["n"],
+            stories=gap["stories"],
+        )
+    )
+    return dict(
+        drawn=drawn["with its history"], lines=lines + ceilings(pipe, records, reader, task)
+    )
 
-def print_lines(lines:list):
+
+def print_lines(lines: list):
     "A small table of accuracies."
-    for line in lines: print(f"{line['model']:24} {line['accuracy']:6.3f}   95 % interval [{line['low']:.3f}, {line['high']:.3f}]   {line['n']} facts of {line['stories']} stories")
+    for line in lines:
+        print(
+            f"{line['model']:24} {line['accuracy']:6.3f}   95 % interval [{line['low']:.3f}, {line['high']:.3f}]   {line['n']} facts of {line['stories']} stories"
+        )
 
 # %% ../nbs/10_does_it_help.ipynb #6bf3fc10
 def look_hits(
-    weights,               # (B, V, F): relevance, attention mass or causal effect; what is invisible is 0
-    truths:list,           # B `Story.truth()`
-    task:str="visualization",
-    visible=None,          # (V, F) bool, the mask that was drawn with; None: all earlier blocks
-)->list:                   # `fact_rows` of these facts, each with `correct` and `chance`
+    weights,  # (B, V, F): relevance, attention mass or causal effect; what is invisible is 0
+    truths: list,  # B `Story.truth()`
+    task: str = "visualization",
+    visible=None,  # (V, F) bool, the mask that was drawn with; None: all earlier blocks
+) -> list:  # `fact_rows` of these facts, each with `correct` and `chance`
     "Does the largest weight lie on a frame that tells the fact? Over history-only facts with at least two visible blocks, one of which tells it. Our choice."
     rows, given = [], int(task == "continuation")
     for row in fact_rows(truths, task):
-        k = row["frame"] - given                        # row of the matrix; block b is story frame b in both tasks
+        k = row["frame"] - given  # row of the matrix; block b is story frame b in both tasks
         seen = [b for b in range(row["frame"]) if visible is None or bool(visible[k][b])]
         telling = set(seen) & set(row["sources"])
-        if not row["history_only"] or len(seen) < 2 or not telling: continue
+        if not row["history_only"] or len(seen) < 2 or not telling:
+            continue
         largest = seen[int(np.asarray(weights[row["story"]][k])[seen].argmax())]
         rows.append(row | dict(correct=largest in telling, chance=len(telling) / len(seen)))
     return rows
@@ -127,83 +201,142 @@ def _read_stories(pipe, records, task, history_policy, window):
     "(model, batch, conditioning) of stories with their true history."
     policy = history_policy or pipe.config.history_policy
     window = pipe.config.window if history_policy is None and window is None else window
-    sizes = pipe.vae.config.sample_size, pipe.history_encoder.config["vision_config"]["image_size"], pipe.max_length
-    batch = StoryCollator(pipe.tokenizer, pipe.history_tokenizer, *sizes, task)([dict(id=r.id, index=k, captions=r.captions, frames=r.frames, truth=None) for k, r in enumerate(records)])
-    batch, model = {name: value.to(pipe._execution_device) for name, value in batch.items() if torch.is_tensor(value)}, pipe.as_model()
-    return model, batch, model.read_story(batch, policy, window, task, context_layer=pipe.config.context_layer)
+    sizes = (
+        pipe.vae.config.sample_size,
+        pipe.history_encoder.config["vision_config"]["image_size"],
+        pipe.max_length,
+    )
+    batch = StoryCollator(pipe.tokenizer, pipe.history_tokenizer, *sizes, task)(
+        [
+            dict(id=r.id, index=k, captions=r.captions, frames=r.frames, truth=None)
+            for k, r in enumerate(records)
+        ]
+    )
+    batch, model = (
+        {
+            name: value.to(pipe._execution_device)
+            for name, value in batch.items()
+            if torch.is_tensor(value)
+        },
+        pipe.as_model(),
+    )
+    return (
+        model,
+        batch,
+        model.read_story(batch, policy, window, task, context_layer=pipe.config.context_layer),
+    )
+
 
 @torch.no_grad()
 def story_relevance(
-    pipe:CausalStoryPipeline,  # with the policy "weighted"
-    records:list,              # B StoryRecords of one length
-    task:str="visualization",
-    batch_size:int=50,         # stories at once
-)->torch.Tensor:               # (B, V, F)
+    pipe: CausalStoryPipeline,  # with the policy "weighted"
+    records: list,  # B StoryRecords of one length
+    task: str = "visualization",
+    batch_size: int = 50,  # stories at once
+) -> torch.Tensor:  # (B, V, F)
     "The relevance of every earlier frame, true history given, without drawing. Raises ValueError for a pipeline of another policy."
-    if pipe.config.history_policy != "weighted": raise ValueError(f"the policy {pipe.config.history_policy!r} weighs nothing; relevance is of 'weighted'")
+    if pipe.config.history_policy != "weighted":
+        raise ValueError(
+            f"the policy {pipe.config.history_policy!r} weighs nothing; relevance is of 'weighted'"
+        )
     found = []
     for start in range(0, len(records), batch_size):
-        _, _, conditioning = _read_stories(pipe, records[start:start + batch_size], task, None, None)
+        _, _, conditioning = _read_stories(
+            pipe, records[start : start + batch_size], task, None, None
+        )
         found.append(conditioning.relevance.cpu())
     return torch.cat(found)
 
 # %% ../nbs/10_does_it_help.ipynb #c0ab5b59
 @torch.no_grad()
 def attention_mass(
-    pipe:CausalStoryPipeline,
-    records:list,              # B StoryRecords of one length
-    task:str="visualization",
-    history_policy:str|None=None, # None: the checkpoint's
-    window:int|None=None,
-    timesteps:tuple=(250, 500, 750), # noise levels that are averaged
-    seed:int=0,                # of the noise
-)->torch.Tensor:               # (B, V, F): share of the U-Net's attention on each block; what is missing to 1 is the caption's
+    pipe: CausalStoryPipeline,
+    records: list,  # B StoryRecords of one length
+    task: str = "visualization",
+    history_policy: str | None = None,  # None: the checkpoint's
+    window: int | None = None,
+    timesteps: tuple = (250, 500, 750),  # noise levels that are averaged
+    seed: int = 0,  # of the noise
+) -> (
+    torch.Tensor
+):  # (B, V, F): share of the U-Net's attention on each block; what is missing to 1 is the caption's
     "How much the U-Net looks at each earlier frame, mean over sites, heads, pixels and noise levels, true history given."
     model, batch, conditioning = _read_stories(pipe, records, task, history_policy, window)
     S = pipe.max_length
     latents = normalise_latents(pipe.vae, latent_posterior(pipe.vae, batch)[0])
-    noise = torch.randn(latents.shape, generator=sample_generator(seed, "attention")).to(latents.device)
+    noise = torch.randn(latents.shape, generator=sample_generator(seed, "attention")).to(
+        latents.device
+    )
     with record_attention(pipe.unet) as record:
         for t in timesteps:
             times = torch.full(latents.shape[:2], t, device=latents.device)
-            noisy = model.noise_schedule.add_noise(latents.flatten(0, 1), noise.flatten(0, 1), times.flatten()).unflatten(0, latents.shape[:2])
+            noisy = model.noise_schedule.add_noise(
+                latents.flatten(0, 1), noise.flatten(0, 1), times.flatten()
+            ).unflatten(0, latents.shape[:2])
             model.predict(noisy, times, conditioning, trim=False)
-    mass = record.mean_mass().unflatten(0, latents.shape[:2])[:, :, S:]      # (B, V, blocks*S)
-    mass = mass.unflatten(2, (-1, S)).sum(-1)                                 # (B, V, blocks)
+    mass = record.mean_mass().unflatten(0, latents.shape[:2])[:, :, S:]  # (B, V, blocks*S)
+    mass = mass.unflatten(2, (-1, S)).sum(-1)  # (B, V, blocks)
     n_blocks = batch["history_ids"].shape[1]
     return torch.nn.functional.pad(mass, (0, n_blocks - mass.shape[2])).cpu()
 
 # %% ../nbs/10_does_it_help.ipynb #1186be4f
 CHANGES = ("frame", "caption", "both")
 
-def _replaced(record:StoryRecord, other:StoryRecord, block:int, change:str):
+
+def _replaced(record: StoryRecord, other: StoryRecord, block: int, change: str):
     "(frames, captions) of the history with one block taken from another story."
     frames, captions = list(record.frames), list(record.captions)
-    if change in ("frame", "both"): frames[block] = other.frames[block]
-    if change in ("caption", "both"): captions[block] = other.captions[block]
+    if change in ("frame", "both"):
+        frames[block] = other.frames[block]
+    if change in ("caption", "both"):
+        captions[block] = other.captions[block]
     return frames, captions
 
+
 def causal_effect(
-    pipe:CausalStoryPipeline,
-    record:StoryRecord,          # the story; `frames` is the history that is shown. A user's own will do
-    other:StoryRecord,           # as long; gives what is put in its place
-    change:str="both",           # "frame", "caption" or "both"
-    task:str="visualization",
-    seed:int=0,                  # of the noise, the same for all versions
-    reader=None,                 # a FrameReader, to see which attributes change; None: not read
-    **options,                   # of the pipeline
-)->dict:                         # effect (V, F): root mean square change of the latents; changed (V, F) or None: how many attributes read otherwise; frames: versions drawn, the original first
+    pipe: CausalStoryPipeline,
+    record: StoryRecord,  # the story; `frames` is the history that is shown. A user's own will do
+    other: StoryRecord,  # as long; gives what is put in its place
+    change: str = "both",  # "frame", "caption" or "both"
+    task: str = "visualization",
+    seed: int = 0,  # of the noise, the same for all versions
+    reader=None,  # a FrameReader, to see which attributes change; None: not read
+    **options,  # of the pipeline
+) -> dict:  # effect (V, F): root mean square change of the latents; changed (V, F) or None: how many attributes read otherwise; frames: versions drawn, the original first
     "Replace one history block at a time, draw again with the same noise, measure what changes. Raises ValueError on an unknown change or unequal lengths."
-    if change not in CHANGES: raise ValueError(f"change={change!r} is unknown: choose one of {CHANGES}")
-    if len(other.frames) != len(record.frames): raise ValueError(f"other has {len(other.frames)} frames, the story {len(record.frames)}: they must be equally long")
+    if change not in CHANGES:
+        raise ValueError(f"change={change!r} is unknown: choose one of {CHANGES}")
+    if len(other.frames) != len(record.frames):
+        raise ValueError(
+            f"other has {len(other.frames)} frames, the story {len(record.frames)}: they must be equally long"
+        )
     given, n = int(task == "continuation"), len(record.frames)
-    versions = [(list(record.frames), list(record.captions))] + [_replaced(record, other, block, change) for block in range(n)]
-    source = dict(source_image=[f[0] for f, _ in versions], source_caption=[c[0] for _, c in versions]) if given else {}
-    out = pipe([list(record.captions[given:])] * len(versions), task=task, generator=[torch.Generator().manual_seed(seed) for _ in versions],
-               history_frames=[f[given:] for f, _ in versions], history_captions=[c[given:] for _, c in versions], output_type="latent", **source, **options).frames
-    effect = (out[1:] - out[:1]).pow(2).mean((2, 3, 4)).sqrt().T.cpu()                     # (V, F)
+    versions = [(list(record.frames), list(record.captions))] + [
+        _replaced(record, other, block, change) for block in range(n)
+    ]
+    source = (
+        dict(source_image=[f[0] for f, _ in versions], source_caption=[c[0] for _, c in versions])
+        if given
+        else {}
+    )
+    out = pipe(
+        [list(record.captions[given:])] * len(versions),
+        task=task,
+        generator=[torch.Generator().manual_seed(seed) for _ in versions],
+        history_frames=[f[given:] for f, _ in versions],
+        history_captions=[c[given:] for _, c in versions],
+        output_type="latent",
+        **source,
+        **options,
+    ).frames
+    effect = (out[1:] - out[:1]).pow(2).mean((2, 3, 4)).sqrt().T.cpu()  # (V, F)
     frames = pipe.decode(out)
-    return dict(effect=effect, changed=None if reader is None else _changed_attributes(reader, frames), frames=frames)
+    return dict(
+        effect=effect,
+        changed=None if reader is None else _changed_attributes(reader, frames),
+        frames=frames,
+    )
+
 
 def _changed_attributes(reader, frames):
     "(V, F): attributes of the drawn frame that read otherwise than in the first version."
@@ -211,29 +344,53 @@ def _changed_attributes(reader, frames):
     counts = np.zeros((len(frames[0]), len(frames) - 1), dtype=int)
     for block, now in enumerate(said[1:]):
         there = now["presence"] & said[0]["presence"]
-        counts[:, block] = (now["setting"] != said[0]["setting"]) + (now["presence"] != said[0]["presence"]).sum(-1)
-        for name in ("prop", "scarf", "action"): counts[:, block] += ((now[name] != said[0][name]) & there).sum(-1)
+        counts[:, block] = (now["setting"] != said[0]["setting"]) + (
+            now["presence"] != said[0]["presence"]
+        ).sum(-1)
+        for name in ("prop", "scarf", "action"):
+            counts[:, block] += ((now[name] != said[0][name]) & there).sum(-1)
     return counts
 
 # %% ../nbs/10_does_it_help.ipynb #d58b08f2
 def plot_looks(
-    matrices:dict,     # title -> (V, F) array
-    truth:dict|None=None, # a story's truth: telling frames are ringed
-    task:str="visualization",
-):                     # matplotlib Figure
+    matrices: dict,  # title -> (V, F) array
+    truth: dict | None = None,  # a story's truth: telling frames are ringed
+    task: str = "visualization",
+):  # matplotlib Figure
     "Matrices of relevance, attention and effect side by side: rows are the frames drawn, columns the earlier ones."
     import matplotlib.pyplot as plt
+
     given = int(task == "continuation")
     fig, axes = plt.subplots(1, len(matrices), figsize=(2.9 * len(matrices), 2.9), squeeze=False)
     for ax, (title, values) in zip(axes[0], matrices.items()):
         values = np.asarray(values, dtype=float)
         ax.imshow(values, cmap="Oranges", vmin=0, vmax=max(values.max(), 1e-9))
         for (i, k), value in np.ndenumerate(values):
-            if k < i + given: ax.text(k, i, f"{value:.2f}", ha="center", va="center", fontsize=8, color="white" if value > 0.65 * values.max() else "black")
+            if k < i + given:
+                ax.text(
+                    k,
+                    i,
+                    f"{value:.2f}",
+                    ha="center",
+                    va="center",
+                    fontsize=8,
+                    color="white" if value > 0.65 * values.max() else "black",
+                )
         for fact in (truth or {}).get("facts", []):
             for source in () if fact["stated"] else fact["sources"]:
-                if fact["frame"] >= given: ax.add_patch(plt.Circle((source, fact["frame"] - given), 0.42, fill=False, ec="#2a9d8f", lw=1.5))
-        ax.set(title=title, xlabel="earlier frame", xticks=range(values.shape[1]), yticks=range(len(values)), yticklabels=[k + given for k in range(len(values))])
+                if fact["frame"] >= given:
+                    ax.add_patch(
+                        plt.Circle(
+                            (source, fact["frame"] - given), 0.42, fill=False, ec="#2a9d8f", lw=1.5
+                        )
+                    )
+        ax.set(
+            title=title,
+            xlabel="earlier frame",
+            xticks=range(values.shape[1]),
+            yticks=range(len(values)),
+            yticklabels=[k + given for k in range(len(values))],
+        )
     axes[0, 0].set_ylabel("frame drawn")
     fig.tight_layout()
     return fig
@@ -242,14 +399,16 @@ def plot_looks(
 @dataclass(frozen=True)
 class Arm:
     "One way of tuning a base on stories."
-    policy:str = "weighted"       # history policy, in training and drawing
-    window:int|None = None        # of "local" and "weighted"
-    context_layers:int = 1        # 0 = AR-LDM's context
-    method:str = "adapter"        # what trains in the U-Net
-    width:int = 32                # of adapters, or rank of LoRA
-    parts:tuple = ("story_context", "history_text") # what else trains
-    learning_rate:float = 1e-3    # peak
-    timestep_shift:float = 2.0    # above 1: more noisy timesteps, see `draw_randomness`
+
+    policy: str = "weighted"  # history policy, in training and drawing
+    window: int | None = None  # of "local" and "weighted"
+    context_layers: int = 1  # 0 = AR-LDM's context
+    method: str = "adapter"  # what trains in the U-Net
+    width: int = 32  # of adapters, or rank of LoRA
+    parts: tuple = ("story_context", "history_text")  # what else trains
+    learning_rate: float = 1e-3  # peak
+    timestep_shift: float = 2.0  # above 1: more noisy timesteps, see `draw_randomness`
+
 
 ARMS = {
     "none": Arm("none"),
@@ -270,32 +429,60 @@ ARMS = {
 
 # %% ../nbs/10_does_it_help.ipynb #f803bd7d
 def story_cache(
-    pipe:CausalStoryPipeline,
-    records:list,             # StoryRecords of one length
-    reconstructed:bool=True,  # history as the autoencoder reconstructs it, instead of the true pixels
-    progress:bool=True,
-)->dict:                      # as `cache_stories`
+    pipe: CausalStoryPipeline,
+    records: list,  # StoryRecords of one length
+    reconstructed: bool = True,  # history as the autoencoder reconstructs it, instead of the true pixels
+    progress: bool = True,
+) -> dict:  # as `cache_stories`
     "What the frozen parts say about stories, for `tune`."
-    items = [dict(id=r.id, index=k, captions=r.captions, frames=r.frames, truth=None) for k, r in enumerate(records)]
-    collator = StoryCollator(pipe.tokenizer, pipe.history_tokenizer, frame_size=pipe.vae.config.sample_size,
-                             history_size=pipe.history_encoder.config["vision_config"]["image_size"], max_length=pipe.max_length)
-    return cache_stories(pipe.as_model().eval(), items, collator, progress=progress, reconstructed=reconstructed)
+    items = [
+        dict(id=r.id, index=k, captions=r.captions, frames=r.frames, truth=None)
+        for k, r in enumerate(records)
+    ]
+    collator = StoryCollator(
+        pipe.tokenizer,
+        pipe.history_tokenizer,
+        frame_size=pipe.vae.config.sample_size,
+        history_size=pipe.history_encoder.config["vision_config"]["image_size"],
+        max_length=pipe.max_length,
+    )
+    return cache_stories(
+        pipe.as_model().eval(), items, collator, progress=progress, reconstructed=reconstructed
+    )
 
 # %% ../nbs/10_does_it_help.ipynb #197315b4
 def tune_arm(
-    arm:Arm,
-    base,                         # what `load_base` takes
-    cache:dict,                   # from `story_cache` of that base
-    config:TrainingConfig,        # its learning rate is the arm's
-    folder=None,                  # run folder; an interrupted run there is continued
-    progress:bool=True,
-    callbacks=(),                 # of `fit`
-):                                # (tuned CausalStoryPipeline, TrainingResult, parameters by part)
+    arm: Arm,
+    base,  # what `load_base` takes
+    cache: dict,  # from `story_cache` of that base
+    config: TrainingConfig,  # its learning rate is the arm's
+    folder=None,  # run folder; an interrupted run there is continued
+    progress: bool = True,
+    callbacks=(),  # of `fit`
+):  # (tuned CausalStoryPipeline, TrainingResult, parameters by part)
     "Tune a base one way. The seed decides new weights, order and noise."
-    pipe = story_pipeline(base, arm.width if arm.method == "adapter" else 0, arm.context_layers, config.seed, arm.policy, arm.window)
+    pipe = story_pipeline(
+        base,
+        arm.width if arm.method == "adapter" else 0,
+        arm.context_layers,
+        config.seed,
+        arm.policy,
+        arm.window,
+    )
     model = prepare_tuning(pipe.as_model(), arm.method, arm.width, arm.parts)
     settings = TrainingConfig(**{**asdict(config), "learning_rate": arm.learning_rate})
-    result = tune(model, cache, settings, arm.policy, arm.window, context_layer=arm.context_layers > 0, timestep_shift=arm.timestep_shift, folder=folder, progress=progress, callbacks=callbacks)
+    result = tune(
+        model,
+        cache,
+        settings,
+        arm.policy,
+        arm.window,
+        context_layer=arm.context_layers > 0,
+        timestep_shift=arm.timestep_shift,
+        folder=folder,
+        progress=progress,
+        callbacks=callbacks,
+    )
     counts = trained_by_part(model)
     result.use_ema(model).eval()
     pipe.set_progress_bar_config(disable=True)
@@ -303,45 +490,72 @@ def tune_arm(
 
 # %% ../nbs/10_does_it_help.ipynb #18ced5a1
 def train_stories(
-    pipe:CausalStoryPipeline,   # changed in place
-    data,                       # HDF5 file with a split "train"
-    config:TrainingConfig,
-    folder=None,                # run folder; an interrupted run there is continued
-    method:str="adapter",       # see `prepare_tuning`
-    width:int=32,               # of new adapters
-    progress:bool=True,
-    timestep_shift:float=2.0,   # above 1: more noisy timesteps, chosen on validation stories (notebook 10)
-    **options,                  # of `fit`: callbacks, accelerator ...
-):                              # TrainingResult
+    pipe: CausalStoryPipeline,  # changed in place
+    data,  # HDF5 file with a split "train"
+    config: TrainingConfig,
+    folder=None,  # run folder; an interrupted run there is continued
+    method: str = "adapter",  # see `prepare_tuning`
+    width: int = 32,  # of new adapters
+    progress: bool = True,
+    timestep_shift: float = 2.0,  # above 1: more noisy timesteps, chosen on validation stories (notebook 10)
+    **options,  # of `fit`: callbacks, accelerator ...
+):  # TrainingResult
     "Tune on the training stories of a file, for both tasks, with the pipeline's history policy."
     model = prepare_tuning(pipe.as_model(), method, width)
-    collator = StoryCollator(pipe.tokenizer, pipe.history_tokenizer, frame_size=pipe.vae.config.sample_size, max_length=pipe.max_length,
-                             history_size=pipe.history_encoder.config["vision_config"]["image_size"])
+    collator = StoryCollator(
+        pipe.tokenizer,
+        pipe.history_tokenizer,
+        frame_size=pipe.vae.config.sample_size,
+        max_length=pipe.max_length,
+        history_size=pipe.history_encoder.config["vision_config"]["image_size"],
+    )
     dataset = StoryDataset(data, "train", "visualization")
     check_history(model, pipe.config.history_policy, pipe.config.window, story_length(dataset))
     cache = cache_stories(model.eval(), dataset, collator, progress=progress, reconstructed=True)
     if progress:
-        for part, (trained, total) in trained_by_part(model).items(): print(f"  {part:16} trains {trained:>9,} of {total:>9,} parameters")
-    result = tune(model, cache, config, policy=pipe.config.history_policy, window=pipe.config.window, context_layer=pipe.config.context_layer,
-                  timestep_shift=timestep_shift, folder=folder, progress=progress, **options)
+        for part, (trained, total) in trained_by_part(model).items():
+            print(f"  {part:16} trains {trained:>9,} of {total:>9,} parameters")
+    result = tune(
+        model,
+        cache,
+        config,
+        policy=pipe.config.history_policy,
+        window=pipe.config.window,
+        context_layer=pipe.config.context_layer,
+        timestep_shift=timestep_shift,
+        folder=folder,
+        progress=progress,
+        **options,
+    )
     result.use_ema(model).eval()
     return result
 
 # %% ../nbs/10_does_it_help.ipynb #f5f3a160
-def machine()->str:
+def machine() -> str:
     "What a run ran on, in words."
-    where = torch.cuda.get_device_name() if torch.cuda.is_available() else f"{platform.machine()} CPU"
+    where = (
+        torch.cuda.get_device_name() if torch.cuda.is_available() else f"{platform.machine()} CPU"
+    )
     return f"{where}, {torch.get_num_threads()} threads, torch {torch.__version__.split('+')[0]}"
 
 # %% ../nbs/10_does_it_help.ipynb #dc895145
-def _same_run(path:Path, asked:dict, views:tuple)->dict:
+def _same_run(path: Path, asked: dict, views: tuple) -> dict:
     "A finished run, if it is the one that is asked for."
     record, asked = json.loads(path.read_text()), json.loads(json.dumps(asked))
-    changed = [key for key, value in asked.items() if record.get(key, value) != value] + [f"views (no {view!r})" for view in views if view not in record["correct"]]
-    if changed: raise ValueError(f"{path} was run with other {', '.join(changed)}; use another folder")
+    changed = [key for key, value in asked.items() if record.get(key, value) != value] + [
+        f"views (no {view!r})" for view in views if view not in record["correct"]
+    ]
+    if changed:
+        raise ValueError(f"{path} was run with other {', '.join(changed)}; use another folder")
     return record
 
-VIEWS = {"true": ("visualization", True), "drawn": ("visualization", False), "continued": ("continuation", False)} # task, whether the true history is shown
+
+VIEWS = {
+    "true": ("visualization", True),
+    "drawn": ("visualization", False),
+    "continued": ("continuation", False),
+}  # task, whether the true history is shown
+
 
 def _judged(pipe, records, reader, views, progress):
     "Rows by kind: facts for each view, whether scarves stay as first drawn, whether the largest relevance lies on a telling frame."
@@ -350,45 +564,96 @@ def _judged(pipe, records, reader, views, progress):
         task, true_history = VIEWS[view]
         drawn = draw_stories(pipe, records, task, true_history, progress=progress)
         rows[view] = score_facts(reader, drawn, truths, task)
-        if view == "drawn": rows["stays"] = scarf_consistency(reader, drawn, truths)
+        if view == "drawn":
+            rows["stays"] = scarf_consistency(reader, drawn, truths)
     if pipe.config.history_policy == "weighted" and views:
-        rows["looks"] = look_hits(story_relevance(pipe, records), truths, visible=frame_mask("weighted", len(records[0].frames), "visualization", pipe.config.window))
+        rows["looks"] = look_hits(
+            story_relevance(pipe, records),
+            truths,
+            visible=frame_mask(
+                "weighted", len(records[0].frames), "visualization", pipe.config.window
+            ),
+        )
     return rows
 
+
 def store_tuned(
-    pipe:CausalStoryPipeline, arm:Arm,
-    folder,    # gets what `save_tuned` writes
-    base:str,  # `fingerprint` of the U-Net that tuning started from
-)->float:      # size of the folder, MB
+    pipe: CausalStoryPipeline,
+    arm: Arm,
+    folder,  # gets what `save_tuned` writes
+    base: str,  # `fingerprint` of the U-Net that tuning started from
+) -> float:  # size of the folder, MB
     "Store what an arm changed: the U-Net too, if its method moves that."
     pipe.save_tuned(folder, base=None if arm.method in ("adapter", "none") else base)
-    return round(sum(path.stat().st_size for path in Path(folder).rglob("*") if path.is_file()) / 1e6, 2)
+    return round(
+        sum(path.stat().st_size for path in Path(folder).rglob("*") if path.is_file()) / 1e6, 2
+    )
+
 
 def run_arm(
-    name:str,                  # key of `ARMS`
-    seed:int,
-    folder,                    # gets NAME-SEED.json
-    base,                      # what `load_base` takes
-    cache:dict,                # of the training stories, from `story_cache`
-    stories:dict,              # what to draw: arguments of `make_stories`
-    reader,                    # FrameReader that judges
-    config:TrainingConfig,     # steps, batch size ...; its seed is replaced
-    views:tuple=("true", "drawn", "continued"), # what is drawn, see `VIEWS`
-    progress:bool=True,
-)->dict:                       # what the file holds; `run_rows` turns it into rows
+    name: str,  # key of `ARMS`
+    seed: int,
+    folder,  # gets NAME-SEED.json
+    base,  # what `load_base` takes
+    cache: dict,  # of the training stories, from `story_cache`
+    stories: dict,  # what to draw: arguments of `make_stories`
+    reader,  # FrameReader that judges
+    config: TrainingConfig,  # steps, batch size ...; its seed is replaced
+    views: tuple = ("true", "drawn", "continued"),  # what is drawn, see `VIEWS`
+    progress: bool = True,
+) -> dict:  # what the file holds; `run_rows` turns it into rows
     "Tune, draw, read, write. Raises ValueError for an unknown arm, or if the run that lies there was made with another base, other settings, stories or fewer views."
-    if name not in ARMS: raise ValueError(f"there is no arm {name!r}; choose from {', '.join(ARMS)}")
+    if name not in ARMS:
+        raise ValueError(f"there is no arm {name!r}; choose from {', '.join(ARMS)}")
     path, before = Path(folder) / f"{name}-{seed}.json", fingerprint(load_base(base)["unet"])
-    config, told = TrainingConfig(**{**asdict(config), "seed": seed}), len(next(iter(cache.values())))
-    if path.exists(): return _same_run(path, dict(base=before, stories=stories, world=world_hash(stories), train_stories=told, settings=asdict(ARMS[name]), config=asdict(config)), views)
+    config, told = (
+        TrainingConfig(**{**asdict(config), "seed": seed}),
+        len(next(iter(cache.values()))),
+    )
+    if path.exists():
+        return _same_run(
+            path,
+            dict(
+                base=before,
+                stories=stories,
+                world=world_hash(stories),
+                train_stories=told,
+                settings=asdict(ARMS[name]),
+                config=asdict(config),
+            ),
+            views,
+        )
     records = story_records(make_stories(**stories))
-    pipe, result, counts = tune_arm(ARMS[name], base, cache, config, Path(folder) / "runs" / f"{name}-{seed}-{before[:6]}", progress)
+    pipe, result, counts = tune_arm(
+        ARMS[name],
+        base,
+        cache,
+        config,
+        Path(folder) / "runs" / f"{name}-{seed}-{before[:6]}",
+        progress,
+    )
     stored = store_tuned(pipe, ARMS[name], Path(folder) / "tuned" / f"{name}-{seed}", before)
-    correct = {kind: "".join(str(int(row["correct"])) for row in rows) for kind, rows in _judged(pipe, records, reader, views, progress).items()}
-    record = dict(arm=name, settings=asdict(ARMS[name]), seed=seed, base=before, config=asdict(config), seconds_a_step=round(result.seconds / max(1, len(result.losses)), 4),
-                  minutes=round(result.seconds / 60, 2), machine=machine(), trained={part: trained for part, (trained, _) in counts.items()},
-                  last_loss=round(float(np.mean(result.losses[-50:])), 5), train_stories=told, stored_mb=stored,
-                  stories=stories, world=world_hash(stories), correct=correct)
+    correct = {
+        kind: "".join(str(int(row["correct"])) for row in rows)
+        for kind, rows in _judged(pipe, records, reader, views, progress).items()
+    }
+    record = dict(
+        arm=name,
+        settings=asdict(ARMS[name]),
+        seed=seed,
+        base=before,
+        config=asdict(config),
+        seconds_a_step=round(result.seconds / max(1, len(result.losses)), 4),
+        minutes=round(result.seconds / 60, 2),
+        machine=machine(),
+        trained={part: trained for part, (trained, _) in counts.items()},
+        last_loss=round(float(np.mean(result.losses[-50:])), 5),
+        train_stories=told,
+        stored_mb=stored,
+        stories=stories,
+        world=world_hash(stories),
+        correct=correct,
+    )
     path.parent.mkdir(parents=True, exist_ok=True)
     aside = path.with_suffix(".tmp")
     aside.write_text(json.dumps(record, indent=1))
@@ -397,152 +662,256 @@ def run_arm(
 
 # %% ../nbs/10_does_it_help.ipynb #a24fbb7e
 @lru_cache(4)
-def _told_stories(stories:str):
+def _told_stories(stories: str):
     "(stories, hash of their captions and facts), made once for all runs on them."
     told = make_stories(**json.loads(stories))
-    return told, hashlib.sha256(json.dumps([[story.captions, story.truth()] for story in told]).encode()).hexdigest()[:16]
+    return told, hashlib.sha256(
+        json.dumps([[story.captions, story.truth()] for story in told]).encode()
+    ).hexdigest()[:16]
 
-def _key(stories:dict)->str: return json.dumps(stories, sort_keys=True)
+
+def _key(stories: dict) -> str:
+    return json.dumps(stories, sort_keys=True)
+
 
 def world_hash(
-    stories:dict, # arguments of `make_stories`
-)->str:          # 16 hexadecimal digits
+    stories: dict,  # arguments of `make_stories`
+) -> str:  # 16 hexadecimal digits
     "A hash of what stories say and show: whether this version of the world still tells the stories of a run."
     return _told_stories(_key(stories))[1]
 
+
 @lru_cache(32)
-def _rows_of(stories:str, kind:str, window:int|None):
+def _rows_of(stories: str, kind: str, window: int | None):
     truths = [story.truth() for story in _told_stories(stories)[0]]
-    if kind == "stays": return scarf_appearances(truths)
-    if kind == "looks": return look_hits(np.zeros((len(truths), 8, 8)), truths, visible=frame_mask("weighted", 8, "visualization", window))
+    if kind == "stays":
+        return scarf_appearances(truths)
+    if kind == "looks":
+        return look_hits(
+            np.zeros((len(truths), 8, 8)),
+            truths,
+            visible=frame_mask("weighted", 8, "visualization", window),
+        )
     return fact_rows(truths, VIEWS[kind][0])
 
+
 def run_rows(
-    record:dict,          # from `run_arm`, or read from its file
-    history:str="true",   # facts of one of `VIEWS`; "stays": scarves against how they were first drawn; "looks": is the largest relevance on a telling frame
-)->list:                  # one dict a verdict, with `correct`
+    record: dict,  # from `run_arm`, or read from its file
+    history: str = "true",  # facts of one of `VIEWS`; "stays": scarves against how they were first drawn; "looks": is the largest relevance on a telling frame
+) -> list:  # one dict a verdict, with `correct`
     """A run's verdicts. The stories are made again from their seed: a file holds one digit a fact.
 
     Raises ValueError if this version of the world tells other stories, KeyError for a kind that the run has not."""
-    rows, digits, world = _rows_of(_key(record["stories"]), history, record["settings"]["window"]), record["correct"][history], world_hash(record["stories"])
+    rows, digits, world = (
+        _rows_of(_key(record["stories"]), history, record["settings"]["window"]),
+        record["correct"][history],
+        world_hash(record["stories"]),
+    )
     if len(rows) != len(digits) or record.get("world", world) != world:
-        raise ValueError(f"the run of {record['arm']}, seed {record['seed']}, was scored on other stories than this version of the world makes")
+        raise ValueError(
+            f"the run of {record['arm']}, seed {record['seed']}, was scored on other stories than this version of the world makes"
+        )
     return [row | dict(correct=digit == "1") for row, digit in zip(rows, digits)]
 
+
 def run_experiment(
-    folder,                        # gets a JSON file a run
-    arms:tuple=("full", "weighted"),
-    seeds:tuple=(0, 1, 2),
-    steps:int=600,                 # optimizer steps, the same for all arms
-    batch_size:int=8,              # stories a step
-    train_stories:int=1200,
-    test_stories:int=200,
-    split:str="test",              # "val" while anything is still being chosen
+    folder,  # gets a JSON file a run
+    arms: tuple = ("full", "weighted"),
+    seeds: tuple = (0, 1, 2),
+    steps: int = 600,  # optimizer steps, the same for all arms
+    batch_size: int = 8,  # stories a step
+    train_stories: int = 1200,
+    test_stories: int = 200,
+    split: str = "test",  # "val" while anything is still being chosen
     base="miniature",
-    progress:bool=True,
-    views:tuple=("true", "drawn", "continued"), # what is drawn after each run, see `VIEWS`
-)->list:                           # the runs' records
+    progress: bool = True,
+    views: tuple = ("true", "drawn", "continued"),  # what is drawn after each run, see `VIEWS`
+) -> list:  # the runs' records
     "All runs of an experiment, seed by seed, one after another. Called again, it goes on where it was stopped."
-    cache = story_cache(story_pipeline(base), story_records(make_stories(train_stories)), progress=progress)
-    reader, config = FrameReader.from_pretrained("miniature"), TrainingConfig(steps=steps, batch_size=batch_size, warmup_steps=20, ema_decay=0.99)
+    cache = story_cache(
+        story_pipeline(base), story_records(make_stories(train_stories)), progress=progress
+    )
+    reader, config = (
+        FrameReader.from_pretrained("miniature"),
+        TrainingConfig(steps=steps, batch_size=batch_size, warmup_steps=20, ema_decay=0.99),
+    )
     stories = dict(n=test_stories, split=split, seed=1)
-    return [run_arm(name, seed, folder, base, cache, stories, reader, config, views, progress) for seed in seeds for name in arms]
+    return [
+        run_arm(name, seed, folder, base, cache, stories, reader, config, views, progress)
+        for seed in seeds
+        for name in arms
+    ]
 
 # %% ../nbs/10_does_it_help.ipynb #8cf2cc2c
 def _peak_mb():
     "Most memory that this process has held, MB; None where the system does not say (Linux and macOS do)."
     status = Path("/proc/self/status")
-    if status.exists(): return next(int(line.split()[1]) for line in status.read_text().splitlines() if line.startswith("VmHWM")) / 1e3
-    if platform.system() != "Darwin": return None
+    if status.exists():
+        return (
+            next(
+                int(line.split()[1])
+                for line in status.read_text().splitlines()
+                if line.startswith("VmHWM")
+            )
+            / 1e3
+        )
+    if platform.system() != "Darwin":
+        return None
     import resource
+
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
 
-def _measure_cost(name:str, base, stories:int, batch_size:int, steps:int)->dict:
+
+def _measure_cost(name: str, base, stories: int, batch_size: int, steps: int) -> dict:
     "What `tuning_cost` says, measured in this process."
     cache = story_cache(story_pipeline(base), story_records(make_stories(stories)), progress=False)
     times = []
     config = TrainingConfig(steps=steps, batch_size=batch_size, warmup_steps=1, checkpoint_every=0)
-    pipe, _, counts = tune_arm(ARMS[name], base, cache, config, progress=False, callbacks=[lambda *_: times.append(time.perf_counter())])
+    pipe, _, counts = tune_arm(
+        ARMS[name],
+        base,
+        cache,
+        config,
+        progress=False,
+        callbacks=[lambda *_: times.append(time.perf_counter())],
+    )
     peak = _peak_mb()
-    with tempfile.TemporaryDirectory() as folder: stored = store_tuned(pipe, ARMS[name], Path(folder) / "tuned", fingerprint(load_base(base)["unet"]))
+    with tempfile.TemporaryDirectory() as folder:
+        stored = store_tuned(
+            pipe, ARMS[name], Path(folder) / "tuned", fingerprint(load_base(base)["unet"])
+        )
     trained = {part: n for part, (n, _) in counts.items() if n}
-    return dict(arm=name, trained=trained, unet_total=counts["unet"][1], stored_mb=stored, peak_mb=peak, seconds_a_step=float(np.median(np.diff(times))))
+    return dict(
+        arm=name,
+        trained=trained,
+        unet_total=counts["unet"][1],
+        stored_mb=stored,
+        peak_mb=peak,
+        seconds_a_step=float(np.median(np.diff(times))),
+    )
+
 
 def tuning_cost(
-    name:str,            # key of `ARMS`
-    base="miniature",    # what `load_base` takes
-    stories:int=16,      # training stories
-    batch_size:int=8,    # stories a step
-    steps:int=8,         # of which the first is not timed
-)->dict:                 # arm; trained: parameters by part; unet_total: parameters of the U-Net; stored_mb: what `save_tuned` writes, MB; peak_mb: most memory held, MB, None where the system does not say; seconds_a_step: median
+    name: str,  # key of `ARMS`
+    base="miniature",  # what `load_base` takes
+    stories: int = 16,  # training stories
+    batch_size: int = 8,  # stories a step
+    steps: int = 8,  # of which the first is not timed
+) -> dict:  # arm; trained: parameters by part; unet_total: parameters of the U-Net; stored_mb: what `save_tuned` writes, MB; peak_mb: most memory held, MB, None where the system does not say; seconds_a_step: median
     "Cost of a way of tuning, measured in a process of its own. Raises ValueError for an unknown arm, RuntimeError if that process fails."
-    if name not in ARMS: raise ValueError(f"there is no arm {name!r}; choose from {', '.join(ARMS)}")
+    if name not in ARMS:
+        raise ValueError(f"there is no arm {name!r}; choose from {', '.join(ARMS)}")
     call = f"import json, torch; torch.set_num_threads({torch.get_num_threads()}); from causal_story.experiments import _measure_cost; print(json.dumps(_measure_cost({name!r}, {str(base)!r}, {stories}, {batch_size}, {steps})))"
     done = subprocess.run([sys.executable, "-c", call], capture_output=True, text=True)
-    if done.returncode: raise RuntimeError(f"measuring {name!r} failed: {(done.stderr.strip() or f'exit status {done.returncode}').splitlines()[-1]}")
+    if done.returncode:
+        raise RuntimeError(
+            f"measuring {name!r} failed: {(done.stderr.strip() or f'exit status {done.returncode}').splitlines()[-1]}"
+        )
     return json.loads(done.stdout.splitlines()[-1])
 
 # %% ../nbs/10_does_it_help.ipynb #906ac381
 def seeds_and_stories(
-    runs:list,         # one list of rows a seed, all over the same stories: dicts with `story` and `correct`
-    baseline=None,     # another arm's, same seeds and facts: the difference is taken fact by fact
-    resamples:int=2000,
-    seed:int=0,
-)->dict:               # mean, low, high, by_seed, n (facts), stories, seeds
+    runs: list,  # one list of rows a seed, all over the same stories: dicts with `story` and `correct`
+    baseline=None,  # another arm's, same seeds and facts: the difference is taken fact by fact
+    resamples: int = 2000,
+    seed: int = 0,
+) -> dict:  # mean, low, high, by_seed, n (facts), stories, seeds
     "Accuracy, or its difference to a baseline, with a 95 % interval that resamples stories and seeds. Raises ValueError if the runs score different facts."
-    facts = lambda rows: [(row["story"], row["frame"], row["attribute"], row.get("name")) for row in rows]
+    facts = lambda rows: [
+        (row["story"], row["frame"], row["attribute"], row.get("name")) for row in rows
+    ]
     everyone = list(runs) + list(baseline or [])
-    if not everyone or not everyone[0] or any(facts(rows) != facts(everyone[0]) for rows in everyone): raise ValueError("all runs must score the same facts in the same order, and at least one")
-    if baseline is not None and len(baseline) != len(runs): raise ValueError(f"{len(runs)} seeds against {len(baseline)}: compare equal seeds")
-    values = np.array([[row["correct"] for row in rows] for rows in runs], dtype=float)                 # (seeds, facts)
-    if baseline is not None: values = values - np.array([[row["correct"] for row in rows] for rows in baseline], dtype=float)
+    if (
+        not everyone
+        or not everyone[0]
+        or any(facts(rows) != facts(everyone[0]) for rows in everyone)
+    ):
+        raise ValueError("all runs must score the same facts in the same order, and at least one")
+    if baseline is not None and len(baseline) != len(runs):
+        raise ValueError(f"{len(runs)} seeds against {len(baseline)}: compare equal seeds")
+    values = np.array(
+        [[row["correct"] for row in rows] for rows in runs], dtype=float
+    )  # (seeds, facts)
+    if baseline is not None:
+        values = values - np.array(
+            [[row["correct"] for row in rows] for rows in baseline], dtype=float
+        )
     _, story = np.unique([row["story"] for row in runs[0]], return_inverse=True)
     n = story.max() + 1
-    sums = np.stack([np.bincount(story, weights=row, minlength=n) for row in values])                   # (seeds, stories)
+    sums = np.stack(
+        [np.bincount(story, weights=row, minlength=n) for row in values]
+    )  # (seeds, stories)
     sizes, rng = np.bincount(story, minlength=n), np.random.default_rng(seed)
     means = []
     for _ in range(resamples):
         which, who = rng.integers(len(values), size=len(values)), rng.integers(n, size=n)
         means.append(sums[which][:, who].sum() / (len(values) * sizes[who].sum()))
-    low, high = np.quantile(means, (.025, .975))
-    return dict(mean=float(values.mean()), low=float(low), high=float(high), by_seed=values.mean(1).tolist(), n=values.shape[1], stories=int(n), seeds=len(values))
+    low, high = np.quantile(means, (0.025, 0.975))
+    return dict(
+        mean=float(values.mean()),
+        low=float(low),
+        high=float(high),
+        by_seed=values.mean(1).tolist(),
+        n=values.shape[1],
+        stories=int(n),
+        seeds=len(values),
+    )
 
 # %% ../nbs/10_does_it_help.ipynb #30be5de9
 def load_runs(
-    folder,     # of `run_experiment`
-)->dict:        # arm -> its records, by seed
+    folder,  # of `run_experiment`
+) -> dict:  # arm -> its records, by seed
     """The finished runs of an experiment. Raises FileNotFoundError if there are none, ValueError naming a file that cannot be read,
     or runs that were tuned on different bases."""
     paths = sorted(Path(folder).glob("*-*.json"))
-    if not paths: raise FileNotFoundError(f"{folder} holds no run; make some with `causal-story experiment {folder}`")
+    if not paths:
+        raise FileNotFoundError(
+            f"{folder} holds no run; make some with `causal-story experiment {folder}`"
+        )
     runs = {}
     for path in paths:
-        try: record = json.loads(path.read_text())
-        except json.JSONDecodeError as error: raise ValueError(f"{path} is not a whole JSON file ({error}); remove it and run the experiment again") from error
+        try:
+            record = json.loads(path.read_text())
+        except json.JSONDecodeError as error:
+            raise ValueError(
+                f"{path} is not a whole JSON file ({error}); remove it and run the experiment again"
+            ) from error
         runs.setdefault(record["arm"], []).append(record)
     bases = {record.get("base") for records in runs.values() for record in records}
-    if len(bases) > 1: raise ValueError(f"{folder} holds runs on {len(bases)} different bases; keep them in folders of their own")
+    if len(bases) > 1:
+        raise ValueError(
+            f"{folder} holds runs on {len(bases)} different bases; keep them in folders of their own"
+        )
     return {arm: sorted(records, key=lambda r: r["seed"]) for arm, records in runs.items()}
 
+
 FAR = lambda row: row["history_only"] and row["nearest"] >= 2
+
 
 def chosen_rows(records, which, history):
     "One list of rows a seed, only the facts that `which` picks."
     return [[row for row in run_rows(record, history) if which(row)] for record in records]
 
+
 def arm_table(
-    runs:dict,             # from `load_runs`
-    which=FAR,             # row -> bool: which facts count; default the main figure
-    history:str="true",    # or another kind of `run_rows`
-)->dict:                   # arm -> `seeds_and_stories`
+    runs: dict,  # from `load_runs`
+    which=FAR,  # row -> bool: which facts count; default the main figure
+    history: str = "true",  # or another kind of `run_rows`
+) -> dict:  # arm -> `seeds_and_stories`
     "Every arm on the chosen facts, with intervals over seeds and stories."
-    return {arm: seeds_and_stories(chosen_rows(records, which, history)) for arm, records in runs.items()}
+    return {
+        arm: seeds_and_stories(chosen_rows(records, which, history))
+        for arm, records in runs.items()
+    }
+
 
 def compare_arms(
-    runs:dict, arm:str, baseline:str,  # two arms
+    runs: dict,
+    arm: str,
+    baseline: str,  # two arms
     which=FAR,
-    history:str="true",
-)->dict:                               # `seeds_and_stories` of the difference
+    history: str = "true",
+) -> dict:  # `seeds_and_stories` of the difference
     "arm minus baseline over the seeds that both have, fact by fact."
     both = sorted({r["seed"] for r in runs[arm]} & {r["seed"] for r in runs[baseline]})
     pick = lambda name: chosen_rows([r for r in runs[name] if r["seed"] in both], which, history)
@@ -550,20 +919,31 @@ def compare_arms(
 
 # %% ../nbs/10_does_it_help.ipynb #e3e134fd
 def plot_arms(
-    table:dict,    # from `arm_table`
-    title:str="",
-    chance:float|None=None, # drawn as a dotted line
-):                 # matplotlib Figure
+    table: dict,  # from `arm_table`
+    title: str = "",
+    chance: float | None = None,  # drawn as a dotted line
+):  # matplotlib Figure
     "One row an arm: the mean with its interval, and every seed as a dot of its own."
     import matplotlib.pyplot as plt
+
     fig, ax = plt.subplots(figsize=(6.4, 0.5 * len(table) + 1))
     for y, (arm, scores) in enumerate(table.items()):
         ax.plot([scores["low"], scores["high"]], [y, y], color="#264653", lw=2)
-        ax.plot(scores["by_seed"], [y] * len(scores["by_seed"]), "o", mfc="white", mec="#e07a1f", ms=6)
+        ax.plot(
+            scores["by_seed"], [y] * len(scores["by_seed"]), "o", mfc="white", mec="#e07a1f", ms=6
+        )
         ax.plot(scores["mean"], y, "|", color="#264653", ms=14, mew=2)
-    if chance is not None: ax.axvline(chance, color="grey", ls=":")
-    ax.set(yticks=range(len(table)), yticklabels=list(table), title=title, xlabel="share of facts drawn right")
-    ax.margins(y=.4 / len(table)); ax.invert_yaxis(); ax.grid(axis="x", alpha=.3)
+    if chance is not None:
+        ax.axvline(chance, color="grey", ls=":")
+    ax.set(
+        yticks=range(len(table)),
+        yticklabels=list(table),
+        title=title,
+        xlabel="share of facts drawn right",
+    )
+    ax.margins(y=0.4 / len(table))
+    ax.invert_yaxis()
+    ax.grid(axis="x", alpha=0.3)
     fig.tight_layout()
     return fig
 
@@ -583,16 +963,22 @@ GROUPS = {
     "character": lambda row: row["history_only"] and row["attribute"] == "character",
     "prop": lambda row: row["history_only"] and row["attribute"] == "prop",
     "scarf": lambda row: row["history_only"] and row["attribute"] == "scarf",
-    "scarf that no source's caption says": lambda row: row["history_only"] and row["attribute"] == "scarf" and not row["said"],
+    "scarf that no source's caption says": lambda row: (
+        row["history_only"] and row["attribute"] == "scarf" and not row["said"]
+    ),
     "said by the caption itself": lambda row: row["stated"],
 }
 
+
 def print_groups(
-    runs:dict,          # from `load_runs`
-    history:str="true", # or another kind of `run_rows`
+    runs: dict,  # from `load_runs`
+    history: str = "true",  # or another kind of `run_rows`
 ):
     "A row a group of facts: every arm's mean, and its 95 % interval over seeds and stories."
     print(f"{history + ' history':38}" + "".join(f"{arm:>24}" for arm in runs))
     for name, which in GROUPS.items():
         cells = [arm_table({arm: records}, which, history)[arm] for arm, records in runs.items()]
-        print(f"{name:38}" + "".join(f"{c['mean']:10.3f} [{c['low']:.3f}, {c['high']:.3f}]" for c in cells))
+        print(
+            f"{name:38}"
+            + "".join(f"{c['mean']:10.3f} [{c['low']:.3f}, {c['high']:.3f}]" for c in cells)
+        )

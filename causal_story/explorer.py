@@ -38,397 +38,715 @@ from matplotlib.patches import FancyArrowPatch
 from PIL import Image, ImageOps
 
 from .causal_mask import POLICIES, frame_mask, frame_times
-from .data import CLIP_IMAGE_MEAN, CLIP_IMAGE_STD, TASKS, StoryRecord, atomic_path, open_image, pixels, png_bytes, show_story
+from causal_story.data import (
+    CLIP_IMAGE_MEAN,
+    CLIP_IMAGE_STD,
+    TASKS,
+    StoryRecord,
+    atomic_path,
+    open_image,
+    pixels,
+    png_bytes,
+    show_story,
+)
 from .experiments import causal_effect, story_records
 from .metrics import read_frames
 from .model import decode_latents, latent_posterior, normalise_latents, sample_generator
 from .pipeline import check_links, to_pil
-from .storyworld import ACTIONS, CHARACTERS, PLACES, PROPS, SCARVES, SETTINGS, Actor, Scene, make_story, render
+from causal_story.storyworld import (
+    ACTIONS,
+    CHARACTERS,
+    PLACES,
+    PROPS,
+    SCARVES,
+    SETTINGS,
+    Actor,
+    Scene,
+    make_story,
+    render,
+)
 from .unet import record_attention
 
 # %% ../nbs/12_explorer.ipynb #a83c0a0e
 def known_words(
-    tokenizer, # BERT-like: pieces inside a word start with ##
-)->set:        # lower-case words
+    tokenizer,  # BERT-like: pieces inside a word start with ##
+) -> set:  # lower-case words
     "The words that a tokenizer reads as one token."
     words = (token.lower() for token in tokenizer.get_vocab() if re.fullmatch(r"[^\W\d_]+", token))
     return {word for word in words if len(word) > 1 or word in ("a", "i")}
 
+
 def unknown_words(
-    caption:str,
-    known:set,   # from `known_words`
-    n:int=3,     # known words offered for each
-    typing:bool=False, # a last word that may still become a known one does not count
-)->dict:         # unknown word as written -> the nearest known ones, best first
+    caption: str,
+    known: set,  # from `known_words`
+    n: int = 3,  # known words offered for each
+    typing: bool = False,  # a last word that may still become a known one does not count
+) -> dict:  # unknown word as written -> the nearest known ones, best first
     "What a caption says that the model has never heard. Nearness is difflib's: common letters in common order."
     words = re.findall(r"[^\W_]+", caption)
-    if typing and words and caption.endswith(words[-1]) and any(k.startswith(words[-1].lower()) for k in known): words.pop()
+    if (
+        typing
+        and words
+        and caption.endswith(words[-1])
+        and any(k.startswith(words[-1].lower()) for k in known)
+    ):
+        words.pop()
     strange = dict.fromkeys(word for word in words if word.lower() not in known)
-    return {word: [_as_name(near) for near in difflib.get_close_matches(word.lower(), sorted(known), n, cutoff=0.55)] for word in strange}
+    return {
+        word: [
+            _as_name(near)
+            for near in difflib.get_close_matches(word.lower(), sorted(known), n, cutoff=0.55)
+        ]
+        for word in strange
+    }
 
-def _as_name(word): return word.capitalize() if word.capitalize() in CHARACTERS else word
 
-def replace_word(caption:str, word:str, better:str)->str:
+def _as_name(word):
+    return word.capitalize() if word.capitalize() in CHARACTERS else word
+
+
+def replace_word(caption: str, word: str, better: str) -> str:
     "The caption with a whole word replaced everywhere; at the start of a sentence it gets a capital."
     text = re.sub(rf"(?<!\w){re.escape(word)}(?!\w)", better, caption)
     return re.sub(r"(^|[.!?] )(\w)", lambda m: m[1] + m[2].upper(), text)
 
 # %% ../nbs/12_explorer.ipynb #b5eaca32
 EXAMPLES = {
-    "The ball at the beach": ("Milo is at the beach and waves, holding a ball, in a red scarf.", "He jumps.",
-                              "Meanwhile Kiki sleeps at home with a book, wearing a blue scarf.", "Meanwhile Milo waves.", "Kiki joins him. They both jump."),
-    "Two on the moon": ("Luna is on the moon with an umbrella. She waves in a yellow scarf.", "Pip joins her with a ball, in a green scarf. They both jump.",
-                        "They sleep.", "Then they go to the forest. They wave."),
-    "A balloon in the snow": ("Bruno jumps in the snow with a balloon, wearing a green scarf.", "Then he sleeps.", "Bruno goes to the forest and waves."),
-    "Who is at home?": ("Zaza waves at home, holding a book, in a blue scarf.", "Meanwhile in the forest Bruno jumps in a red scarf, holding an umbrella.",
-                        "Meanwhile she sleeps.", "Meanwhile he finds a ball and waves.", "Now he goes to the snow and jumps.", "Meanwhile Zaza jumps."),
+    "The ball at the beach": (
+        "Milo is at the beach and waves, holding a ball, in a red scarf.",
+        "He jumps.",
+        "Meanwhile Kiki sleeps at home with a book, wearing a blue scarf.",
+        "Meanwhile Milo waves.",
+        "Kiki joins him. They both jump.",
+    ),
+    "Two on the moon": (
+        "Luna is on the moon with an umbrella. She waves in a yellow scarf.",
+        "Pip joins her with a ball, in a green scarf. They both jump.",
+        "They sleep.",
+        "Then they go to the forest. They wave.",
+    ),
+    "A balloon in the snow": (
+        "Bruno jumps in the snow with a balloon, wearing a green scarf.",
+        "Then he sleeps.",
+        "Bruno goes to the forest and waves.",
+    ),
+    "Who is at home?": (
+        "Zaza waves at home, holding a book, in a blue scarf.",
+        "Meanwhile in the forest Bruno jumps in a red scarf, holding an umbrella.",
+        "Meanwhile she sleeps.",
+        "Meanwhile he finds a ball and waves.",
+        "Now he goes to the snow and jumps.",
+        "Meanwhile Zaza jumps.",
+    ),
 }
-FIRST_SCENES = dict(zip(EXAMPLES, ( # what the first captions show: the given picture of a continuation
-    Scene("beach", (Actor("Milo", "waves", "ball", "red"),)), Scene("moon", (Actor("Luna", "waves", "umbrella", "yellow"),)),
-    Scene("snow", (Actor("Bruno", "jumps", "balloon", "green"),)), Scene("home", (Actor("Zaza", "waves", "book", "blue"),)))))
+FIRST_SCENES = dict(
+    zip(
+        EXAMPLES,
+        (  # what the first captions show: the given picture of a continuation
+            Scene("beach", (Actor("Milo", "waves", "ball", "red"),)),
+            Scene("moon", (Actor("Luna", "waves", "umbrella", "yellow"),)),
+            Scene("snow", (Actor("Bruno", "jumps", "balloon", "green"),)),
+            Scene("home", (Actor("Zaza", "waves", "book", "blue"),)),
+        ),
+    )
+)
 
 # %% ../nbs/12_explorer.ipynb #e332ea56
 @dataclass(frozen=True)
 class StorySettings:
     "What decides a story beside its captions and pinned pictures. None: as stored with the checkpoint."
-    task:str = "visualization"          # or "continuation": position 0 is given
-    history_policy:str|None = None      # "none", "full", "local", "weighted"
-    window:int|None = None              # of "local" and "weighted"
-    num_inference_steps:int|None = None # denoising steps a frame
-    guidance_scale:float|None = None    # 1: none
-    seed:int = 0                        # of the noise
+
+    task: str = "visualization"  # or "continuation": position 0 is given
+    history_policy: str | None = None  # "none", "full", "local", "weighted"
+    window: int | None = None  # of "local" and "weighted"
+    num_inference_steps: int | None = None  # denoising steps a frame
+    guidance_scale: float | None = None  # 1: none
+    seed: int = 0  # of the noise
 
     def filled(self, config):
         "The same with every None replaced by what a pipeline's configuration stores. Raises ValueError on an unknown task."
-        if self.task not in TASKS: raise ValueError(f"task={self.task!r} is unknown: choose one of {TASKS}")
-        stored = {name: getattr(config, name) if value is None and name in ("history_policy", "num_inference_steps", "guidance_scale") else value
-                  for name, value in asdict(self).items()}
-        if self.history_policy is None and self.window is None: stored["window"] = config.window
+        if self.task not in TASKS:
+            raise ValueError(f"task={self.task!r} is unknown: choose one of {TASKS}")
+        stored = {
+            name: getattr(config, name)
+            if value is None and name in ("history_policy", "num_inference_steps", "guidance_scale")
+            else value
+            for name, value in asdict(self).items()
+        }
+        if self.history_policy is None and self.window is None:
+            stored["window"] = config.window
         return StorySettings(**stored)
 
 # %% ../nbs/12_explorer.ipynb #b143dad9
 @dataclass(frozen=True)
 class Step:
     "One denoising step, as a listener hears of it."
-    position:int                 # which picture
-    step:int                     # from 0
-    steps:int                    # how many this picture takes
-    done:float                   # share of the whole drawing, 0 to 1
-    picture:Image.Image|None     # what it looks like; None between previews
-    finished:bool                # this picture is complete
+
+    position: int  # which picture
+    step: int  # from 0
+    steps: int  # how many this picture takes
+    done: float  # share of the whole drawing, 0 to 1
+    picture: Image.Image | None  # what it looks like; None between previews
+    finished: bool  # this picture is complete
+
 
 def clean_guess(
-    scheduler,            # after a step
-    latents:torch.Tensor, # (B, C, h, w) after that step
-)->torch.Tensor:          # (B, C, h, w)
+    scheduler,  # after a step
+    latents: torch.Tensor,  # (B, C, h, w) after that step
+) -> torch.Tensor:  # (B, C, h, w)
     "The solver's guess of the clean latents; for a scheduler that keeps none, the latents as they are."
     guesses = getattr(scheduler, "model_outputs", None) or [None]
     keeps = scheduler.config.get("algorithm_type") in ("dpmsolver++", "sde-dpmsolver++")
     return guesses[-1] if keeps and guesses[-1] is not None else latents
 
+
 @torch.no_grad()
-def latent_picture(pipe, latents:torch.Tensor)->Image.Image:
+def latent_picture(pipe, latents: torch.Tensor) -> Image.Image:
     "The first row of (B, C, h, w) latents as a picture."
     return to_pil(decode_latents(pipe.vae, latents[:1]))[0]
 
 # %% ../nbs/12_explorer.ipynb #e50c24b9
 class StoryState:
     "What a `StorySession` remembers: captions, pictures, links, and what they were before the last edit."
-    def __init__(self,
-        pipe,                # CausalStoryPipeline
-        captions,            # N captions, position by position; in a continuation the first tells the given picture
-        source_image=None,   # the given picture of a continuation (PIL, any size)
-        reader=None,         # FrameReader, names what changed
-        **settings,          # of `StorySettings`
+
+    def __init__(
+        self,
+        pipe,  # CausalStoryPipeline
+        captions,  # N captions, position by position; in a continuation the first tells the given picture
+        source_image=None,  # the given picture of a continuation (PIL, any size)
+        reader=None,  # FrameReader, names what changed
+        **settings,  # of `StorySettings`
     ):
-        self.pipe, self.reader, self.settings = pipe, reader, StorySettings(**settings).filled(pipe.config)
+        self.pipe, self.reader, self.settings = (
+            pipe,
+            reader,
+            StorySettings(**settings).filled(pipe.config),
+        )
         self.captions, self.given = list(captions), int(self.settings.task == "continuation")
         longest = pipe.story_context.config.n_times
         if not self.given < len(self.captions) <= longest:
-            raise ValueError(f"captions holds {len(self.captions)} captions; {self.settings.task} needs {self.given + 1} to {longest}")
-        if self.given and source_image is None: raise ValueError("source_image is missing: a continuation needs the picture it continues")
-        self.links = frame_mask(self.settings.history_policy, len(self.captions) - self.given, self.settings.task, self.settings.window)
+            raise ValueError(
+                f"captions holds {len(self.captions)} captions; {self.settings.task} needs {self.given + 1} to {longest}"
+            )
+        if self.given and source_image is None:
+            raise ValueError(
+                "source_image is missing: a continuation needs the picture it continues"
+            )
+        self.links = frame_mask(
+            self.settings.history_policy,
+            len(self.captions) - self.given,
+            self.settings.task,
+            self.settings.window,
+        )
         self.pictures, self.pinned = [None] * len(self.captions), set()
-        if self.given: self.pictures[0], self.pinned = self.fitted(source_image), {0}
-        self.before, self.past, self.seconds, self._busy = None, [], 0.0, _LOCKS.setdefault(pipe, threading.Lock())
+        if self.given:
+            self.pictures[0], self.pinned = self.fitted(source_image), {0}
+        self.before, self.past, self.seconds, self._busy = (
+            None,
+            [],
+            0.0,
+            _LOCKS.setdefault(pipe, threading.Lock()),
+        )
 
     @property
-    def size(self)->int:
+    def size(self) -> int:
         "Pixels a side of every picture."
         return self.pipe.vae.config.sample_size
 
-    def fitted(self, picture:Image.Image)->Image.Image:
+    def fitted(self, picture: Image.Image) -> Image.Image:
         "Any picture as a square of the story's size."
-        return ImageOps.fit(picture.convert("RGB"), (self.size, self.size), Image.Resampling.LANCZOS)
+        return ImageOps.fit(
+            picture.convert("RGB"), (self.size, self.size), Image.Resampling.LANCZOS
+        )
 
     @property
-    def complete(self)->bool:
+    def complete(self) -> bool:
         "Whether every picture stands."
         return all(picture is not None for picture in self.pictures)
 
     def check_complete(self):
         "Raise ValueError while pictures are missing."
-        if not self.complete: raise ValueError("the story is not complete: draw it first")
+        if not self.complete:
+            raise ValueError("the story is not complete: draw it first")
 
-    def check_position(self, position:int, first:int=0):
+    def check_position(self, position: int, first: int = 0):
         "Raise ValueError for a position outside the story."
         if not first <= position < len(self.captions):
-            raise ValueError(f"position is {position}; this story has {first} to {len(self.captions) - 1}")
+            raise ValueError(
+                f"position is {position}; this story has {first} to {len(self.captions) - 1}"
+            )
 
 # %% ../nbs/12_explorer.ipynb #dcfffb56
 class _Stopped(Exception):
     "Raised inside the pipeline's callback to leave it."
 
-_LOCKS = weakref.WeakKeyDictionary()  # a pipeline's scheduler holds state: it draws for one at a time, however many sessions use it
+
+_LOCKS = (
+    weakref.WeakKeyDictionary()
+)  # a pipeline's scheduler holds state: it draws for one at a time, however many sessions use it
 
 # %% ../nbs/12_explorer.ipynb #2afeb050
 class StoryDrawing(StoryState):
     "Drawing what is missing."
-    def draw(self,
-        on_preview=None,     # called with a `Step` after every denoising step
-        should_stop=None,    # asked after every step; True ends the drawing
-        preview_every:int=4, # steps from one preview to the next
-    )->bool:                 # whether the story is complete
+
+    def draw(
+        self,
+        on_preview=None,  # called with a `Step` after every denoising step
+        should_stop=None,  # asked after every step; True ends the drawing
+        preview_every: int = 4,  # steps from one preview to the next
+    ) -> bool:  # whether the story is complete
         "Draw all missing pictures. Raises RuntimeError if the pipeline is drawing already, this story or another."
-        if not self._busy.acquire(blocking=False): raise RuntimeError("the pipeline is drawing already: stop that or wait")
+        if not self._busy.acquire(blocking=False):
+            raise RuntimeError("the pipeline is drawing already: stop that or wait")
         started, missing = time.perf_counter(), self.pictures.count(None)
         try:
             while None in self.pictures:
                 start = self.pictures.index(None)
-                end = next((k for k in range(start, len(self.pictures)) if self.pictures[k] is not None), len(self.pictures))
-                self._draw_span(start, end, missing, on_preview, should_stop or (lambda: False), preview_every)
-                if self.pictures[end - 1] is None: break
+                end = next(
+                    (k for k in range(start, len(self.pictures)) if self.pictures[k] is not None),
+                    len(self.pictures),
+                )
+                self._draw_span(
+                    start, end, missing, on_preview, should_stop or (lambda: False), preview_every
+                )
+                if self.pictures[end - 1] is None:
+                    break
         finally:
             self.seconds = time.perf_counter() - started
             self._busy.release()
         return self.complete
 
-    def request(self)->dict:
+    def request(self) -> dict:
         "Arguments of the pipeline for this story, its noise included."
         given, s = self.given, self.settings
-        source = dict(source_image=self.pictures[0], source_caption=self.captions[0]) if given else {}
-        return dict(prompt=self.captions[given:], task=s.task, history_policy=s.history_policy, window=s.window, links=self.links, guidance_scale=s.guidance_scale,
-                    num_inference_steps=s.num_inference_steps, generator=torch.Generator().manual_seed(s.seed), **source)
+        source = (
+            dict(source_image=self.pictures[0], source_caption=self.captions[0]) if given else {}
+        )
+        return dict(
+            prompt=self.captions[given:],
+            task=s.task,
+            history_policy=s.history_policy,
+            window=s.window,
+            links=self.links,
+            guidance_scale=s.guidance_scale,
+            num_inference_steps=s.num_inference_steps,
+            generator=torch.Generator().manual_seed(s.seed),
+            **source,
+        )
 
     def _draw_span(self, start, end, missing, on_preview, should_stop, preview_every):
         "Draw positions start to end - 1; leaves the pipeline by an exception, at the end or earlier."
         left, given = self.pictures.count(None), self.given
+
         def callback(pipe, step, t, state):
             position, steps = state["frame"] + given, len(pipe.scheduler.timesteps)
             finished, picture = step == steps - 1, None
-            if finished: picture = self.pictures[position] = latent_picture(pipe, state["latents"])
-            elif on_preview and step % preview_every == 0: picture = latent_picture(pipe, clean_guess(pipe.scheduler, state["latents"]))
+            if finished:
+                picture = self.pictures[position] = latent_picture(pipe, state["latents"])
+            elif on_preview and step % preview_every == 0:
+                picture = latent_picture(pipe, clean_guess(pipe.scheduler, state["latents"]))
             done = (missing - left + position - start + (step + 1) / steps) / missing
-            if on_preview: on_preview(Step(position, step, steps, done, picture, finished))
-            if should_stop() or finished and position == end - 1: raise _Stopped
+            if on_preview:
+                on_preview(Step(position, step, steps, done, picture, finished))
+            if should_stop() or finished and position == end - 1:
+                raise _Stopped
+
         kept = dict(kept_frames=[self.pictures[given:start]]) if start > given else {}
-        try: self.pipe(**self.request(), **kept, callback_on_step_end=callback)
-        except _Stopped: pass
+        try:
+            self.pipe(**self.request(), **kept, callback_on_step_end=callback)
+        except _Stopped:
+            pass
 
 # %% ../nbs/12_explorer.ipynb #09605b83
 @dataclass
 class StoryLook:
     "Where each drawn frame of one story looked. V frames drawn, F positions, S tokens a caption."
-    relevance:torch.Tensor|None # (V, F), rows sum to 1; None unless the policy weighs
-    mass:torch.Tensor           # (V, F) share of attention; what is missing to 1 is the frame's own caption
-    maps:torch.Tensor           # (V, (1+F)*S, h, w): attention of each pixel to each token, sums to 1 over tokens
-    tokens:list                 # F lists of S strings: what the history tokenizer made of each caption
-    own:list                    # V lists of S strings: the same of the caption tokenizer
 
-    def words(self,
-        row:int,   # which drawn frame
-        column:int,# position it looked at; -1: its own caption
-        n:int=3,   # how many
-    )->list:       # (word, share of attention, map (h, w)) of those that drew most attention
+    relevance: torch.Tensor | None  # (V, F), rows sum to 1; None unless the policy weighs
+    mass: torch.Tensor  # (V, F) share of attention; what is missing to 1 is the frame's own caption
+    maps: (
+        torch.Tensor
+    )  # (V, (1+F)*S, h, w): attention of each pixel to each token, sums to 1 over tokens
+    tokens: list  # F lists of S strings: what the history tokenizer made of each caption
+    own: list  # V lists of S strings: the same of the caption tokenizer
+
+    def words(
+        self,
+        row: int,  # which drawn frame
+        column: int,  # position it looked at; -1: its own caption
+        n: int = 3,  # how many
+    ) -> list:  # (word, share of attention, map (h, w)) of those that drew most attention
         "The tokens of one position that a frame leaned on most. Signs such as [SEP] and full stops count as none."
         S, texts = len(self.own[0]), self.own[row] if column < 0 else self.tokens[column]
-        maps = self.maps[row, (column + 1) * S:(column + 2) * S]                # (S, h, w)
-        found = [(text, float(m.mean()), m) for text, m in zip(texts, maps) if re.match(r"[^\W_]", text)]
+        maps = self.maps[row, (column + 1) * S : (column + 2) * S]  # (S, h, w)
+        found = [
+            (text, float(m.mean()), m) for text, m in zip(texts, maps) if re.match(r"[^\W_]", text)
+        ]
         return sorted(found, key=lambda entry: -entry[1])[:n]
 
 # %% ../nbs/12_explorer.ipynb #c7348471
 def _token_texts(tokenizer, captions, length):
     "The tokens of every caption as a reader knows them, padded to one length."
-    def clean(token): return "" if re.fullmatch(r"\[.*\]|<\|.*\|>", token) else token.removesuffix("</w>").removeprefix("##")
-    rows = [tokenizer.convert_ids_to_tokens(tokenizer(caption, truncation=True, max_length=length).input_ids) for caption in captions]
+
+    def clean(token):
+        return (
+            ""
+            if re.fullmatch(r"\[.*\]|<\|.*\|>", token)
+            else token.removesuffix("</w>").removeprefix("##")
+        )
+
+    rows = [
+        tokenizer.convert_ids_to_tokens(
+            tokenizer(caption, truncation=True, max_length=length).input_ids
+        )
+        for caption in captions
+    ]
     return [([clean(token) for token in row] + [""] * length)[:length] for row in rows]
+
 
 def _stacked_maps(record, n_rows):
     "Maps of all sites and calls on the finest grid, averaged: (V, T, h, w)."
-    maps = [m for calls in record.maps.values() for m in calls]                 # each (V, H*W, T)
+    maps = [m for calls in record.maps.values() for m in calls]  # each (V, H*W, T)
     side = int(max(m.shape[1] for m in maps) ** 0.5)
     total = 0
     for m in maps:
-        square = m.transpose(1, 2).unflatten(2, (int(m.shape[1] ** 0.5), -1))   # (V, T, H, W)
-        total = total + torch.nn.functional.interpolate(square, (side, side), mode="bilinear", align_corners=False)
+        square = m.transpose(1, 2).unflatten(2, (int(m.shape[1] ** 0.5), -1))  # (V, T, H, W)
+        total = total + torch.nn.functional.interpolate(
+            square, (side, side), mode="bilinear", align_corners=False
+        )
     return total / len(maps)
 
 # %% ../nbs/12_explorer.ipynb #4f39a101
 class StoryLooking(StoryDrawing):
     "Asking a drawn story what it looked at."
+
     @torch.no_grad()
-    def look(self,
-        timesteps:tuple=(250, 500, 750), # noise levels that are averaged
-    )->StoryLook:
+    def look(
+        self,
+        timesteps: tuple = (250, 500, 750),  # noise levels that are averaged
+    ) -> StoryLook:
         "Relevance, attention mass and maps of the story as it stands. Raises ValueError while pictures are missing."
         self.check_complete()
         pipe, model, given, S = self.pipe, self.pipe.as_model(), self.given, self.pipe.max_length
         size = pipe.history_encoder.config["vision_config"]["image_size"]
         caption_ids, caption_mask = pipe.tokens(pipe.tokenizer, [self.captions[given:]])
         history_ids, history_mask = pipe.tokens(pipe.history_tokenizer, [self.captions])
-        seen = pixels(self.pictures, size, CLIP_IMAGE_MEAN, CLIP_IMAGE_STD)[None].to(pipe.device, pipe.history_encoder.dtype)
-        told = model.condition(model.read_captions(caption_ids, caption_mask), caption_mask, model.read_history(history_ids, history_mask, frames=seen), history_mask,
-                               self.links.to(pipe.device), frame_times(len(self.links), self.settings.task), self.settings.history_policy == "weighted", pipe.config.context_layer)
+        seen = pixels(self.pictures, size, CLIP_IMAGE_MEAN, CLIP_IMAGE_STD)[None].to(
+            pipe.device, pipe.history_encoder.dtype
+        )
+        told = model.condition(
+            model.read_captions(caption_ids, caption_mask),
+            caption_mask,
+            model.read_history(history_ids, history_mask, frames=seen),
+            history_mask,
+            self.links.to(pipe.device),
+            frame_times(len(self.links), self.settings.task),
+            self.settings.history_policy == "weighted",
+            pipe.config.context_layer,
+        )
         drawn = dict(frames=pixels(self.pictures[given:], self.size)[None].to(pipe.device))
-        record = self._attention(model, normalise_latents(pipe.vae, latent_posterior(pipe.vae, drawn)[0]), told, timesteps)
-        mass = record.mean_mass()[:, S:].unflatten(1, (-1, S)).sum(-1)          # (V, F)
+        record = self._attention(
+            model,
+            normalise_latents(pipe.vae, latent_posterior(pipe.vae, drawn)[0]),
+            told,
+            timesteps,
+        )
+        mass = record.mean_mass()[:, S:].unflatten(1, (-1, S)).sum(-1)  # (V, F)
         relevance = None if told.relevance is None else told.relevance[0].cpu()
-        return StoryLook(relevance, mass, _stacked_maps(record, len(mass)), _token_texts(pipe.history_tokenizer, self.captions, S), _token_texts(pipe.tokenizer, self.captions[given:], S))
+        return StoryLook(
+            relevance,
+            mass,
+            _stacked_maps(record, len(mass)),
+            _token_texts(pipe.history_tokenizer, self.captions, S),
+            _token_texts(pipe.tokenizer, self.captions[given:], S),
+        )
 
     def _attention(self, model, latents, told, timesteps):
         "Record one pass over all frames at each noise level; latents (1, V, C, h, w)."
-        noise = torch.randn(latents.shape, generator=sample_generator(0, "attention")).to(latents.device)
+        noise = torch.randn(latents.shape, generator=sample_generator(0, "attention")).to(
+            latents.device
+        )
         with self._busy, record_attention(self.pipe.unet, keep_maps=True) as record:
             for t in timesteps:
                 times = torch.full(latents.shape[:2], t, device=latents.device)
-                noisy = model.noise_schedule.add_noise(latents.flatten(0, 1), noise.flatten(0, 1), times.flatten()).unflatten(0, latents.shape[:2])
+                noisy = model.noise_schedule.add_noise(
+                    latents.flatten(0, 1), noise.flatten(0, 1), times.flatten()
+                ).unflatten(0, latents.shape[:2])
                 model.predict(noisy.to(self.pipe.unet.dtype), times, told, trim=False)
         return record
 
-    def effect(self,
-        on_step=None,         # called with the share that is done, 0 to 1
-        should_stop=None,     # asked after every step
-        steps:int|None=None,  # denoising steps; None: the story's own
-        other_seed:int=4,     # of the held-out story that takes each position's place
-    ):                        # (V, F) tensor, or None if stopped
+    def effect(
+        self,
+        on_step=None,  # called with the share that is done, 0 to 1
+        should_stop=None,  # asked after every step
+        steps: int | None = None,  # denoising steps; None: the story's own
+        other_seed: int = 4,  # of the held-out story that takes each position's place
+    ):  # (V, F) tensor, or None if stopped
         "Causal effect of each position: replace it, draw every frame from the same noise, measure how far its latents move."
         self.check_complete()
         N, s = len(self.captions), self.settings
         other = story_records([make_story(other_seed, "test", min(max(3, N), 8))], self.size)[0]
-        record, other = (StoryRecord("", (c * N)[:N], (f * N)[:N], None) for c, f in ((self.captions, self.pictures), (other.captions, other.frames)))
+        record, other = (
+            StoryRecord("", (c * N)[:N], (f * N)[:N], None)
+            for c, f in ((self.captions, self.pictures), (other.captions, other.frames))
+        )
+
         def callback(pipe, step, t, state):
             total = len(pipe.scheduler.timesteps)
-            if on_step: on_step((state["frame"] + (step + 1) / total) / (N - self.given))
-            if should_stop and should_stop(): raise _Stopped
-        options = dict(links=self.links, history_policy=s.history_policy, window=s.window, num_inference_steps=steps or s.num_inference_steps, guidance_scale=s.guidance_scale)
+            if on_step:
+                on_step((state["frame"] + (step + 1) / total) / (N - self.given))
+            if should_stop and should_stop():
+                raise _Stopped
+
+        options = dict(
+            links=self.links,
+            history_policy=s.history_policy,
+            window=s.window,
+            num_inference_steps=steps or s.num_inference_steps,
+            guidance_scale=s.guidance_scale,
+        )
         try:
-            with self._busy: return causal_effect(self.pipe, record, other, task=s.task, seed=s.seed, callback_on_step_end=callback, **options)["effect"]
-        except _Stopped: return None
+            with self._busy:
+                return causal_effect(
+                    self.pipe,
+                    record,
+                    other,
+                    task=s.task,
+                    seed=s.seed,
+                    callback_on_step_end=callback,
+                    **options,
+                )["effect"]
+        except _Stopped:
+            return None
 
 # %% ../nbs/12_explorer.ipynb #983bca33
 ORANGE, TEAL, GREY, RED = "#d9822b", "#1f8a7d", "#b9b3c6", "#c8402f"
 
-def _png(figure, **options)->bytes:
+
+def _png(figure, **options) -> bytes:
     "A figure as PNG, without pyplot: safe in any thread."
     buffer = io.BytesIO()
     FigureCanvasAgg(figure).print_png(buffer, **options)
     return buffer.getvalue()
 
+
 def arcs_png(
-    values,            # (V, F): how much each drawn frame leans on each position; None: not known yet
-    links,             # (V, F) bool: who may look at whom
-    possible,          # (V, F) bool: who could, without any mask
-    column:int=200,    # pixels a frame, gap included
-    selected:int|None=None, # position whose arcs stand out
-    height:int=130,    # pixels
-)->bytes:              # PNG, F columns wide
+    values,  # (V, F): how much each drawn frame leans on each position; None: not known yet
+    links,  # (V, F) bool: who may look at whom
+    possible,  # (V, F) bool: who could, without any mask
+    column: int = 200,  # pixels a frame, gap included
+    selected: int | None = None,  # position whose arcs stand out
+    height: int = 130,  # pixels
+) -> bytes:  # PNG, F columns wide
     "Arcs from earlier to later frames, as thick as the values are large."
     links, possible = np.asarray(links), np.asarray(possible)
-    known, values, (V, F) = values is not None, np.asarray(possible * 0.0 if values is None else values), possible.shape
+    known, values, (V, F) = (
+        values is not None,
+        np.asarray(possible * 0.0 if values is None else values),
+        possible.shape,
+    )
     figure = Figure(figsize=(F * column / 100, height / 100), dpi=100)
     ax = figure.add_axes([0, 0, 1, 1])
     ax.set(xlim=(-0.5, F - 0.5), ylim=(0, 1.12))
     ax.axis("off")
     top = max(float(values.max()), 1e-9)
     for i, k in sorted(zip(*possible.nonzero()), key=lambda pair: values[pair]):
-        _arc(ax, k, i + F - V, values[i, k] if known else None, values[i, k] / top, links[i, k], selected, F)
+        _arc(
+            ax,
+            k,
+            i + F - V,
+            values[i, k] if known else None,
+            values[i, k] / top,
+            links[i, k],
+            selected,
+            F,
+        )
     return _png(figure)
+
 
 def _arc(ax, start, end, value, share, linked, selected, n):
     "One arc with its number at the top."
     lift = 0.14 + 0.8 * (end - start) / max(n - 1, 1)
     mine = selected in (start, end)
-    colour = RED if not linked else ORANGE if selected == end else TEAL if selected == start else GREY if selected is not None else "#8d7bb0"
+    colour = (
+        RED
+        if not linked
+        else ORANGE
+        if selected == end
+        else TEAL
+        if selected == start
+        else GREY
+        if selected is not None
+        else "#8d7bb0"
+    )
     x = np.linspace(start + 0.1, end - 0.1, 60)
     y = 0.02 + lift * np.sin(np.pi * (x - x[0]) / (x[-1] - x[0])) ** 0.7
     fade = 0.35 if selected is not None and not mine else 0.95
-    ax.plot(x, y, lw=1 if not linked else 0.8 + 6 * share, ls="--" if not linked else "-", color=colour, alpha=fade, solid_capstyle="round", zorder=2 + mine)
-    ax.plot(x[-1], y[-1], marker=(3, 0, 180), ms=5 if not linked else 5 + 5 * share, color=colour, alpha=fade, zorder=3 + mine)
+    ax.plot(
+        x,
+        y,
+        lw=1 if not linked else 0.8 + 6 * share,
+        ls="--" if not linked else "-",
+        color=colour,
+        alpha=fade,
+        solid_capstyle="round",
+        zorder=2 + mine,
+    )
+    ax.plot(
+        x[-1],
+        y[-1],
+        marker=(3, 0, 180),
+        ms=5 if not linked else 5 + 5 * share,
+        color=colour,
+        alpha=fade,
+        zorder=3 + mine,
+    )
     if value is not None and (selected is None or mine):
-        ax.text((start + end) / 2, 0.02 + lift, "cut" if not linked else f"{value:.2f}".removeprefix("0"), ha="center", va="center", fontsize=8, zorder=5 + mine,
-                color=colour if not linked else "#333", bbox=dict(boxstyle="round,pad=.12", fc="white", ec="none", alpha=0.85))
+        ax.text(
+            (start + end) / 2,
+            0.02 + lift,
+            "cut" if not linked else f"{value:.2f}".removeprefix("0"),
+            ha="center",
+            va="center",
+            fontsize=8,
+            zorder=5 + mine,
+            color=colour if not linked else "#333",
+            bbox=dict(boxstyle="round,pad=.12", fc="white", ec="none", alpha=0.85),
+        )
 
 # %% ../nbs/12_explorer.ipynb #3c013184
 def _overlay(ax, picture, heat, low, high, title):
     "A picture in pale, and over it where the attention came from, on a scale from low to high."
     ax.imshow(np.asarray(picture.convert("L").convert("RGB")) // 2 + 110, extent=(0, 1, 0, 1))
     heat = np.clip((np.asarray(heat) - low) / max(high - low, 1e-9), 0, 1)
-    smooth = np.asarray(Image.fromarray((heat * 255).astype(np.uint8)).resize((64, 64), Image.Resampling.BICUBIC)) / 255
-    glow = np.zeros((64, 64, 4)); glow[..., :3] = (0.85, 0.42, 0.08); glow[..., 3] = smooth * 0.9
+    smooth = (
+        np.asarray(
+            Image.fromarray((heat * 255).astype(np.uint8)).resize(
+                (64, 64), Image.Resampling.BICUBIC
+            )
+        )
+        / 255
+    )
+    glow = np.zeros((64, 64, 4))
+    glow[..., :3] = (0.85, 0.42, 0.08)
+    glow[..., 3] = smooth * 0.9
     ax.imshow(glow, extent=(0, 1, 0, 1))
     ax.set_title(title, fontsize=8, color="#333", pad=2)
     ax.axis("off")
 
+
 def look_png(
-    look:StoryLook,
-    pictures:list,   # N pictures of the story
-    position:int,    # the drawn frame that is asked
-    n_words:int=4,   # tokens a position
-    n_rows:int=3,    # positions, those with most attention
-)->bytes:            # PNG
+    look: StoryLook,
+    pictures: list,  # N pictures of the story
+    position: int,  # the drawn frame that is asked
+    n_words: int = 4,  # tokens a position
+    n_rows: int = 3,  # positions, those with most attention
+) -> bytes:  # PNG
     "Which tokens of which earlier positions a frame leaned on, and where in it. Its own caption stands first."
     F, row = look.mass.shape[1], position - (look.mass.shape[1] - look.mass.shape[0])
-    seen = sorted((k for k in range(F) if look.mass[row, k] > 1e-6), key=lambda k: -look.mass[row, k])[:n_rows]
+    seen = sorted(
+        (k for k in range(F) if look.mass[row, k] > 1e-6), key=lambda k: -look.mass[row, k]
+    )[:n_rows]
     lines = [(-1, look.words(row, -1, n_words))] + [(k, look.words(row, k, n_words)) for k in seen]
-    figure = Figure(figsize=(0.95 * (n_words + 1) + 0.5, 1.12 * len(lines) + 0.05), dpi=100, facecolor="white")
-    axes = figure.subplots(len(lines), n_words + 1, squeeze=False, gridspec_kw=dict(left=.01, right=.99, top=1 - .22 / (1.12 * len(lines) + .05), bottom=.01, hspace=.22, wspace=.06))
+    figure = Figure(
+        figsize=(0.95 * (n_words + 1) + 0.5, 1.12 * len(lines) + 0.05), dpi=100, facecolor="white"
+    )
+    axes = figure.subplots(
+        len(lines),
+        n_words + 1,
+        squeeze=False,
+        gridspec_kw=dict(
+            left=0.01,
+            right=0.99,
+            top=1 - 0.22 / (1.12 * len(lines) + 0.05),
+            bottom=0.01,
+            hspace=0.22,
+            wspace=0.06,
+        ),
+    )
     for (k, words), line in zip(lines, axes):
-        for ax in line: ax.axis("off")
-        line[0].imshow(pictures[position if k < 0 else k].resize((128, 128), Image.Resampling.LANCZOS))
+        for ax in line:
+            ax.axis("off")
+        line[0].imshow(
+            pictures[position if k < 0 else k].resize((128, 128), Image.Resampling.LANCZOS)
+        )
         share = 1 - float(look.mass[row].sum()) if k < 0 else float(look.mass[row, k])
-        line[0].set_title(f"itself: {share:.0%}" if k < 0 else f"frame {k}: {share:.0%}", fontsize=8, color=ORANGE if k < 0 else "#333", pad=2, weight="bold")
-        low, high = (pick((float(pick(m.flatten())) for _, _, m in words), default=0) for pick in (min, max))
-        for ax, (word, weight, heat) in zip(line[1:], words): _overlay(ax, pictures[position], heat, low, high, word)
+        line[0].set_title(
+            f"itself: {share:.0%}" if k < 0 else f"frame {k}: {share:.0%}",
+            fontsize=8,
+            color=ORANGE if k < 0 else "#333",
+            pad=2,
+            weight="bold",
+        )
+        low, high = (
+            pick((float(pick(m.flatten())) for _, _, m in words), default=0) for pick in (min, max)
+        )
+        for ax, (word, weight, heat) in zip(line[1:], words):
+            _overlay(ax, pictures[position], heat, low, high, word)
     return _png(figure)
 
 # %% ../nbs/12_explorer.ipynb #a6c370b5
 class StorySession(StoryLooking):
     "A story that can be drawn, asked, and changed in its past. Positions count from 0; see `StoryState` for the arguments."
-    def _edit(self, first:int, pinned=None, **changes):
+
+    def _edit(self, first: int, pinned=None, **changes):
         "Remember how things were, change attributes, and let everything from `first` on be drawn again."
         self._check_idle()
-        state = dict(captions=list(self.captions), pictures=list(self.pictures), links=self.links.clone(), pinned=set(self.pinned), before=self.before)
+        state = dict(
+            captions=list(self.captions),
+            pictures=list(self.pictures),
+            links=self.links.clone(),
+            pinned=set(self.pinned),
+            before=self.before,
+        )
         self.past.append(state)
-        if self.complete: self.before = list(self.pictures)
-        for name, value in changes.items(): setattr(self, name, value)
-        if pinned is not None: self.pinned = pinned
-        self.pictures = [picture if k < first or k in self.pinned else None for k, picture in enumerate(self.pictures)]
+        if self.complete:
+            self.before = list(self.pictures)
+        for name, value in changes.items():
+            setattr(self, name, value)
+        if pinned is not None:
+            self.pinned = pinned
+        self.pictures = [
+            picture if k < first or k in self.pinned else None
+            for k, picture in enumerate(self.pictures)
+        ]
 
-    def replace_picture(self, position:int, picture:Image.Image, caption:str|None=None):
+    def replace_picture(self, position: int, picture: Image.Image, caption: str | None = None):
         "Put another picture at a position, and a caption with it if one is given. It stays there whatever happens before it."
         self.check_position(position)
         pictures, captions = list(self.pictures), list(self.captions)
         pictures[position] = self.fitted(picture)
-        if caption is not None: captions[position] = caption
+        if caption is not None:
+            captions[position] = caption
         self._edit(position + 1, self.pinned | {position}, pictures=pictures, captions=captions)
 
-    def rewrite(self, position:int, caption:str, keep_picture:bool=False):
+    def rewrite(self, position: int, caption: str, keep_picture: bool = False):
         "Another caption at a position. `keep_picture`: the picture stays, only the words that later frames read are others. Raises ValueError if there is none."
         self.check_position(position)
         captions = [caption if k == position else old for k, old in enumerate(self.captions)]
         keep = keep_picture or position < self.given
-        if keep and self.pictures[position] is None: raise ValueError(f"position {position} has no picture yet that could stay: draw it first")
-        self._edit(position + keep, self.pinned | {position} if keep else self.pinned - {position}, captions=captions)
+        if keep and self.pictures[position] is None:
+            raise ValueError(
+                f"position {position} has no picture yet that could stay: draw it first"
+            )
+        self._edit(
+            position + keep,
+            self.pinned | {position} if keep else self.pinned - {position},
+            captions=captions,
+        )
 
-    def set_link(self, position:int, looks_at:int, allowed:bool):
+    def set_link(self, position: int, looks_at: int, allowed: bool):
         "Forbid or force one look. Raises ValueError for a look at itself or into the future."
         self.check_position(position, self.given)
-        if not 0 <= looks_at < position: raise ValueError(f"looks_at is {looks_at}; position {position} can look at 0 to {position - 1}")
+        if not 0 <= looks_at < position:
+            raise ValueError(
+                f"looks_at is {looks_at}; position {position} can look at 0 to {position - 1}"
+            )
         links = self.links.clone()
         links[position - self.given, looks_at] = allowed
         self._edit(position, links=links)
 
-    def forget(self, position:int):
+    def forget(self, position: int):
         "Nobody may look at a position any more, by any path; its picture stays in the album."
         self.check_position(position)
         links = self.links.clone()
@@ -436,75 +754,133 @@ class StorySession(StoryLooking):
         self._edit(position + 1, links=links)
 
     def _check_idle(self):
-        if self._busy.locked(): raise RuntimeError("the pipeline is drawing: stop that or wait before changing the past")
+        if self._busy.locked():
+            raise RuntimeError(
+                "the pipeline is drawing: stop that or wait before changing the past"
+            )
 
     def undo(self):
         "Take the last edit back, pictures included. Raises ValueError if there is none."
         self._check_idle()
-        if not self.past: raise ValueError("nothing was changed yet: there is no edit to take back")
-        for name, value in self.past.pop().items(): setattr(self, name, value)
+        if not self.past:
+            raise ValueError("nothing was changed yet: there is no edit to take back")
+        for name, value in self.past.pop().items():
+            setattr(self, name, value)
 
 # %% ../nbs/12_explorer.ipynb #b1bde4b9
 def named_changes(
-    reader,       # FrameReader
-    before:list,  # n pictures
-    after:list,   # n pictures at the same positions
-)->list:          # n lists of sentences; empty where nothing that has a name changed
+    reader,  # FrameReader
+    before: list,  # n pictures
+    after: list,  # n pictures at the same positions
+) -> list:  # n lists of sentences; empty where nothing that has a name changed
     "What reads otherwise: setting, characters, props, scarves. As reliable as the reader is (notebook 07 measures it). Raises ValueError if the lists differ in length."
-    if len(before) != len(after): raise ValueError(f"before has {len(before)} pictures, after {len(after)}: compare the same positions")
+    if len(before) != len(after):
+        raise ValueError(
+            f"before has {len(before)} pictures, after {len(after)}: compare the same positions"
+        )
     said, n = read_frames(reader, list(before) + list(after)), len(before)
     return [_differences(said, k, k + n) for k in range(n)]
+
 
 def _differences(said, a, b):
     "Sentences about rows a (before) and b (after) of a reading."
     told = []
-    if said["setting"][a] != said["setting"][b]: told.append(f"setting: {SETTINGS[said['setting'][a]]} → {SETTINGS[said['setting'][b]]}")
+    if said["setting"][a] != said["setting"][b]:
+        told.append(f"setting: {SETTINGS[said['setting'][a]]} → {SETTINGS[said['setting'][b]]}")
     for c, name in enumerate(CHARACTERS):
         was, now = said["presence"][a, c], said["presence"][b, c]
-        if was != now: told.append(f"{name} {'appears' if now else 'is gone'}")
-        if not (was and now): continue
+        if was != now:
+            told.append(f"{name} {'appears' if now else 'is gone'}")
+        if not (was and now):
+            continue
         for attribute, options in (("prop", PROPS), ("scarf", SCARVES)):
             old, new = options[said[attribute][a, c]], options[said[attribute][b, c]]
-            if old != new: told.append(f"{name}'s {attribute}: {old} → {new}")
+            if old != new:
+                told.append(f"{name}'s {attribute}: {old} → {new}")
     return told
 
 # %% ../nbs/12_explorer.ipynb #2ae3ca31
 def story_changes(
-    story:StorySession, # edited and drawn
-)->list:                # N lists of sentences; ["untouched"] for the very same picture
+    story: StorySession,  # edited and drawn
+) -> list:  # N lists of sentences; ["untouched"] for the very same picture
     "Each position against what stood there before the last edit. Raises ValueError before there was an edit or while pictures are missing."
-    if story.before is None or not story.complete: raise ValueError("nothing to compare: change the past and draw first")
-    named = named_changes(story.reader, story.before, story.pictures) if story.reader is not None else [[] for _ in story.pictures]
+    if story.before is None or not story.complete:
+        raise ValueError("nothing to compare: change the past and draw first")
+    named = (
+        named_changes(story.reader, story.before, story.pictures)
+        if story.reader is not None
+        else [[] for _ in story.pictures]
+    )
     identical = [a.tobytes() == b.tobytes() for a, b in zip(story.before, story.pictures)]
-    return [["untouched"] if same else names or ["other pixels, same facts" if story.reader is not None else "other pixels"] for same, names in zip(identical, named)]
+    return [
+        ["untouched"]
+        if same
+        else names or ["other pixels, same facts" if story.reader is not None else "other pixels"]
+        for same, names in zip(identical, named)
+    ]
 
 # %% ../nbs/12_explorer.ipynb #db0eb3d6
 def recipe(
-    story:StorySession,
-)->dict: # plain containers that JSON can hold
+    story: StorySession,
+) -> dict:  # plain containers that JSON can hold
     "All that is needed to draw the story again with the same checkpoint."
-    pinned = {str(k): base64.b64encode(png_bytes(story.pictures[k])).decode() for k in sorted(story.pinned)}
-    return dict(version=1, captions=story.captions, links=story.links.int().tolist(), pinned=pinned, **asdict(story.settings))
+    pinned = {
+        str(k): base64.b64encode(png_bytes(story.pictures[k])).decode()
+        for k in sorted(story.pinned)
+    }
+    return dict(
+        version=1,
+        captions=story.captions,
+        links=story.links.int().tolist(),
+        pinned=pinned,
+        **asdict(story.settings),
+    )
+
 
 def from_recipe(
     pipe,
-    told:dict,   # from `recipe` or `read_recipe`
+    told: dict,  # from `recipe` or `read_recipe`
     reader=None,
-)->StorySession: # not drawn yet
+) -> StorySession:  # not drawn yet
     "The inverse. Raises ValueError that names what is missing or cannot be meant."
     names = ("captions", "links", "pinned", *StorySettings.__dataclass_fields__)
-    if missing := [name for name in ("version", *names) if name not in told]: raise ValueError(f"recipe has no {missing[0]!r}: it was not written by the explorer")
-    if told["version"] != 1: raise ValueError(f"recipe has version {told['version']!r}; this code reads version 1")
-    for name, kind in (("captions", list), ("links", list), ("pinned", dict), ("num_inference_steps", int), ("guidance_scale", (int, float)), ("seed", int)):
-        if not isinstance(told[name], kind): raise ValueError(f"recipe has {name}={told[name]!r:.60}, which is of the wrong kind")
-    if not all(isinstance(caption, str) for caption in told["captions"]): raise ValueError("recipe: every caption must be a string")
-    try: return _from_checked(pipe, told, reader)
-    except (TypeError, KeyError) as error: raise ValueError(f"recipe cannot be read: {error}") from error
+    if missing := [name for name in ("version", *names) if name not in told]:
+        raise ValueError(f"recipe has no {missing[0]!r}: it was not written by the explorer")
+    if told["version"] != 1:
+        raise ValueError(f"recipe has version {told['version']!r}; this code reads version 1")
+    for name, kind in (
+        ("captions", list),
+        ("links", list),
+        ("pinned", dict),
+        ("num_inference_steps", int),
+        ("guidance_scale", (int, float)),
+        ("seed", int),
+    ):
+        if not isinstance(told[name], kind):
+            raise ValueError(f"recipe has {name}={told[name]!r:.60}, which is of the wrong kind")
+    if not all(isinstance(caption, str) for caption in told["captions"]):
+        raise ValueError("recipe: every caption must be a string")
+    try:
+        return _from_checked(pipe, told, reader)
+    except (TypeError, KeyError) as error:
+        raise ValueError(f"recipe cannot be read: {error}") from error
+
 
 def _from_checked(pipe, told, reader):
-    pinned = {int(k): open_image(base64.b64decode(text), f"pinned picture {k}") for k, text in told["pinned"].items()}
-    story = StorySession(pipe, told["captions"], pinned.get(0), reader, **{name: told[name] for name in StorySettings.__dataclass_fields__})
-    story.links = check_links(told["links"], frame_mask("full", len(story.links), story.settings.task))
+    pinned = {
+        int(k): open_image(base64.b64decode(text), f"pinned picture {k}")
+        for k, text in told["pinned"].items()
+    }
+    story = StorySession(
+        pipe,
+        told["captions"],
+        pinned.get(0),
+        reader,
+        **{name: told[name] for name in StorySettings.__dataclass_fields__},
+    )
+    story.links = check_links(
+        told["links"], frame_mask("full", len(story.links), story.settings.task)
+    )
     for k, picture in pinned.items():
         story.check_position(k)
         story.pictures[k] = story.fitted(picture)
@@ -512,81 +888,124 @@ def _from_checked(pipe, told, reader):
     return story
 
 # %% ../nbs/12_explorer.ipynb #051a8d3d
-def strip_png(story:StorySession)->bytes:
+def strip_png(story: StorySession) -> bytes:
     "The story as one picture with its captions, the recipe in the text chunk `causal-story`."
     story.check_complete()
     figure = show_story(story.pictures, story.captions, given=story.given)
     return _png(figure, metadata={"causal-story": json.dumps(recipe(story))})
 
-def story_gif(story:StorySession, scale:int=4, seconds:float=1.2)->bytes:
+
+def story_gif(story: StorySession, scale: int = 4, seconds: float = 1.2) -> bytes:
     "The frames one after the other, for ever; the recipe is the comment."
     story.check_complete()
-    large = [picture.resize((picture.width * scale,) * 2, Image.Resampling.LANCZOS) for picture in story.pictures]
+    large = [
+        picture.resize((picture.width * scale,) * 2, Image.Resampling.LANCZOS)
+        for picture in story.pictures
+    ]
     buffer = io.BytesIO()
-    large[0].save(buffer, "GIF", save_all=True, append_images=large[1:], duration=int(seconds * 1000), loop=0, comment=json.dumps(recipe(story)).encode())
+    large[0].save(
+        buffer,
+        "GIF",
+        save_all=True,
+        append_images=large[1:],
+        duration=int(seconds * 1000),
+        loop=0,
+        comment=json.dumps(recipe(story)).encode(),
+    )
     return buffer.getvalue()
 
+
 def save_story(
-    story:StorySession,
-    folder,         # must not exist yet
-)->Path:            # folder: stories.jsonl and img/ (own stories), story.png, story.gif, recipe.json
+    story: StorySession,
+    folder,  # must not exist yet
+) -> Path:  # folder: stories.jsonl and img/ (own stories), story.png, story.gif, recipe.json
     "Keep a drawn story. Raises ValueError while pictures are missing, FileExistsError if the folder is there."
     folder = Path(folder)
     story.check_complete()
-    if folder.exists(): raise FileExistsError(f"{folder} exists already: choose another name")
+    if folder.exists():
+        raise FileExistsError(f"{folder} exists already: choose another name")
     aside = folder.with_name(f".{folder.name}.{os.getpid()}.partial")
     shutil.rmtree(aside, ignore_errors=True)
     (aside / "img").mkdir(parents=True)
     try:
         paths = [f"img/{folder.name}_{k}.png" for k in range(len(story.pictures))]
-        for path, picture in zip(paths, story.pictures): picture.save(aside / path)
-        line = dict(id=folder.name, split="train", frames=paths, captions=story.captions, recipe=recipe(story))
-        (aside / "stories.jsonl").write_text(json.dumps(line, ensure_ascii=False) + "\n", encoding="utf-8")
+        for path, picture in zip(paths, story.pictures):
+            picture.save(aside / path)
+        line = dict(
+            id=folder.name,
+            split="train",
+            frames=paths,
+            captions=story.captions,
+            recipe=recipe(story),
+        )
+        (aside / "stories.jsonl").write_text(
+            json.dumps(line, ensure_ascii=False) + "\n", encoding="utf-8"
+        )
         (aside / "recipe.json").write_text(json.dumps(recipe(story), indent=1), encoding="utf-8")
         (aside / "story.png").write_bytes(strip_png(story))
         (aside / "story.gif").write_bytes(story_gif(story))
         os.replace(aside, folder)
-    finally: shutil.rmtree(aside, ignore_errors=True)
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
     return folder
 
+
 def read_recipe(
-    source, # PNG, GIF, or folder that `save_story` wrote; or the bytes of a picture
-)->dict:
+    source,  # PNG, GIF, or folder that `save_story` wrote; or the bytes of a picture
+) -> dict:
     "The recipe inside. Raises FileNotFoundError, or ValueError for a file that has none."
     if not isinstance(source, bytes):
         source = Path(source) / "recipe.json" if Path(source).is_dir() else Path(source)
-        if not source.is_file(): raise FileNotFoundError(f"there is no {source}; give a PNG, a GIF or a folder that the explorer wrote")
+        if not source.is_file():
+            raise FileNotFoundError(
+                f"there is no {source}; give a PNG, a GIF or a folder that the explorer wrote"
+            )
     try:
-        if not isinstance(source, bytes) and source.suffix == ".json": return json.loads(source.read_text(encoding="utf-8"))
-        with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as image: told = json.loads(image.info.get("causal-story") or image.info.get("comment"))
-        if isinstance(told, dict): return told
-    except (OSError, ValueError, TypeError, Image.DecompressionBombError): pass
-    raise ValueError(f"{'this picture' if isinstance(source, bytes) else source} holds no recipe: the explorer did not write it, or another program saved it anew")
+        if not isinstance(source, bytes) and source.suffix == ".json":
+            return json.loads(source.read_text(encoding="utf-8"))
+        with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as image:
+            told = json.loads(image.info.get("causal-story") or image.info.get("comment"))
+        if isinstance(told, dict):
+            return told
+    except (OSError, ValueError, TypeError, Image.DecompressionBombError):
+        pass
+    raise ValueError(
+        f"{'this picture' if isinstance(source, bytes) else source} holds no recipe: the explorer did not write it, or another program saved it anew"
+    )
 
 # %% ../nbs/12_explorer.ipynb #e96b40e2
 class OneJob:
     "Runs one function at a time in the background; a second start is refused, not queued."
-    def __init__(self): self._lock, self._stop, self.thread = threading.Lock(), threading.Event(), None
+
+    def __init__(self):
+        self._lock, self._stop, self.thread = threading.Lock(), threading.Event(), None
 
     @property
-    def busy(self)->bool:
+    def busy(self) -> bool:
         "Whether something runs."
         return self._lock.locked()
 
-    def start(self,
-        job, # called as job(should_stop), in a thread
-    )->bool: # False: something runs already, and the job was not started
+    def start(
+        self,
+        job,  # called as job(should_stop), in a thread
+    ) -> bool:  # False: something runs already, and the job was not started
         "Start a job unless one runs."
-        if not self._lock.acquire(blocking=False): return False
+        if not self._lock.acquire(blocking=False):
+            return False
         self._stop.clear()
         context = contextvars.copy_context()
+
         def run():
             threads = torch.get_num_threads()
-            torch.set_num_threads(max(1, threads // 2))  # a second full team of workers would fight the main thread's, which spins: twice as slow
-            try: context.run(job, self._stop.is_set)
+            torch.set_num_threads(
+                max(1, threads // 2)
+            )  # a second full team of workers would fight the main thread's, which spins: twice as slow
+            try:
+                context.run(job, self._stop.is_set)
             finally:
                 torch.set_num_threads(threads)
                 self._lock.release()
+
         self.thread = threading.Thread(target=run, daemon=True)
         self.thread.start()
         return True
@@ -595,17 +1014,25 @@ class OneJob:
         "Ask the running job to end; it looks at this after every step."
         self._stop.set()
 
-    def wait(self, seconds:float|None=None)->bool:
+    def wait(self, seconds: float | None = None) -> bool:
         "Wait until the job has ended; False if it still runs after so many seconds."
-        if self.thread is not None: self.thread.join(seconds)
+        if self.thread is not None:
+            self.thread.join(seconds)
         return not self.busy
 
 # %% ../nbs/12_explorer.ipynb #d49f211f
 class CaptionRow:
     "One caption: a text field, and below it the words that the model does not know."
-    def __init__(self, position:int, known:set, text:str=""):
+
+    def __init__(self, position: int, known: set, text: str = ""):
         self.known = known
-        self.text = widgets.Text(text, placeholder="who does what, where, with what?", description=f"{position}", layout=widgets.Layout(width="99%"), style=dict(description_width="22px"))
+        self.text = widgets.Text(
+            text,
+            placeholder="who does what, where, with what?",
+            description=f"{position}",
+            layout=widgets.Layout(width="99%"),
+            style=dict(description_width="22px"),
+        )
         self.hints = widgets.HBox(layout=widgets.Layout(flex_flow="row wrap", margin="0 0 0 28px"))
         self.widget = widgets.VBox([self.text, self.hints])
         self.text.observe(lambda change: self.check(), "value")
@@ -615,30 +1042,48 @@ class CaptionRow:
         "Show what is unknown, with a button for each known word near it."
         parts = []
         for word, near in unknown_words(self.text.value, self.known, typing=True).items():
-            parts.append(widgets.HTML(f"<span class='story-strange'>{html.escape(word)}</span>{' perhaps' if near else ' is not in its world'}"))
+            parts.append(
+                widgets.HTML(
+                    f"<span class='story-strange'>{html.escape(word)}</span>{' perhaps' if near else ' is not in its world'}"
+                )
+            )
             for better in near:
-                button = widgets.Button(description=better, tooltip=f"put {better} for {word}", layout=widgets.Layout(width="auto"))
+                button = widgets.Button(
+                    description=better,
+                    tooltip=f"put {better} for {word}",
+                    layout=widgets.Layout(width="auto"),
+                )
                 button.add_class("story-word")
                 button.on_click(lambda _, word=word, better=better: self.replace(word, better))
                 parts.append(button)
         old, self.hints.children = self.hints.children, parts
-        for part in old: part.close()
+        for part in old:
+            part.close()
 
-    def replace(self, word:str, better:str):
+    def replace(self, word: str, better: str):
         "Put a known word in."
         self.text.value = replace_word(self.text.value, word, better)
 
 # %% ../nbs/12_explorer.ipynb #144c1fdb
 def _button(text, icon="", style="", tip=""):
-    return widgets.Button(description=text, icon=icon, button_style=style, tooltip=tip, layout=widgets.Layout(width="max-content"))
+    return widgets.Button(
+        description=text,
+        icon=icon,
+        button_style=style,
+        tooltip=tip,
+        layout=widgets.Layout(width="max-content"),
+    )
+
 
 def _field(label, widget):
     "A widget with its label to the left."
     widget.layout.width = "200px"
     return widgets.HBox([widgets.HTML(f"<span class='story-label'>{label}</span>"), widget])
 
+
 def _enlarged(picture, side=192):
     return png_bytes(picture.resize((side, side), Image.Resampling.LANCZOS))
+
 
 def _uploaded(change):
     "The bytes of the file that was just chosen, or None."
@@ -647,124 +1092,264 @@ def _uploaded(change):
 # %% ../nbs/12_explorer.ipynb #0d065ad7
 class ExplorerFields:
     "The fields for captions and settings."
+
     def _build_writing(self):
         config = self.pipe.config
         self.rows, self.rows_box = [], widgets.VBox()
         self.example = widgets.Dropdown(options=["an example …", *EXAMPLES])
-        self.random_story, self.longer, self.shorter = _button("a held-out story", "random", tip="captions that the model never saw"), _button("", "plus", tip="one caption more"), _button("", "minus", tip="one caption less")
-        self.task = widgets.Dropdown(options=[("draw all frames", "visualization"), ("continue a given picture", "continuation")])
-        self.policy = widgets.Dropdown(options=[(("weighted: as relevant", "full: all alike", "local: the last few", "none: nothing")[n], p) for n, p in enumerate(("weighted", "full", "local", "none"))], value=config.history_policy)
-        self.window = widgets.Dropdown(options=[("all earlier frames", 0), *((f"the last {n}", n) for n in range(1, 8))], value=config.window or 0)
-        self.steps, self.guidance = widgets.IntSlider(config.num_inference_steps, 1, 50), widgets.FloatSlider(value=config.guidance_scale, min=1, max=6, step=0.5)
+        self.random_story, self.longer, self.shorter = (
+            _button("a held-out story", "random", tip="captions that the model never saw"),
+            _button("", "plus", tip="one caption more"),
+            _button("", "minus", tip="one caption less"),
+        )
+        self.task = widgets.Dropdown(
+            options=[
+                ("draw all frames", "visualization"),
+                ("continue a given picture", "continuation"),
+            ]
+        )
+        self.policy = widgets.Dropdown(
+            options=[
+                (
+                    (
+                        "weighted: as relevant",
+                        "full: all alike",
+                        "local: the last few",
+                        "none: nothing",
+                    )[n],
+                    p,
+                )
+                for n, p in enumerate(("weighted", "full", "local", "none"))
+            ],
+            value=config.history_policy,
+        )
+        self.window = widgets.Dropdown(
+            options=[("all earlier frames", 0), *((f"the last {n}", n) for n in range(1, 8))],
+            value=config.window or 0,
+        )
+        self.steps, self.guidance = (
+            widgets.IntSlider(config.num_inference_steps, 1, 50),
+            widgets.FloatSlider(value=config.guidance_scale, min=1, max=6, step=0.5),
+        )
         self.seed = widgets.IntText(1)
-        self.upload, self.given_image = widgets.FileUpload(accept="image/*", description="your picture", layout=widgets.Layout(width="max-content")), widgets.Image(format="png", width=96)
-        self.given_box = widgets.HBox([self.given_image, self.upload], layout=widgets.Layout(margin="4px 0 0 86px"))
-        fields = [("task", self.task), ("looks back", self.policy), ("window", self.window), ("steps", self.steps), ("guidance", self.guidance), ("seed", self.seed)]
-        self.settings_box = widgets.VBox([_field(*f) for f in fields] + [self.given_box], layout=widgets.Layout(flex="0 0 300px"))
+        self.upload, self.given_image = (
+            widgets.FileUpload(
+                accept="image/*",
+                description="your picture",
+                layout=widgets.Layout(width="max-content"),
+            ),
+            widgets.Image(format="png", width=96),
+        )
+        self.given_box = widgets.HBox(
+            [self.given_image, self.upload], layout=widgets.Layout(margin="4px 0 0 86px")
+        )
+        fields = [
+            ("task", self.task),
+            ("looks back", self.policy),
+            ("window", self.window),
+            ("steps", self.steps),
+            ("guidance", self.guidance),
+            ("seed", self.seed),
+        ]
+        self.settings_box = widgets.VBox(
+            [_field(*f) for f in fields] + [self.given_box], layout=widgets.Layout(flex="0 0 300px")
+        )
         self.example.observe(self._on_example, "value")
         self.task.observe(lambda _: self._show_given(), "value")
-        self.policy.observe(lambda _: setattr(self.window, "disabled", self.policy.value in ("none", "full")), "value")
+        self.policy.observe(
+            lambda _: setattr(self.window, "disabled", self.policy.value in ("none", "full")),
+            "value",
+        )
         self.upload.observe(self._on_upload, "value")
-        for button, handler in ((self.random_story, lambda _: self.write_random()), (self.longer, lambda _: self._resize(1)), (self.shorter, lambda _: self._resize(-1))): button.on_click(handler)
-        words = " · ".join((", ".join(CHARACTERS), ", ".join(PLACES.values()), "jumps, waves, sleeps", "holding a " + ", ".join(PROPS), "in a " + ", ".join(SCARVES) + " scarf", "meanwhile, then, he, she, they"))
-        left = widgets.VBox([widgets.HBox([self.example, self.random_story, self.shorter, self.longer]), self.rows_box, widgets.HTML(f"<div class='story-small'>its world: {words}</div>")], layout=widgets.Layout(flex="1 1 420px", min_width="320px"))
+        for button, handler in (
+            (self.random_story, lambda _: self.write_random()),
+            (self.longer, lambda _: self._resize(1)),
+            (self.shorter, lambda _: self._resize(-1)),
+        ):
+            button.on_click(handler)
+        words = " · ".join(
+            (
+                ", ".join(CHARACTERS),
+                ", ".join(PLACES.values()),
+                "jumps, waves, sleeps",
+                "holding a " + ", ".join(PROPS),
+                "in a " + ", ".join(SCARVES) + " scarf",
+                "meanwhile, then, he, she, they",
+            )
+        )
+        left = widgets.VBox(
+            [
+                widgets.HBox([self.example, self.random_story, self.shorter, self.longer]),
+                self.rows_box,
+                widgets.HTML(f"<div class='story-small'>its world: {words}</div>"),
+            ],
+            layout=widgets.Layout(flex="1 1 420px", min_width="320px"),
+        )
         return widgets.HBox([left, self.settings_box], layout=widgets.Layout(flex_flow="row wrap"))
 
 # %% ../nbs/12_explorer.ipynb #28348057
 class ExplorerWriting(ExplorerFields):
     "What happens in the fields, and the session that follows from them."
+
     def write(self, captions, given=None):
         "Put captions into the fields, and a given picture beside them if there is one."
         captions = list(captions)[:8]
-        while len(self.rows) < len(captions): self.rows.append(CaptionRow(len(self.rows), self.known))
-        self.rows = self.rows[:len(captions)]
-        for row, caption in zip(self.rows, captions): row.text.value = caption
+        while len(self.rows) < len(captions):
+            self.rows.append(CaptionRow(len(self.rows), self.known))
+        self.rows = self.rows[: len(captions)]
+        for row, caption in zip(self.rows, captions):
+            row.text.value = caption
         self.rows_box.children = [row.widget for row in self.rows]
-        if given is not None: self.given = given
+        if given is not None:
+            self.given = given
         self._show_given()
 
-    def write_random(self, seed:int|None=None):
+    def write_random(self, seed: int | None = None):
         "Write a story of the held-out split, as long as the present one."
-        story = make_story(random.randrange(10**6) if seed is None else seed, "test", max(3, len(self.rows)))
+        story = make_story(
+            random.randrange(10**6) if seed is None else seed, "test", max(3, len(self.rows))
+        )
         self.write(story.captions, story.frames(64)[0])
 
     def _on_example(self, change):
-        if change["new"] in EXAMPLES: self.write(EXAMPLES[change["new"]], render(FIRST_SCENES[change["new"]], 64, seed=3))
+        if change["new"] in EXAMPLES:
+            self.write(EXAMPLES[change["new"]], render(FIRST_SCENES[change["new"]], 64, seed=3))
 
     def _on_upload(self, change):
         content = _uploaded(change)
-        if content is None: return
-        try: self.given = open_image(content, "the uploaded file")
-        except ValueError as error: return self.say(str(error), wrong=True)
+        if content is None:
+            return
+        try:
+            self.given = open_image(content, "the uploaded file")
+        except ValueError as error:
+            return self.say(str(error), wrong=True)
         self._show_given()
 
     def _resize(self, by):
         captions = [row.text.value for row in self.rows]
-        if 3 <= len(captions) + by <= 8: self.write(captions + [""] if by > 0 else captions[:-1])
+        if 3 <= len(captions) + by <= 8:
+            self.write(captions + [""] if by > 0 else captions[:-1])
 
     def _show_given(self):
         wanted = self.task.value == "continuation"
         self.given_box.layout.display = "" if wanted else "none"
-        if wanted: self.given_image.value = _enlarged(ImageOps.fit(self.given, (64, 64)))
+        if wanted:
+            self.given_image.value = _enlarged(ImageOps.fit(self.given, (64, 64)))
 
-    def new_session(self)->StorySession:
+    def new_session(self) -> StorySession:
         "A session of what is written. Raises ValueError that says what is wrong with it."
         policy, window = self.policy.value, self.window.value or None
-        if policy == "local" and window is None: window = 1
-        if policy in ("none", "full"): window = None
+        if policy == "local" and window is None:
+            window = 1
+        if policy in ("none", "full"):
+            window = None
         captions = [row.text.value.strip() for row in self.rows]
-        if empty := [k for k, caption in enumerate(captions) if not caption]: raise ValueError(f"caption {empty[0]} is empty: write something, or take it away with −")
-        return StorySession(self.pipe, captions, self.given if self.task.value == "continuation" else None, self.reader, task=self.task.value, history_policy=policy, window=window,
-                            num_inference_steps=self.steps.value, guidance_scale=self.guidance.value, seed=self.seed.value)
+        if empty := [k for k, caption in enumerate(captions) if not caption]:
+            raise ValueError(
+                f"caption {empty[0]} is empty: write something, or take it away with −"
+            )
+        return StorySession(
+            self.pipe,
+            captions,
+            self.given if self.task.value == "continuation" else None,
+            self.reader,
+            task=self.task.value,
+            history_policy=policy,
+            window=window,
+            num_inference_steps=self.steps.value,
+            guidance_scale=self.guidance.value,
+            seed=self.seed.value,
+        )
 
 # %% ../nbs/12_explorer.ipynb #62d134b2
 class FrameColumn:
     "One position on the stage."
-    def __init__(self, position:int, width:int, on_click):
+
+    def __init__(self, position: int, width: int, on_click):
         self.position = position
-        self.title = widgets.HTML(layout=widgets.Layout(width=f"{width}px", height="56px", overflow="hidden"))
+        self.title = widgets.HTML(
+            layout=widgets.Layout(width=f"{width}px", height="56px", overflow="hidden")
+        )
         self.image, self.old = widgets.Image(format="png"), widgets.Image(format="png")
         self.button = widgets.Button(tooltip=f"frame {position}: what did it look at? change it?")
         self.button.add_class("story-click")
         self.button.on_click(lambda _: on_click(position))
         square = dict(width=f"{width - 6}px", height=f"{width - 6}px", overflow="hidden")
-        self.picture, self.before = widgets.Box([self.image, self.button], layout=square), widgets.Box([self.old], layout=square)
+        self.picture, self.before = (
+            widgets.Box([self.image, self.button], layout=square),
+            widgets.Box([self.old], layout=square),
+        )
         self.note = widgets.HTML(layout=widgets.Layout(width=f"{width}px"))
-        for part, name in ((self.picture, "story-picture"), (self.before, "story-before")): part.add_class(name)
-        self.widget = widgets.VBox([self.title, self.picture, self.note, self.before], layout=widgets.Layout(width=f"{width}px", margin="0 4px"))
+        for part, name in ((self.picture, "story-picture"), (self.before, "story-before")):
+            part.add_class(name)
+        self.widget = widgets.VBox(
+            [self.title, self.picture, self.note, self.before],
+            layout=widgets.Layout(width=f"{width}px", margin="0 4px"),
+        )
         self.state(), self.compare()
 
-    def show(self, picture:Image.Image|None, caption:str|None=None):
+    def show(self, picture: Image.Image | None, caption: str | None = None):
         "A picture, or an empty canvas."
-        self.image.value = _enlarged(picture if picture is not None else Image.new("RGB", (8, 8), "#efecf4"))
-        if caption is not None: self.title.value = f"<div class='story-title'><b>{self.position}</b> {html.escape(caption)}</div>"
+        self.image.value = _enlarged(
+            picture if picture is not None else Image.new("RGB", (8, 8), "#efecf4")
+        )
+        if caption is not None:
+            self.title.value = (
+                f"<div class='story-title'><b>{self.position}</b> {html.escape(caption)}</div>"
+            )
 
-    def state(self, selected:bool=False, waiting:bool=False, pinned:bool=False, drawing:bool=False):
+    def state(
+        self,
+        selected: bool = False,
+        waiting: bool = False,
+        pinned: bool = False,
+        drawing: bool = False,
+    ):
         "Frame around the picture: orange while drawing, teal when selected; pale while it waits."
-        for name, on in (("selected", selected), ("waiting", waiting), ("pinned", pinned), ("drawing", drawing)):
+        for name, on in (
+            ("selected", selected),
+            ("waiting", waiting),
+            ("pinned", pinned),
+            ("drawing", drawing),
+        ):
             (self.picture.add_class if on else self.picture.remove_class)(f"story-{name}")
 
-    def compare(self, before:Image.Image|None=None, changes:list=()):
+    def compare(self, before: Image.Image | None = None, changes: list = ()):
         "What stood here before, and what changed; nothing: hide both."
         quiet = ("untouched", "other pixels, same facts", "other pixels")
-        self.note.value = "".join(f"<div class='{'story-same' if change in quiet else 'story-change'}'>{html.escape(change)}</div>" for change in changes)
+        self.note.value = "".join(
+            f"<div class='{'story-same' if change in quiet else 'story-change'}'>{html.escape(change)}</div>"
+            for change in changes
+        )
         self.before.layout.display = "none" if before is None else ""
-        if before is not None: self.old.value = _enlarged(before)
+        if before is not None:
+            self.old.value = _enlarged(before)
 
 # %% ../nbs/12_explorer.ipynb #1f8d0612
 class ExplorerStage:
     "The frames, and what stands around them."
+
     def _build_stage(self):
-        self.columns, self.frames_box = [], widgets.HBox(layout=widgets.Layout(align_items="flex-start"))
+        self.columns, self.frames_box = (
+            [],
+            widgets.HBox(layout=widgets.Layout(align_items="flex-start")),
+        )
         self.arcs = widgets.Image(format="png")
-        self.question = widgets.ToggleButtons(options=["relevance", "attention", "causal effect"], style=dict(button_width="110px"))
+        self.question = widgets.ToggleButtons(
+            options=["relevance", "attention", "causal effect"], style=dict(button_width="110px")
+        )
         self.question.observe(self._on_question, "value")
-        self.look_image, self.look_title = widgets.Image(format="png", layout=widgets.Layout(display="none")), widgets.HTML()
+        self.look_image, self.look_title = (
+            widgets.Image(format="png", layout=widgets.Layout(display="none")),
+            widgets.HTML(),
+        )
         bar = widgets.HBox([widgets.HTML("<b>who looked at whom?</b>&nbsp;"), self.question])
-        return widgets.VBox([bar, self.arcs, self.frames_box], layout=widgets.Layout(overflow="auto"))
+        return widgets.VBox(
+            [bar, self.arcs, self.frames_box], layout=widgets.Layout(overflow="auto")
+        )
 
     @property
-    def column_width(self)->int:
+    def column_width(self) -> int:
         "Pixels a picture, so that eight fit on a page."
         return min(200, 1060 // max(len(self.columns), 1)) - 8
 
@@ -772,91 +1357,202 @@ class ExplorerStage:
         "Bring the stage in line with the session."
         story = self.session
         if len(self.columns) != len(story.captions):
-            for column in self.columns: column.widget.close()
+            for column in self.columns:
+                column.widget.close()
             self.columns = [None] * len(story.captions)
-            self.columns = [FrameColumn(k, self.column_width, self.select) for k in range(len(story.captions))]
+            self.columns = [
+                FrameColumn(k, self.column_width, self.select) for k in range(len(story.captions))
+            ]
             self.frames_box.children = [column.widget for column in self.columns]
         comparing = story.before is not None
         changes = story_changes(story) if comparing and story.complete else [[]] * len(self.columns)
         for k, column in enumerate(self.columns):
-            shown = story.pictures[k] if story.pictures[k] is not None else story.before[k] if comparing else None
+            shown = (
+                story.pictures[k]
+                if story.pictures[k] is not None
+                else story.before[k]
+                if comparing
+                else None
+            )
             column.show(shown, story.captions[k])
             column.state(k == self.selected, story.pictures[k] is None, k in story.pinned)
             column.compare(story.before[k] if comparing and story.complete else None, changes[k])
-            column.note.layout.min_height = f"{21 * max(map(len, changes)) + 4}px"  # so that what was before stands in one line
+            column.note.layout.min_height = (
+                f"{21 * max(map(len, changes)) + 4}px"  # so that what was before stands in one line
+            )
         self.show_arcs()
         self.show_look()
 
 # %% ../nbs/12_explorer.ipynb #c9820197
 class ExplorerLooking(ExplorerStage):
     "Arcs, and where a selected frame looked."
+
     def values(self):
         "The (V, F) matrix that is asked for, or None if it is not known; rows of pinned positions are empty, for they were not drawn."
         story, asked = self.session, self.question.value
-        found = None if self.look is None else self.look.mass if asked == "attention" else self.effect if asked == "causal effect" else self.look.relevance
-        if found is None: return None
+        found = (
+            None
+            if self.look is None
+            else self.look.mass
+            if asked == "attention"
+            else self.effect
+            if asked == "causal effect"
+            else self.look.relevance
+        )
+        if found is None:
+            return None
         found = found.clone()
-        for k in story.pinned - set(range(story.given)): found[k - story.given] = 0
+        for k in story.pinned - set(range(story.given)):
+            found[k - story.given] = 0
         return found
 
     def show_arcs(self):
         "Draw the arcs anew."
         story = self.session
         possible = frame_mask("full", len(story.captions) - story.given, story.settings.task)
-        for k in story.pinned - set(range(story.given)): possible[k - story.given] = False
+        for k in story.pinned - set(range(story.given)):
+            possible[k - story.given] = False
         width = self.column_width + 8
-        self.arcs.value, self.arcs.width = arcs_png(self.values(), story.links, possible, width, self.selected), width * len(self.columns)
+        self.arcs.value, self.arcs.width = (
+            arcs_png(self.values(), story.links, possible, width, self.selected),
+            width * len(self.columns),
+        )
 
     def show_look(self):
         "Which tokens the selected frame leaned on, and where."
         k, story = self.selected, self.session
-        drawn = k is not None and self.look is not None and k >= story.given and k not in story.pinned
+        drawn = (
+            k is not None and self.look is not None and k >= story.given and k not in story.pinned
+        )
         self.look_image.layout.display = "" if drawn else "none"
-        if drawn: self.look_image.value = look_png(self.look, story.pictures, k)
-        self.look_title.value = f"<b>Frame {k}: which words of which frame, and where in the picture?</b>" if drawn else "" if k is None else f"<b>Frame {k}</b> was put there, not drawn." if k in story.pinned else ""
+        if drawn:
+            self.look_image.value = look_png(self.look, story.pictures, k)
+        self.look_title.value = (
+            f"<b>Frame {k}: which words of which frame, and where in the picture?</b>"
+            if drawn
+            else ""
+            if k is None
+            else f"<b>Frame {k}</b> was put there, not drawn."
+            if k in story.pinned
+            else ""
+        )
 
-    def select(self, position:int):
+    def select(self, position: int):
         "A click on a frame."
-        if self.session is None: return
+        if self.session is None:
+            return
         self.selected = position
-        for k, column in enumerate(self.columns): (column.picture.add_class if k == position else column.picture.remove_class)("story-selected")
+        for k, column in enumerate(self.columns):
+            (column.picture.add_class if k == position else column.picture.remove_class)(
+                "story-selected"
+            )
         self.show_arcs()
         self.show_look()
         self.show_past()
 
     def _on_question(self, change):
-        if self.session is None or not self.session.complete: return
-        if change["new"] == "causal effect" and self.effect is None: self.run("measuring the effect of each frame", self._effect_job)
-        elif change["new"] == "relevance" and self.look is not None and self.look.relevance is None: self.say("only the policy “weighted” weighs; the arcs show who may look at whom")
+        if self.session is None or not self.session.complete:
+            return
+        if change["new"] == "causal effect" and self.effect is None:
+            self.run("measuring the effect of each frame", self._effect_job)
+        elif change["new"] == "relevance" and self.look is not None and self.look.relevance is None:
+            self.say("only the policy “weighted” weighs; the arcs show who may look at whom")
         self.show_arcs()
 
     def _effect_job(self, should_stop):
-        def on_step(done): self.progress.value = done
-        self.effect = self.session.effect(on_step, should_stop, min(8, self.session.settings.num_inference_steps))
+        def on_step(done):
+            self.progress.value = done
+
+        self.effect = self.session.effect(
+            on_step, should_stop, min(8, self.session.settings.num_inference_steps)
+        )
         self.show_arcs()
-        self.say("causal effect: how far each frame moves when an earlier one is replaced" if self.effect is not None else "stopped")
+        self.say(
+            "causal effect: how far each frame moves when an earlier one is replaced"
+            if self.effect is not None
+            else "stopped"
+        )
 
 # %% ../nbs/12_explorer.ipynb #4ef2e44c
 class ExplorerPast:
     "The fields for edits of the selected position."
+
     def _build_past(self):
-        self.past_title, self.new_caption = widgets.HTML(), widgets.Text(layout=widgets.Layout(width="100%"))
-        self.keep_picture = widgets.Checkbox(False, description="but its picture stays", indent=False, layout=widgets.Layout(width="170px"))
-        self.rewrite_button, self.replace_button, self.forget_button = _button("rewrite", "pencil"), _button("put it there", "image"), _button("forget this frame", "eye-slash", tip="no later frame may look at it")
-        choose = lambda options: widgets.Dropdown(options=options, layout=widgets.Layout(width="96px"))
-        self.compose = [choose(CHARACTERS), choose(ACTIONS), choose(SETTINGS), choose(PROPS), choose(SCARVES)]
-        self.composed, self.replace_upload = widgets.Image(format="png", width=80), widgets.FileUpload(accept="image/*", description="or your own", layout=widgets.Layout(width="max-content"))
+        self.past_title, self.new_caption = (
+            widgets.HTML(),
+            widgets.Text(layout=widgets.Layout(width="100%")),
+        )
+        self.keep_picture = widgets.Checkbox(
+            False,
+            description="but its picture stays",
+            indent=False,
+            layout=widgets.Layout(width="170px"),
+        )
+        self.rewrite_button, self.replace_button, self.forget_button = (
+            _button("rewrite", "pencil"),
+            _button("put it there", "image"),
+            _button("forget this frame", "eye-slash", tip="no later frame may look at it"),
+        )
+        choose = lambda options: widgets.Dropdown(
+            options=options, layout=widgets.Layout(width="96px")
+        )
+        self.compose = [
+            choose(CHARACTERS),
+            choose(ACTIONS),
+            choose(SETTINGS),
+            choose(PROPS),
+            choose(SCARVES),
+        ]
+        self.composed, self.replace_upload = (
+            widgets.Image(format="png", width=80),
+            widgets.FileUpload(
+                accept="image/*",
+                description="or your own",
+                layout=widgets.Layout(width="max-content"),
+            ),
+        )
         self.links_box = widgets.HBox(layout=widgets.Layout(flex_flow="row wrap"))
-        self.redraw_button, self.undo_button = _button("Redraw what follows", "step-forward", "warning"), _button("undo", "undo")
-        for part in self.compose: part.observe(lambda _: self._show_composed(), "value")
+        self.redraw_button, self.undo_button = (
+            _button("Redraw what follows", "step-forward", "warning"),
+            _button("undo", "undo"),
+        )
+        for part in self.compose:
+            part.observe(lambda _: self._show_composed(), "value")
         self.replace_upload.observe(self._on_replace_upload, "value")
-        for button, handler in ((self.rewrite_button, self._rewrite), (self.replace_button, self._replace), (self.forget_button, self._forget), (self.redraw_button, lambda _: self.redraw()), (self.undo_button, self._undo)): button.on_click(handler)
+        for button, handler in (
+            (self.rewrite_button, self._rewrite),
+            (self.replace_button, self._replace),
+            (self.forget_button, self._forget),
+            (self.redraw_button, lambda _: self.redraw()),
+            (self.undo_button, self._undo),
+        ):
+            button.on_click(handler)
         self._show_composed()
-        label = lambda text: widgets.HTML(f"<span class='story-label'>{text}</span>", layout=widgets.Layout(flex="0 0 auto"))
-        lines = [widgets.HBox([label("its words"), self.new_caption]), widgets.HBox([label(""), self.keep_picture, self.rewrite_button]),
-                 widgets.HBox([label("its picture"), self.composed, widgets.VBox([widgets.HBox(self.compose[:3]), widgets.HBox(self.compose[3:]), widgets.HBox([self.replace_button, self.replace_upload])])]),
-                 widgets.HBox([label("who may look"), self.links_box, self.forget_button]), widgets.HBox([label(""), self.redraw_button, self.undo_button])]
-        self.past_box = widgets.VBox([self.past_title, *lines], layout=widgets.Layout(flex="1 1 420px", display="none"))
+        label = lambda text: widgets.HTML(
+            f"<span class='story-label'>{text}</span>", layout=widgets.Layout(flex="0 0 auto")
+        )
+        lines = [
+            widgets.HBox([label("its words"), self.new_caption]),
+            widgets.HBox([label(""), self.keep_picture, self.rewrite_button]),
+            widgets.HBox(
+                [
+                    label("its picture"),
+                    self.composed,
+                    widgets.VBox(
+                        [
+                            widgets.HBox(self.compose[:3]),
+                            widgets.HBox(self.compose[3:]),
+                            widgets.HBox([self.replace_button, self.replace_upload]),
+                        ]
+                    ),
+                ]
+            ),
+            widgets.HBox([label("who may look"), self.links_box, self.forget_button]),
+            widgets.HBox([label(""), self.redraw_button, self.undo_button]),
+        ]
+        self.past_box = widgets.VBox(
+            [self.past_title, *lines], layout=widgets.Layout(flex="1 1 420px", display="none")
+        )
         return self.past_box
 
     def _show_composed(self):
@@ -868,77 +1564,151 @@ class ExplorerPast:
         "Bring the panel in line with the selected position."
         story, k = self.session, self.selected
         self.past_box.layout.display = "none" if k is None else ""
-        if k is None: return
-        self.past_title.value, self.new_caption.value = f"<b>Change frame {k}</b>, then watch the frames after it", story.captions[k]
+        if k is None:
+            return
+        self.past_title.value, self.new_caption.value = (
+            f"<b>Change frame {k}</b>, then watch the frames after it",
+            story.captions[k],
+        )
         buttons = []
         for i in range(max(k + 1, story.given), len(story.captions)):
-            button = widgets.ToggleButton(bool(story.links[i - story.given, k]), description=f"frame {i}", layout=widgets.Layout(width="80px"))
-            button.observe(lambda change, i=i: self.edit(lambda: self.session.set_link(i, k, change["new"])), "value")
+            button = widgets.ToggleButton(
+                bool(story.links[i - story.given, k]),
+                description=f"frame {i}",
+                layout=widgets.Layout(width="80px"),
+            )
+            button.observe(
+                lambda change, i=i: self.edit(lambda: self.session.set_link(i, k, change["new"])),
+                "value",
+            )
             buttons.append(button)
-        old, self.links_box.children = self.links_box.children, buttons or [widgets.HTML("no frame comes after it")]
-        for part in old: part.close()
+        old, self.links_box.children = (
+            self.links_box.children,
+            buttons or [widgets.HTML("no frame comes after it")],
+        )
+        for part in old:
+            part.close()
 
 # %% ../nbs/12_explorer.ipynb #0ef3cd57
 class ExplorerEdits(ExplorerPast):
     "What the fields of `ExplorerPast` do."
+
     def edit(self, change):
         "Make one change of the past, unless something is being drawn; shows what will be drawn again."
-        if self.job.busy: return self.say("wait until the drawing is done, or stop it")
-        try: change()
-        except ValueError as error: return self.say(str(error), wrong=True)
+        if self.job.busy:
+            return self.say("wait until the drawing is done, or stop it")
+        try:
+            change()
+        except ValueError as error:
+            return self.say(str(error), wrong=True)
         self.look = self.effect = None
         self.write(self.session.captions)
         self.show_session()
         self.show_past()
         self._enable()
         waiting = [str(k) for k, picture in enumerate(self.session.pictures) if picture is None]
-        self.say(f"to be drawn again: frame {', '.join(waiting)}" if waiting else "nothing comes after it")
-        if not waiting: self.run("looking", self._draw_job)
+        self.say(
+            f"to be drawn again: frame {', '.join(waiting)}"
+            if waiting
+            else "nothing comes after it"
+        )
+        if not waiting:
+            self.run("looking", self._draw_job)
 
-    def _rewrite(self, _): self.edit(lambda: self.session.rewrite(self.selected, self.new_caption.value.strip(), self.keep_picture.value))
-    def _replace(self, _): self.edit(lambda: self.session.replace_picture(self.selected, self.own_picture))
-    def _forget(self, _): self.edit(lambda: self.session.forget(self.selected))
-    def _undo(self, _): self.edit(lambda: self.session.undo())
+    def _rewrite(self, _):
+        self.edit(
+            lambda: self.session.rewrite(
+                self.selected, self.new_caption.value.strip(), self.keep_picture.value
+            )
+        )
+
+    def _replace(self, _):
+        self.edit(lambda: self.session.replace_picture(self.selected, self.own_picture))
+
+    def _forget(self, _):
+        self.edit(lambda: self.session.forget(self.selected))
+
+    def _undo(self, _):
+        self.edit(lambda: self.session.undo())
+
     def _on_replace_upload(self, change):
         content = _uploaded(change)
-        if content: self.edit(lambda: self.session.replace_picture(self.selected, open_image(content, "the uploaded file")))
+        if content:
+            self.edit(
+                lambda: self.session.replace_picture(
+                    self.selected, open_image(content, "the uploaded file")
+                )
+            )
 
 # %% ../nbs/12_explorer.ipynb #1ce059c1
 class ExplorerKeeping:
     "Save and open stories."
+
     folder = Path("stories")  # where stories are kept, relative to the notebook
 
     def _build_keeping(self):
-        self.name, self.save_button, self.kept = widgets.Text("my-story", layout=widgets.Layout(width="160px")), _button("keep", "save"), widgets.HTML()
-        self.open_upload = widgets.FileUpload(accept=".png,.gif", description="open a kept story", layout=widgets.Layout(width="max-content"))
+        self.name, self.save_button, self.kept = (
+            widgets.Text("my-story", layout=widgets.Layout(width="160px")),
+            _button("keep", "save"),
+            widgets.HTML(),
+        )
+        self.open_upload = widgets.FileUpload(
+            accept=".png,.gif",
+            description="open a kept story",
+            layout=widgets.Layout(width="max-content"),
+        )
         self.save_button.on_click(lambda _: self.keep())
         self.open_upload.observe(self._on_open, "value")
-        return widgets.HBox([self.name, self.save_button, self.open_upload, self.kept], layout=widgets.Layout(flex_flow="row wrap"))
+        return widgets.HBox(
+            [self.name, self.save_button, self.open_upload, self.kept],
+            layout=widgets.Layout(flex_flow="row wrap"),
+        )
 
     def keep(self):
         "Save the story and offer it for download."
         name = re.sub(r"[^\w-]+", "-", self.name.value).strip("-") or "my-story"
-        try: folder = save_story(self.session, self.folder / name)
-        except (ValueError, OSError) as error: return self.say(str(error), wrong=True)
+        try:
+            folder = save_story(self.session, self.folder / name)
+        except (ValueError, OSError) as error:
+            return self.say(str(error), wrong=True)
         packed = io.BytesIO()
         with zipfile.ZipFile(packed, "w") as archive:
-            for path in sorted(folder.rglob("*.*")): archive.write(path, Path(name) / path.relative_to(folder))
-        files = {f"{name}.png": ("image/png", (folder / "story.png").read_bytes()), f"{name}.gif": ("image/gif", (folder / "story.gif").read_bytes()), f"{name}.zip": ("application/zip", packed.getvalue())}
-        links = " · ".join(f"<a class='story-link' download='{file}' href='data:{kind};base64,{base64.b64encode(data).decode()}'>{file}</a>" for file, (kind, data) in files.items())
+            for path in sorted(folder.rglob("*.*")):
+                archive.write(path, Path(name) / path.relative_to(folder))
+        files = {
+            f"{name}.png": ("image/png", (folder / "story.png").read_bytes()),
+            f"{name}.gif": ("image/gif", (folder / "story.gif").read_bytes()),
+            f"{name}.zip": ("application/zip", packed.getvalue()),
+        }
+        links = " · ".join(
+            f"<a class='story-link' download='{file}' href='data:{kind};base64,{base64.b64encode(data).decode()}'>{file}</a>"
+            for file, (kind, data) in files.items()
+        )
         self.kept.value = f"kept in {html.escape(str(folder))}; download {links}"
 
     def _on_open(self, change):
         content = _uploaded(change)
-        if content is None or self.job.busy: return
-        try: story = from_recipe(self.pipe, read_recipe(content), self.reader)
-        except ValueError as error: return self.say(str(error), wrong=True)
+        if content is None or self.job.busy:
+            return
+        try:
+            story = from_recipe(self.pipe, read_recipe(content), self.reader)
+        except ValueError as error:
+            return self.say(str(error), wrong=True)
         self._show_settings(story.settings)
         self.write(story.captions, story.pictures[0] if story.given else None)
         self._take(story)
 
     def _show_settings(self, s):
-        self.task.value, self.policy.value, self.window.value = s.task, s.history_policy, s.window or 0
-        self.steps.value, self.guidance.value, self.seed.value = s.num_inference_steps, s.guidance_scale, s.seed
+        self.task.value, self.policy.value, self.window.value = (
+            s.task,
+            s.history_policy,
+            s.window or 0,
+        )
+        self.steps.value, self.guidance.value, self.seed.value = (
+            s.num_inference_steps,
+            s.guidance_scale,
+            s.seed,
+        )
 
 # %% ../nbs/12_explorer.ipynb #5f9f78ae
 STYLE = """<style>
@@ -960,20 +1730,27 @@ body[data-voila] .jp-Cell:not(:has(.story-explorer)) {display:none} body[data-vo
 # %% ../nbs/12_explorer.ipynb #99733719
 class ExplorerWork:
     "Starting, stopping, and telling about it."
-    def say(self, text:str, wrong:bool=False):
+
+    def say(self, text: str, wrong: bool = False):
         "A line beside the buttons."
-        self.status.value = f"<span class='{'story-wrong' if wrong else ''}'>{html.escape(text)}</span>"
+        self.status.value = (
+            f"<span class='{'story-wrong' if wrong else ''}'>{html.escape(text)}</span>"
+        )
 
     def draw(self):
         "Draw what is written, from the first frame on."
-        if self.job.busy: return self.say("one story at a time: wait, or press Stop")
-        try: story = self.new_session()
-        except ValueError as error: return self.say(str(error), wrong=True)
+        if self.job.busy:
+            return self.say("one story at a time: wait, or press Stop")
+        try:
+            story = self.new_session()
+        except ValueError as error:
+            return self.say(str(error), wrong=True)
         self._take(story)
 
     def redraw(self):
         "Draw what is missing after a stop or an edit."
-        if self.session is not None and not self.session.complete: self.run("drawing", self._draw_job)
+        if self.session is not None and not self.session.complete:
+            self.run("drawing", self._draw_job)
 
     def _take(self, story):
         self.session, self.look, self.effect, self.selected = story, None, None, None
@@ -981,65 +1758,120 @@ class ExplorerWork:
         self.show_past()
         self.run("drawing", self._draw_job)
 
-    def run(self, doing:str, job):
+    def run(self, doing: str, job):
         "Start a job in the background; says so if one runs already."
+
         def guarded(should_stop):
             self._enable(busy=True)
-            try: job(should_stop)
-            except Exception as error: self.say(f"{type(error).__name__}: {error}", wrong=True)
-            finally: self._enable(busy=False)
+            try:
+                job(should_stop)
+            except Exception as error:
+                self.say(f"{type(error).__name__}: {error}", wrong=True)
+            finally:
+                self._enable(busy=False)
+
         self.progress.value = 0
         self.say(doing + " …")
-        if not self.job.start(guarded): self.say("one thing at a time: wait, or press Stop")
+        if not self.job.start(guarded):
+            self.say("one thing at a time: wait, or press Stop")
 
-    def _enable(self, busy:bool=False):
+    def _enable(self, busy: bool = False):
         "Which buttons can be pressed now."
         missing = self.session is not None and not self.session.complete
         self.draw_button.disabled, self.stop_button.disabled = busy, not busy
         self.go_on_button.disabled = self.redraw_button.disabled = busy or not missing
-        self.save_button.disabled, self.undo_button.disabled = busy or self.session is None or missing, busy or self.session is None or not self.session.past
-        for button in (self.rewrite_button, self.replace_button, self.forget_button): button.disabled = busy
-        self.stage.layout.display = self.keeping.layout.display = "none" if self.session is None else ""
+        self.save_button.disabled, self.undo_button.disabled = (
+            busy or self.session is None or missing,
+            busy or self.session is None or not self.session.past,
+        )
+        for button in (self.rewrite_button, self.replace_button, self.forget_button):
+            button.disabled = busy
+        self.stage.layout.display = self.keeping.layout.display = (
+            "none" if self.session is None else ""
+        )
 
     def _draw_job(self, should_stop):
         started, first = time.perf_counter(), []
         n = self.session.pictures.count(None)
+
         def on_step(step):
             self.progress.value = step.done
-            if step.picture is None: return
+            if step.picture is None:
+                return
             first.append(time.perf_counter() - started)
             self.columns[step.position].show(step.picture)
-            self.columns[step.position].state(step.position == self.selected, drawing=not step.finished)
+            self.columns[step.position].state(
+                step.position == self.selected, drawing=not step.finished
+            )
+
         if not self.session.draw(on_step, should_stop, self.preview_every):
             self.show_session()
             return self.say(f"stopped after {self.session.seconds:.1f} s; Go on draws the rest")
         self.look = self.session.look()
         self.show_session()
-        if self.question.value == "causal effect": self._effect_job(should_stop)
-        self.say(f"{n} frames in {self.session.seconds:.1f} s, the first preview after {first[0]:.1f} s" if n else "nothing comes after it, nothing had to be drawn")
+        if self.question.value == "causal effect":
+            self._effect_job(should_stop)
+        self.say(
+            f"{n} frames in {self.session.seconds:.1f} s, the first preview after {first[0]:.1f} s"
+            if n
+            else "nothing comes after it, nothing had to be drawn"
+        )
 
 # %% ../nbs/12_explorer.ipynb #a1350230
 class StoryExplorer(ExplorerWriting, ExplorerLooking, ExplorerEdits, ExplorerKeeping, ExplorerWork):
     "The app: write a story, draw it, see who looked at whom, change its past. Leave it as the last line of a cell."
-    def __init__(self,
-        pipe,                   # CausalStoryPipeline
-        reader=None,            # FrameReader, to name what changed
-        preview_every:int=4,    # denoising steps from one preview to the next
+
+    def __init__(
+        self,
+        pipe,  # CausalStoryPipeline
+        reader=None,  # FrameReader, to name what changed
+        preview_every: int = 4,  # denoising steps from one preview to the next
     ):
         self.pipe, self.reader, self.preview_every = pipe, reader, preview_every
-        self.known, self.job, self.given = known_words(pipe.history_tokenizer), OneJob(), render(next(iter(FIRST_SCENES.values())), 64, seed=3)
+        self.known, self.job, self.given = (
+            known_words(pipe.history_tokenizer),
+            OneJob(),
+            render(next(iter(FIRST_SCENES.values())), 64, seed=3),
+        )
         self.session = self.look = self.effect = self.selected = None
         pipe.set_progress_bar_config(disable=True)
-        head = widgets.HTML(STYLE + "<div class='story-head'><b>The story explorer</b><br>Write a story and draw it. Click a frame to see what it looked at. Change its past, and watch its future.</div>")
-        self.draw_button, self.stop_button, self.go_on_button = _button("Draw", "paint-brush", "success"), _button("Stop", "stop", "danger"), _button("Go on", "play")
-        self.progress, self.status = widgets.FloatProgress(min=0, max=1, layout=widgets.Layout(width="180px")), widgets.HTML()
-        for button, handler in ((self.draw_button, lambda _: self.draw()), (self.stop_button, lambda _: self.job.stop()), (self.go_on_button, lambda _: self.redraw())): button.on_click(handler)
-        bar = widgets.HBox([self.draw_button, self.stop_button, self.go_on_button, self.progress, self.status], layout=widgets.Layout(margin="6px 0"))
-        writing, self.stage, past, self.keeping = self._build_writing(), self._build_stage(), self._build_past(), self._build_keeping()
-        below = widgets.HBox([past, widgets.VBox([self.look_title, self.look_image])], layout=widgets.Layout(flex_flow="row wrap", margin="8px 0"))
+        head = widgets.HTML(
+            STYLE
+            + "<div class='story-head'><b>The story explorer</b><br>Write a story and draw it. Click a frame to see what it looked at. Change its past, and watch its future.</div>"
+        )
+        self.draw_button, self.stop_button, self.go_on_button = (
+            _button("Draw", "paint-brush", "success"),
+            _button("Stop", "stop", "danger"),
+            _button("Go on", "play"),
+        )
+        self.progress, self.status = (
+            widgets.FloatProgress(min=0, max=1, layout=widgets.Layout(width="180px")),
+            widgets.HTML(),
+        )
+        for button, handler in (
+            (self.draw_button, lambda _: self.draw()),
+            (self.stop_button, lambda _: self.job.stop()),
+            (self.go_on_button, lambda _: self.redraw()),
+        ):
+            button.on_click(handler)
+        bar = widgets.HBox(
+            [self.draw_button, self.stop_button, self.go_on_button, self.progress, self.status],
+            layout=widgets.Layout(margin="6px 0"),
+        )
+        writing, self.stage, past, self.keeping = (
+            self._build_writing(),
+            self._build_stage(),
+            self._build_past(),
+            self._build_keeping(),
+        )
+        below = widgets.HBox(
+            [past, widgets.VBox([self.look_title, self.look_image])],
+            layout=widgets.Layout(flex_flow="row wrap", margin="8px 0"),
+        )
         self.widget = widgets.VBox([head, writing, bar, self.stage, below, self.keeping])
         self.widget.add_class("story-explorer")
         self.write(next(iter(EXAMPLES.values())))
         self._enable()
 
-    def _repr_mimebundle_(self, **options): return self.widget._repr_mimebundle_(**options)
+    def _repr_mimebundle_(self, **options):
+        return self.widget._repr_mimebundle_(**options)

@@ -27,129 +27,175 @@ from .storyworld import ACTIONS, CHARACTERS, PROPS, SCARVES, SETTINGS
 # %% ../nbs/07_metrics.ipynb #400dcfa3
 OPTIONS = dict(prop=PROPS, scarf=SCARVES, action=ACTIONS)
 
-def _plain(scene)->dict:
-    "A `Scene` or an entry of `truth()[\"scenes\"]`, as the latter."
-    if isinstance(scene, dict): return scene
+
+def _plain(scene) -> dict:
+    'A `Scene` or an entry of `truth()["scenes"]`, as the latter.'
+    if isinstance(scene, dict):
+        return scene
     return dict(setting=scene.setting, actors=[vars(actor) for actor in scene.actors])
 
+
 def scene_targets(
-    scenes:list, # N `Scene`s, or entries of a story's `truth()["scenes"]`
-)->dict: # setting (N,) long; presence (N, 6) float 0 or 1; prop, scarf, action (N, 6) long, -1 where the character is absent
+    scenes: list,  # N `Scene`s, or entries of a story's `truth()["scenes"]`
+) -> dict:  # setting (N,) long; presence (N, 6) float 0 or 1; prop, scarf, action (N, 6) long, -1 where the character is absent
     "What a reader should say about frames of these scenes. Raises ValueError on words outside the story world."
-    targets = dict(setting=torch.zeros(len(scenes), dtype=torch.long), presence=torch.zeros(len(scenes), len(CHARACTERS)))
+    targets = dict(
+        setting=torch.zeros(len(scenes), dtype=torch.long),
+        presence=torch.zeros(len(scenes), len(CHARACTERS)),
+    )
     targets |= {name: torch.full((len(scenes), len(CHARACTERS)), -1) for name in OPTIONS}
     for n, scene in enumerate(map(_plain, scenes)):
         targets["setting"][n] = SETTINGS.index(scene["setting"])
         for actor in scene["actors"]:
             c = CHARACTERS.index(actor["name"])
             targets["presence"][n, c] = 1
-            for name, options in OPTIONS.items(): targets[name][n, c] = options.index(actor[name])
+            for name, options in OPTIONS.items():
+                targets[name][n, c] = options.index(actor[name])
     return targets
 
 # %% ../nbs/07_metrics.ipynb #19c6811d
 def frames_tensor(
-    frames, # N PIL images of one size, or (N, 3, H, W): uint8 0..255 or float in [-1, 1]
-)->torch.Tensor: # (N, 3, H, W) float in [-1, 1]
+    frames,  # N PIL images of one size, or (N, 3, H, W): uint8 0..255 or float in [-1, 1]
+) -> torch.Tensor:  # (N, 3, H, W) float in [-1, 1]
     "Frames in the range that our networks read. Raises TypeError or ValueError on anything else."
     if not isinstance(frames, torch.Tensor):
         frames = list(frames)
         if not frames or not all(isinstance(f, Image.Image) for f in frames):
             raise TypeError("frames must be a tensor or a non-empty list of PIL images")
-        if len({f.size for f in frames}) > 1: raise ValueError("frames must all have one size")
-        frames = torch.stack([torch.from_numpy(numpy.array(f.convert("RGB"))) for f in frames]).permute(0, 3, 1, 2)
-    if frames.ndim != 4 or frames.shape[1] != 3: raise ValueError(f"frames must be (N, 3, H, W), not {tuple(frames.shape)}")
-    if frames.dtype == torch.uint8: return frames.float() / 127.5 - 1
+        if len({f.size for f in frames}) > 1:
+            raise ValueError("frames must all have one size")
+        frames = torch.stack(
+            [torch.from_numpy(numpy.array(f.convert("RGB"))) for f in frames]
+        ).permute(0, 3, 1, 2)
+    if frames.ndim != 4 or frames.shape[1] != 3:
+        raise ValueError(f"frames must be (N, 3, H, W), not {tuple(frames.shape)}")
+    if frames.dtype == torch.uint8:
+        return frames.float() / 127.5 - 1
     low, high = frames.min().item(), frames.max().item()
-    if low < -1.01 or high > 1.01: raise ValueError(f"float frames must lie in [-1, 1]; these reach from {low:.2f} to {high:.2f}")
+    if low < -1.01 or high > 1.01:
+        raise ValueError(
+            f"float frames must lie in [-1, 1]; these reach from {low:.2f} to {high:.2f}"
+        )
     return frames.float()
 
 # %% ../nbs/07_metrics.ipynb #c89de03c
 class Residual(nn.Module):
     "x + conv(conv(x)), at the size of x."
-    def __init__(self, width:int): # channels
+
+    def __init__(self, width: int):  # channels
         super().__init__()
         layer = lambda: [nn.GroupNorm(8, width), nn.SiLU(), nn.Conv2d(width, width, 3, padding=1)]
         self.layers = nn.Sequential(*layer(), *layer())
-    def forward(self, x): # (N, width, h, w), in and out
+
+    def forward(self, x):  # (N, width, h, w), in and out
         return x + self.layers(x)
 
 # %% ../nbs/07_metrics.ipynb #a4379777
 class FrameReader(ModelMixin, ConfigMixin):
     "Reads setting, characters, props, scarves and actions off frames. Our choice; about 0.4 M parameters."
+
     @register_to_config
-    def __init__(self, width:int=96): # channels of the 8x8 map, a multiple of 8
+    def __init__(self, width: int = 96):  # channels of the 8x8 map, a multiple of 8
         super().__init__()
         down = lambda i, o: [nn.Conv2d(i, o, 3, stride=2, padding=1), nn.GroupNorm(8, o), nn.SiLU()]
-        self.trunk = nn.Sequential(*down(3, 32), *down(32, 64), *down(64, width), Residual(width), Residual(width),
-                                   nn.GroupNorm(8, width), nn.SiLU())
+        self.trunk = nn.Sequential(
+            *down(3, 32),
+            *down(32, 64),
+            *down(64, width),
+            Residual(width),
+            Residual(width),
+            nn.GroupNorm(8, width),
+            nn.SiLU(),
+        )
         self.setting = nn.Linear(width, len(SETTINGS))
         self.where = nn.Conv2d(width, len(CHARACTERS), 1)
         self.hidden = nn.Sequential(nn.Linear(width, width), nn.SiLU())
-        self.heads = nn.ModuleDict({name: nn.Linear(width, len(options)) for name, options in OPTIONS.items()})
+        self.heads = nn.ModuleDict(
+            {name: nn.Linear(width, len(options)) for name, options in OPTIONS.items()}
+        )
 
     @classmethod
-    def from_pretrained(cls,
-        pretrained_model_name_or_path, # folder; "miniature": the reader that comes with the package
-        **options, # of diffusers' `from_pretrained`
+    def from_pretrained(
+        cls,
+        pretrained_model_name_or_path,  # folder; "miniature": the reader that comes with the package
+        **options,  # of diffusers' `from_pretrained`
     ):
         "A saved reader, in float32 and evaluation mode. Raises ValueError that names a folder whose weights cannot be read."
-        folder = shipped_weights("reader") if str(pretrained_model_name_or_path) == "miniature" else pretrained_model_name_or_path
+        folder = (
+            shipped_weights("reader")
+            if str(pretrained_model_name_or_path) == "miniature"
+            else pretrained_model_name_or_path
+        )
         return super().from_pretrained(folder, **options) if options else load_part(cls, folder)
 
-    def map(self, frames): # (N, 3, H, W) in [-1, 1]
+    def map(self, frames):  # (N, 3, H, W) in [-1, 1]
         "Feature map (N, width, 8, 8); frames of another size are brought to 64x64 first."
         if frames.shape[-2:] != (64, 64):
             frames = functional.interpolate(frames, (64, 64), mode="bilinear", antialias=True)
         return self.trunk(frames)
 
-    def features(self, frames): # (N, 3, H, W) in [-1, 1]
+    def features(self, frames):  # (N, 3, H, W) in [-1, 1]
         "One vector a frame, (N, width): the map's mean."
         return self.map(frames).mean((2, 3))
 
-    def forward(self, frames): # (N, 3, H, W) in [-1, 1]
+    def forward(self, frames):  # (N, 3, H, W) in [-1, 1]
         "Logits: setting (N, 5), presence (N, 6), prop (N, 6, 4), scarf (N, 6, 4), action (N, 6, 3)."
         f = self.map(frames)
-        scores = 4 * self.where(f).flatten(2)                               # (N, 6, 64)
-        pooled = self.hidden(scores.softmax(-1) @ f.flatten(2).mT)          # (N, 6, width)
+        scores = 4 * self.where(f).flatten(2)  # (N, 6, 64)
+        pooled = self.hidden(scores.softmax(-1) @ f.flatten(2).mT)  # (N, 6, width)
         presence = scores.logsumexp(-1) - numpy.log(scores.shape[-1])
-        return dict(setting=self.setting(f.mean((2, 3))), presence=presence,
-                    **{name: head(pooled) for name, head in self.heads.items()})
+        return dict(
+            setting=self.setting(f.mean((2, 3))),
+            presence=presence,
+            **{name: head(pooled) for name, head in self.heads.items()},
+        )
 
 # %% ../nbs/07_metrics.ipynb #2f21278d
 def reader_loss(
-    model:nn.Module, # a `FrameReader`
-    batch:dict, # frames (N, 3, H, W) in [-1, 1] and the five entries of `scene_targets`
-    step:int=0, # unused: training loops hand it over
-)->torch.Tensor: # scalar
+    model: nn.Module,  # a `FrameReader`
+    batch: dict,  # frames (N, 3, H, W) in [-1, 1] and the five entries of `scene_targets`
+    step: int = 0,  # unused: training loops hand it over
+) -> torch.Tensor:  # scalar
     "Sum of the five cross-entropies; prop, scarf and action count only where the character is present. Our choice."
     logits = model(batch["frames"])
     loss = functional.cross_entropy(logits["setting"], batch["setting"])
-    loss = loss + 3 * functional.binary_cross_entropy_with_logits(logits["presence"], batch["presence"])
+    loss = loss + 3 * functional.binary_cross_entropy_with_logits(
+        logits["presence"], batch["presence"]
+    )
     for name in OPTIONS:
-        loss = loss + functional.cross_entropy(logits[name].flatten(0, 1), batch[name].flatten(), ignore_index=-1)
+        loss = loss + functional.cross_entropy(
+            logits[name].flatten(0, 1), batch[name].flatten(), ignore_index=-1
+        )
     return loss
 
 # %% ../nbs/07_metrics.ipynb #8be70f9c
 def train_reader(
-    frames:torch.Tensor, # (N, 3, H, W) uint8
-    scenes:list, # their N scenes
-    steps:int=1500, # optimizer steps
-    seed:int=0, # first weights and order of the frames
-    progress:bool=True, # show a bar
-    batch_size:int=32, # frames a step
-    learning_rate:float=2e-3, # AdamW, peak
-)->FrameReader: # in eval mode
+    frames: torch.Tensor,  # (N, 3, H, W) uint8
+    scenes: list,  # their N scenes
+    steps: int = 1500,  # optimizer steps
+    seed: int = 0,  # first weights and order of the frames
+    progress: bool = True,  # show a bar
+    batch_size: int = 32,  # frames a step
+    learning_rate: float = 2e-3,  # AdamW, peak
+) -> FrameReader:  # in eval mode
     "Train a reader from nothing. Same seed, same machine: same reader. Raises ValueError if frames and scenes differ in number."
-    if len(frames) != len(scenes): raise ValueError(f"{len(frames)} frames but {len(scenes)} scenes")
+    if len(frames) != len(scenes):
+        raise ValueError(f"{len(frames)} frames but {len(scenes)} scenes")
     targets, generator = scene_targets(scenes), torch.Generator().manual_seed(seed)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = FrameReader().train()
-    optimizer = torch.optim.AdamW(model.parameters(), learning_rate, betas=(.9, .99), weight_decay=1e-3)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, learning_rate, total_steps=max(20, steps), pct_start=.1)
+    optimizer = torch.optim.AdamW(
+        model.parameters(), learning_rate, betas=(0.9, 0.99), weight_decay=1e-3
+    )
+    schedule = torch.optim.lr_scheduler.OneCycleLR(
+        optimizer, learning_rate, total_steps=max(20, steps), pct_start=0.1
+    )
     for step in tqdm(range(steps), "reader", disable=not progress):
         some = torch.randint(len(frames), (batch_size,), generator=generator)
-        batch = dict(frames=frames_tensor(frames[some]), **{name: t[some] for name, t in targets.items()})
+        batch = dict(
+            frames=frames_tensor(frames[some]), **{name: t[some] for name, t in targets.items()}
+        )
         optimizer.zero_grad()
         reader_loss(model, batch, step).backward()
         optimizer.step()
@@ -159,183 +205,282 @@ def train_reader(
 # %% ../nbs/07_metrics.ipynb #7c1fb0a8
 @torch.no_grad()
 def read_frames(
-    reader:FrameReader, # trained
-    frames, # what `frames_tensor` takes
-    batch_size:int=64, # frames at a time
-)->dict: # numpy: setting (N,); presence (N, 6) bool; prop, scarf, action (N, 6)
+    reader: FrameReader,  # trained
+    frames,  # what `frames_tensor` takes
+    batch_size: int = 64,  # frames at a time
+) -> dict:  # numpy: setting (N,); presence (N, 6) bool; prop, scarf, action (N, 6)
     "What the reader sees, as indices into SETTINGS, PROPS, SCARVES and ACTIONS. prop, scarf and action mean something only where presence is True."
     parts = [reader(part.to(reader.device)) for part in frames_tensor(frames).split(batch_size)]
     logits = {name: torch.cat([part[name] for part in parts]).cpu() for name in parts[0]}
-    return {name: (l > 0 if name == "presence" else l.argmax(-1)).numpy() for name, l in logits.items()}
+    return {
+        name: (l > 0 if name == "presence" else l.argmax(-1)).numpy() for name, l in logits.items()
+    }
+
 
 def reader_accuracy(
-    reader:FrameReader, # trained
-    frames, # N frames
-    scenes:list, # their N scenes
-)->dict: # setting, character (the whole set), prop, scarf, action -> accuracy
+    reader: FrameReader,  # trained
+    frames,  # N frames
+    scenes: list,  # their N scenes
+) -> dict:  # setting, character (the whole set), prop, scarf, action -> accuracy
     "Share of right answers, attribute by attribute: the instrument's own error, to be reported beside every score."
-    said, truth = read_frames(reader, frames), {name: t.numpy() for name, t in scene_targets(scenes).items()}
+    said, truth = (
+        read_frames(reader, frames),
+        {name: t.numpy() for name, t in scene_targets(scenes).items()},
+    )
     there = truth["presence"] > 0
-    right = dict(setting=said["setting"] == truth["setting"], character=(said["presence"] == there).all(-1))
+    right = dict(
+        setting=said["setting"] == truth["setting"], character=(said["presence"] == there).all(-1)
+    )
     right |= {name: (said[name] == truth[name])[there] for name in OPTIONS}
     return {name: float(values.mean()) for name, values in right.items()}
 
 # %% ../nbs/07_metrics.ipynb #7dd62613
 def _story_readings(reader, drawn, truths, task):
     "Yield (story, truth, offset, readings) after checking that the frames fit the task."
-    if task not in ("visualization", "continuation"): raise ValueError(f"task is {task!r}; it must be visualization or continuation")
-    if len(drawn) != len(truths): raise ValueError(f"{len(drawn)} drawn stories but {len(truths)} truths")
+    if task not in ("visualization", "continuation"):
+        raise ValueError(f"task is {task!r}; it must be visualization or continuation")
+    if len(drawn) != len(truths):
+        raise ValueError(f"{len(drawn)} drawn stories but {len(truths)} truths")
     offset = int(task == "continuation")
     for story, (frames, truth) in enumerate(zip(drawn, truths)):
-        if truth is None: raise ValueError(f"story {story} has no truth: only story-world stories can be scored")
+        if truth is None:
+            raise ValueError(f"story {story} has no truth: only story-world stories can be scored")
         if len(frames) != len(truth["scenes"]) - offset:
-            raise ValueError(f"story {story}: {len(frames)} drawn frames, but {task} of {len(truth['scenes'])} scenes draws {len(truth['scenes']) - offset}")
+            raise ValueError(
+                f"story {story}: {len(frames)} drawn frames, but {task} of {len(truth['scenes'])} scenes draws {len(truth['scenes']) - offset}"
+            )
         yield story, truth, offset, read_frames(reader, frames)
 
-def _is_right(said:dict, k:int, fact:dict, name:str|None)->bool:
+
+def _is_right(said: dict, k: int, fact: dict, name: str | None) -> bool:
     "Does the reading of drawn frame k agree with a fact?"
     attribute, value = fact["attribute"], fact["value"]
-    if attribute == "setting": return SETTINGS[said["setting"][k]] == value
+    if attribute == "setting":
+        return SETTINGS[said["setting"][k]] == value
     c = CHARACTERS.index(name)
-    return bool(said["presence"][k, c]) if attribute == "character" else OPTIONS[attribute][said[attribute][k, c]] == value
+    return (
+        bool(said["presence"][k, c])
+        if attribute == "character"
+        else OPTIONS[attribute][said[attribute][k, c]] == value
+    )
+
 
 def fact_rows(
-    truths:list, # `Story.truth()` of each story
-    task:str="visualization", # "continuation": the given frame is not drawn, so its facts do not count
-)->list: # one dict a fact of a drawn frame, story by story: what a table may want to group by
+    truths: list,  # `Story.truth()` of each story
+    task: str = "visualization",  # "continuation": the given frame is not drawn, so its facts do not count
+) -> list:  # one dict a fact of a drawn frame, story by story: what a table may want to group by
     "The facts that `score_facts` judges, in its order."
     rows, given = [], int(task == "continuation")
     for story, truth in enumerate(truths):
         for fact in truth["facts"]:
-            if fact["frame"] < given: continue
+            if fact["frame"] < given:
+                continue
             sources = tuple(fact["sources"])
             actors = truth["scenes"][fact["frame"]]["actors"]
             name = None if fact["actor"] is None else actors[fact["actor"]]["name"]
-            rows.append(dict(story=story, frame=fact["frame"], attribute=fact["attribute"], actor=fact["actor"], name=name, characters=len(actors),
-                             value=fact["value"], stated=fact["stated"], sources=sources, has_source=bool(sources), history_only=not fact["stated"] and bool(sources),
-                             nearest=fact["frame"] - max(sources) if sources else None, said=fact["said"]))
+            rows.append(
+                dict(
+                    story=story,
+                    frame=fact["frame"],
+                    attribute=fact["attribute"],
+                    actor=fact["actor"],
+                    name=name,
+                    characters=len(actors),
+                    value=fact["value"],
+                    stated=fact["stated"],
+                    sources=sources,
+                    has_source=bool(sources),
+                    history_only=not fact["stated"] and bool(sources),
+                    nearest=fact["frame"] - max(sources) if sources else None,
+                    said=fact["said"],
+                )
+            )
     return rows
 
+
 def score_facts(
-    reader:FrameReader, # trained
-    drawn:list, # one list of PIL frames for each story
-    truths:list, # their `Story.truth()`
-    task:str="visualization", # "continuation": drawn frame k is story frame k + 1
-)->list: # `fact_rows`, each with `correct`
+    reader: FrameReader,  # trained
+    drawn: list,  # one list of PIL frames for each story
+    truths: list,  # their `Story.truth()`
+    task: str = "visualization",  # "continuation": drawn frame k is story frame k + 1
+) -> list:  # `fact_rows`, each with `correct`
     "Read every drawn frame and judge every fact. prop, scarf and action are read off that character's place. Raises ValueError if frames and truths do not fit."
     rows = []
     for story, truth, offset, said in _story_readings(reader, drawn, truths, task):
-        rows += [row | dict(story=story, correct=_is_right(said, row["frame"] - offset, row, row["name"])) for row in fact_rows([truth], task)]
+        rows += [
+            row
+            | dict(story=story, correct=_is_right(said, row["frame"] - offset, row, row["name"]))
+            for row in fact_rows([truth], task)
+        ]
     return rows
 
 # %% ../nbs/07_metrics.ipynb #95fa66b9
-def _story_totals(values, stories)->numpy.ndarray: # (n_stories, 2): sum of the values and their number
+def _story_totals(
+    values, stories
+) -> numpy.ndarray:  # (n_stories, 2): sum of the values and their number
     "Totals by story: all that a bootstrap over stories needs."
     _, index = numpy.unique(numpy.asarray(stories), return_inverse=True)
-    return numpy.stack([numpy.bincount(index, weights=numpy.asarray(values, float)), numpy.bincount(index)], -1)
+    return numpy.stack(
+        [numpy.bincount(index, weights=numpy.asarray(values, float)), numpy.bincount(index)], -1
+    )
+
 
 def bootstrap_means(
-    values, # (n,) numbers
-    stories, # (n,) which story each belongs to
-    resamples:int=1000, # how often stories are drawn anew
-    seed:int=0, # of the draws
-)->numpy.ndarray: # (resamples,) means
+    values,  # (n,) numbers
+    stories,  # (n,) which story each belongs to
+    resamples: int = 1000,  # how often stories are drawn anew
+    seed: int = 0,  # of the draws
+) -> numpy.ndarray:  # (resamples,) means
     "Means over stories drawn with replacement, each with all of its values (cluster bootstrap)."
     totals = _story_totals(values, stories)
     picks = numpy.random.default_rng(seed).integers(len(totals), size=(resamples, len(totals)))
-    sums = totals[picks].sum(1)                                            # (resamples, 2)
+    sums = totals[picks].sum(1)  # (resamples, 2)
     return sums[:, 0] / sums[:, 1]
 
 # %% ../nbs/07_metrics.ipynb #8c9a37c6
 def summarise(
-    rows:list, # of `score_facts`, or any dicts with `story` and `correct`
-    by:tuple=(), # keys of the rows to group by
-    resamples:int=1000, # of the bootstrap
-    seed:int=0, # of the bootstrap
-)->list: # one dict a group: its keys, accuracy, low, high, n, stories
+    rows: list,  # of `score_facts`, or any dicts with `story` and `correct`
+    by: tuple = (),  # keys of the rows to group by
+    resamples: int = 1000,  # of the bootstrap
+    seed: int = 0,  # of the bootstrap
+) -> list:  # one dict a group: its keys, accuracy, low, high, n, stories
     "Accuracy with a 95 % interval by bootstrap over stories, group by group in order of appearance. Raises ValueError on no rows or an unknown key."
     by = (by,) if isinstance(by, str) else tuple(by)
-    if not rows: raise ValueError("rows is empty: there is nothing to summarise")
-    if missing := [key for key in by if key not in rows[0]]: raise ValueError(f"by names {missing}; rows have {list(rows[0])}")
+    if not rows:
+        raise ValueError("rows is empty: there is nothing to summarise")
+    if missing := [key for key in by if key not in rows[0]]:
+        raise ValueError(f"by names {missing}; rows have {list(rows[0])}")
     groups = {}
-    for row in rows: groups.setdefault(tuple(row[key] for key in by), []).append(row)
+    for row in rows:
+        groups.setdefault(tuple(row[key] for key in by), []).append(row)
     table = []
     for key, group in groups.items():
         values, stories = [row["correct"] for row in group], [row["story"] for row in group]
-        low, high = numpy.quantile(bootstrap_means(values, stories, resamples, seed), (.025, .975))
-        table.append(dict(zip(by, key), accuracy=float(numpy.mean(values)), low=float(low), high=float(high),
-                          n=len(group), stories=len(set(stories))))
+        low, high = numpy.quantile(
+            bootstrap_means(values, stories, resamples, seed), (0.025, 0.975)
+        )
+        table.append(
+            dict(
+                zip(by, key),
+                accuracy=float(numpy.mean(values)),
+                low=float(low),
+                high=float(high),
+                n=len(group),
+                stories=len(set(stories)),
+            )
+        )
     return table
 
 # %% ../nbs/07_metrics.ipynb #5922722c
 def paired_difference(
-    rows_a:list, # of `score_facts`
-    rows_b:list, # the same facts in the same order, drawn by another model
-    resamples:int=1000, # of the bootstrap
-    seed:int=0, # of the bootstrap
-)->dict: # difference (a minus b), low, high, n, stories
+    rows_a: list,  # of `score_facts`
+    rows_b: list,  # the same facts in the same order, drawn by another model
+    resamples: int = 1000,  # of the bootstrap
+    seed: int = 0,  # of the bootstrap
+) -> dict:  # difference (a minus b), low, high, n, stories
     "Mean difference in accuracy with a 95 % interval by bootstrap over stories. Raises ValueError unless both score the same facts."
-    key = lambda row: tuple(row.get(name) for name in ("story", "frame", "attribute", "actor", "name"))
+    key = lambda row: tuple(
+        row.get(name) for name in ("story", "frame", "attribute", "actor", "name")
+    )
     if not rows_a or [key(row) for row in rows_a] != [key(row) for row in rows_b]:
-        raise ValueError("rows_a and rows_b must hold the same facts of the same stories, in the same order")
+        raise ValueError(
+            "rows_a and rows_b must hold the same facts of the same stories, in the same order"
+        )
     values = [float(a["correct"]) - float(b["correct"]) for a, b in zip(rows_a, rows_b)]
     stories = [row["story"] for row in rows_a]
-    low, high = numpy.quantile(bootstrap_means(values, stories, resamples, seed), (.025, .975))
-    return dict(difference=float(numpy.mean(values)), low=float(low), high=float(high), n=len(values), stories=len(set(stories)))
+    low, high = numpy.quantile(bootstrap_means(values, stories, resamples, seed), (0.025, 0.975))
+    return dict(
+        difference=float(numpy.mean(values)),
+        low=float(low),
+        high=float(high),
+        n=len(values),
+        stories=len(set(stories)),
+    )
 
 # %% ../nbs/07_metrics.ipynb #dde50c9e
 def scarf_appearances(
-    truths:list, # `Story.truth()` of each story
-    task:str="visualization", # "continuation": the given frame is not drawn
-)->list: # rows: story, frame, attribute, name, first (frame), nearest (frames since the last appearance), said (a caption up to this one says it)
+    truths: list,  # `Story.truth()` of each story
+    task: str = "visualization",  # "continuation": the given frame is not drawn
+) -> list:  # rows: story, frame, attribute, name, first (frame), nearest (frames since the last appearance), said (a caption up to this one says it)
     "Every later appearance of a character among the drawn frames: where `scarf_consistency` looks, in its order."
     rows, given = [], int(task == "continuation")
     for story, truth in enumerate(truths):
         frames = {}
         for k, scene in enumerate(truth["scenes"][given:], given):
-            for actor in scene["actors"]: frames.setdefault(actor["name"], []).append(k)
-        stated = [(truth["scenes"][fact["frame"]]["actors"][fact["actor"]]["name"], fact["frame"]) for fact in truth["facts"] if fact["attribute"] == "scarf" and fact["stated"]]
+            for actor in scene["actors"]:
+                frames.setdefault(actor["name"], []).append(k)
+        stated = [
+            (truth["scenes"][fact["frame"]]["actors"][fact["actor"]]["name"], fact["frame"])
+            for fact in truth["facts"]
+            if fact["attribute"] == "scarf" and fact["stated"]
+        ]
         for name, (first, *later) in frames.items():
             for k, last in zip(later, [first, *later]):
                 said = any(who == name and frame <= k for who, frame in stated)
-                rows.append(dict(story=story, frame=k, attribute="scarf", name=name, first=first, nearest=k - last, said=said))
+                rows.append(
+                    dict(
+                        story=story,
+                        frame=k,
+                        attribute="scarf",
+                        name=name,
+                        first=first,
+                        nearest=k - last,
+                        said=said,
+                    )
+                )
     return rows
 
+
 def scarf_consistency(
-    reader:FrameReader, # trained
-    drawn:list, # one list of PIL frames for each story
-    truths:list, # their `Story.truth()`
-    task:str="visualization", # or "continuation"; the given frame does not count, for the model did not draw it
-)->list: # rows of `scarf_appearances`, for `summarise`, with seen (in this and the first frame) and correct
+    reader: FrameReader,  # trained
+    drawn: list,  # one list of PIL frames for each story
+    truths: list,  # their `Story.truth()`
+    task: str = "visualization",  # or "continuation"; the given frame does not count, for the model did not draw it
+) -> list:  # rows of `scarf_appearances`, for `summarise`, with seen (in this and the first frame) and correct
     "Agreement of a character's scarf with how this model first drew it, whether or not that was true. Our choice."
     rows = []
     for story, truth, offset, said in _story_readings(reader, drawn, truths, task):
         for row in scarf_appearances([truth], task):
-            c, first, k = CHARACTERS.index(row["name"]), row["first"] - offset, row["frame"] - offset
-            rows.append(row | dict(story=story, seen=bool(said["presence"][[first, k], c].all()), correct=bool(said["scarf"][k, c] == said["scarf"][first, c])))
+            c, first, k = (
+                CHARACTERS.index(row["name"]),
+                row["first"] - offset,
+                row["frame"] - offset,
+            )
+            rows.append(
+                row
+                | dict(
+                    story=story,
+                    seen=bool(said["presence"][[first, k], c].all()),
+                    correct=bool(said["scarf"][k, c] == said["scarf"][first, c]),
+                )
+            )
     return rows
 
 # %% ../nbs/07_metrics.ipynb #2649b12a
-def _same_shape(predicted, actual)->tuple:
+def _same_shape(predicted, actual) -> tuple:
     "Both as bool arrays (N, C); raises ValueError if the shapes differ."
     predicted, actual = numpy.asarray(predicted).astype(bool), numpy.asarray(actual).astype(bool)
     if predicted.shape != actual.shape or predicted.ndim != 2:
-        raise ValueError(f"predicted {predicted.shape} and actual {actual.shape} must have one shape, (N, characters)")
+        raise ValueError(
+            f"predicted {predicted.shape} and actual {actual.shape} must have one shape, (N, characters)"
+        )
     return predicted, actual
 
+
 def character_f1(
-    predicted, # (N, C) bool: characters seen
-    actual, # (N, C) bool: characters that should be there
-)->float: # 0 to 1; 1 if there is nothing to find and nothing was found
+    predicted,  # (N, C) bool: characters seen
+    actual,  # (N, C) bool: characters that should be there
+) -> float:  # 0 to 1; 1 if there is nothing to find and nothing was found
     "Micro F1 over characters of all frames, as StoryDALL-E reports it."
     predicted, actual = _same_shape(predicted, actual)
     total = predicted.sum() + actual.sum()
-    return float(2 * (predicted & actual).sum() / total) if total else 1.
+    return float(2 * (predicted & actual).sum() / total) if total else 1.0
+
 
 def frame_accuracy(
-    predicted, # (N, C) bool: characters seen
-    actual, # (N, C) bool: characters that should be there
-)->float: # 0 to 1
+    predicted,  # (N, C) bool: characters seen
+    actual,  # (N, C) bool: characters that should be there
+) -> float:  # 0 to 1
     "Share of frames whose set of characters is exactly right, as StoryDALL-E reports it."
     predicted, actual = _same_shape(predicted, actual)
     return float((predicted == actual).all(-1).mean())
@@ -343,20 +488,27 @@ def frame_accuracy(
 # %% ../nbs/07_metrics.ipynb #38a9ea64
 class _Given(nn.Module):
     "Hands features through, as torchmetrics wants a network."
-    def __init__(self, width:int):
+
+    def __init__(self, width: int):
         super().__init__()
         self.num_features = width
-    def forward(self, features): return features
+
+    def forward(self, features):
+        return features
+
 
 def frechet_distance(
-    features_a:torch.Tensor, # (N, D) features of one set
-    features_b:torch.Tensor, # (M, D) features of the other
-)->float: # squared distance, as FID counts it: 0 = same mean and covariance
+    features_a: torch.Tensor,  # (N, D) features of one set
+    features_b: torch.Tensor,  # (M, D) features of the other
+) -> float:  # squared distance, as FID counts it: 0 = same mean and covariance
     "Fréchet distance of two Gaussians fitted to the features (Heusel et al. 2017, by torchmetrics). Raises ValueError on fewer than two rows or different widths."
     from torchmetrics.image.fid import FrechetInceptionDistance
+
     a, b = (torch.as_tensor(f).detach().cpu().double() for f in (features_a, features_b))
     if a.ndim != 2 or b.ndim != 2 or a.shape[1] != b.shape[1] or min(len(a), len(b)) < 2:
-        raise ValueError(f"features must be (N, D) and (M, D) with N, M >= 2, not {tuple(a.shape)} and {tuple(b.shape)}")
+        raise ValueError(
+            f"features must be (N, D) and (M, D) with N, M >= 2, not {tuple(a.shape)} and {tuple(b.shape)}"
+        )
     metric = FrechetInceptionDistance(feature=_Given(a.shape[1])).set_dtype(torch.float64)
     metric.update(a, real=True)
     metric.update(b, real=False)
@@ -364,43 +516,59 @@ def frechet_distance(
 
 # %% ../nbs/07_metrics.ipynb #9ce9dd34
 def protocol_frames(
-    frames:torch.Tensor, # (N, 3, H, W) in [-1, 1]
-    protocol:str="arldm", # "arldm": to 64x64, then 299x299; "standard": to 299x299 at once
-)->torch.Tensor: # (N, 3, 299, 299) in [-1, 1]
+    frames: torch.Tensor,  # (N, 3, H, W) in [-1, 1]
+    protocol: str = "arldm",  # "arldm": to 64x64, then 299x299; "standard": to 299x299 at once
+) -> torch.Tensor:  # (N, 3, 299, 299) in [-1, 1]
     "Frames as the Inception network gets them, bilinear with antialiasing. Raises ValueError on an unknown protocol."
-    if protocol not in ("arldm", "standard"): raise ValueError(f"protocol is {protocol!r}; it must be 'arldm' or 'standard'")
+    if protocol not in ("arldm", "standard"):
+        raise ValueError(f"protocol is {protocol!r}; it must be 'arldm' or 'standard'")
     for size in (64, 299) if protocol == "arldm" else (299,):
         frames = functional.interpolate(frames, (size, size), mode="bilinear", antialias=True)
     return frames
 
+
 @torch.no_grad()
 def frechet_inception_distance(
-    real, # what `frames_tensor` takes
-    drawn, # what `frames_tensor` takes
-    inception, # nn.Module (N, 3, 299, 299) -> (N, D), or the path of a TorchScript file
-    protocol:str="arldm", # or "standard"; say which beside the number
-    value_range:tuple=(-1., 1.), # pixel values that `inception` expects, e.g. (0, 255)
-    batch_size:int=32, # frames at a time
-)->float: # FID
+    real,  # what `frames_tensor` takes
+    drawn,  # what `frames_tensor` takes
+    inception,  # nn.Module (N, 3, 299, 299) -> (N, D), or the path of a TorchScript file
+    protocol: str = "arldm",  # or "standard"; say which beside the number
+    value_range: tuple = (-1.0, 1.0),  # pixel values that `inception` expects, e.g. (0, 255)
+    batch_size: int = 32,  # frames at a time
+) -> float:  # FID
     "FID with the Inception network that the caller hands in. Raises FileNotFoundError if the file is missing."
     if not isinstance(inception, nn.Module):
-        if not Path(inception).is_file(): raise FileNotFoundError(f"inception: no file {inception}; hand in a TorchScript file or a module")
+        if not Path(inception).is_file():
+            raise FileNotFoundError(
+                f"inception: no file {inception}; hand in a TorchScript file or a module"
+            )
         inception = torch.jit.load(str(inception), map_location="cpu")
     inception.eval()
     low, high = value_range
+
     def features(frames):
-        parts = (protocol_frames(part, protocol) for part in frames_tensor(frames).split(batch_size))
-        return torch.cat([inception((part + 1) / 2 * (high - low) + low).flatten(1) for part in parts])
+        parts = (
+            protocol_frames(part, protocol) for part in frames_tensor(frames).split(batch_size)
+        )
+        return torch.cat(
+            [inception((part + 1) / 2 * (high - low) + low).flatten(1) for part in parts]
+        )
+
     return frechet_distance(features(real), features(drawn))
 
 # %% ../nbs/07_metrics.ipynb #c5273604
 @torch.no_grad()
 def frechet_reader_distance(
-    reader:FrameReader, # trained; the number means nothing beside that of another reader
-    real, # what `frames_tensor` takes
-    drawn, # what `frames_tensor` takes
-    batch_size:int=64, # frames at a time
-)->float: # squared distance
+    reader: FrameReader,  # trained; the number means nothing beside that of another reader
+    real,  # what `frames_tensor` takes
+    drawn,  # what `frames_tensor` takes
+    batch_size: int = 64,  # frames at a time
+) -> float:  # squared distance
     "Fréchet distance on the frame reader's features. Not an FID: other features, another scale. Our choice."
-    features = lambda frames: torch.cat([reader.features(part.to(reader.device)) for part in frames_tensor(frames).split(batch_size)])
+    features = lambda frames: torch.cat(
+        [
+            reader.features(part.to(reader.device))
+            for part in frames_tensor(frames).split(batch_size)
+        ]
+    )
     return frechet_distance(features(real), features(drawn))

@@ -31,11 +31,32 @@ from tqdm.auto import tqdm
 
 from .data import CLIP_IMAGE_MEAN, CLIP_IMAGE_STD
 from .data import pixels as normalise_pixels
-from .encoders import encode_captions, tiny_history_encoder, tiny_text_encoder, tiny_tokenizers
-from .metrics import OPTIONS, FrameReader, Residual, read_frames, reader_loss, scene_targets
+from causal_story.encoders import (
+    encode_captions,
+    tiny_history_encoder,
+    tiny_text_encoder,
+    tiny_tokenizers,
+)
+from causal_story.metrics import (
+    OPTIONS,
+    FrameReader,
+    Residual,
+    read_frames,
+    reader_loss,
+    scene_targets,
+)
 from .model import normalise_latents, prediction_target, shift_timesteps, tiny_vae
-from .storyworld import (ACTIONS, CHARACTERS, PROPS, SCARVES, SETTINGS, describe, make_stories,
-                                     random_scene, render)
+from causal_story.storyworld import (
+    ACTIONS,
+    CHARACTERS,
+    PROPS,
+    SCARVES,
+    SETTINGS,
+    describe,
+    make_stories,
+    random_scene,
+    render,
+)
 from .pipeline import fingerprint, load_base, load_part, shipped_weights
 from .training import TrainingConfig, batch_indices, fit, sample_generator
 from .unet import tiny_unet
@@ -44,55 +65,67 @@ from .unet import tiny_unet
 @dataclass
 class FramePool:
     "Rendered single frames with their scenes: what the base is pre-trained on."
-    frames:torch.Tensor # (N, 3, H, W) uint8
-    scenes:list         # N scenes
 
-    def __len__(self): return len(self.scenes)
+    frames: torch.Tensor  # (N, 3, H, W) uint8
+    scenes: list  # N scenes
 
-    def pixels(self,
-        index,          # int list or slice
-    )->torch.Tensor:    # (n, 3, H, W) in [-1, 1]
+    def __len__(self):
+        return len(self.scenes)
+
+    def pixels(
+        self,
+        index,  # int list or slice
+    ) -> torch.Tensor:  # (n, 3, H, W) in [-1, 1]
         "Some frames as the autoencoder wants them."
         return self.frames[index].float() / 127.5 - 1
 
-    def first(self,
-        n:int, # frames
-    )->"FramePool":
+    def first(
+        self,
+        n: int,  # frames
+    ) -> "FramePool":
         "The first n frames."
         return FramePool(self.frames[:n], self.scenes[:n])
 
 # %% ../nbs/09_miniature.ipynb #2b166c0d
 def make_pool(
-    n:int,               # frames
-    split:str="train",   # "train" never shows the held-out combinations; "test" shows only such
-    size:int=64,         # pixels a side
-    seed:int=0,
-    progress:bool=True,  # show a bar
-)->FramePool:
+    n: int,  # frames
+    split: str = "train",  # "train" never shows the held-out combinations; "test" shows only such
+    size: int = 64,  # pixels a side
+    seed: int = 0,
+    progress: bool = True,  # show a bar
+) -> FramePool:
     "Draw n random scenes. Deterministic from seed and split; the first frames do not depend on n."
-    rng, frames, scenes = random.Random(f"{seed}-{split}"), torch.empty(n, 3, size, size, dtype=torch.uint8), []
+    rng, frames, scenes = (
+        random.Random(f"{seed}-{split}"),
+        torch.empty(n, 3, size, size, dtype=torch.uint8),
+        [],
+    )
     for k in tqdm(range(n), desc=f"drawing {split} frames", leave=False, disable=not progress):
         scenes.append(random_scene(rng, split))
-        frames[k] = torch.from_numpy(np.array(render(scenes[-1], size, seed=rng.randrange(2**31)))).permute(2, 0, 1)
+        frames[k] = torch.from_numpy(
+            np.array(render(scenes[-1], size, seed=rng.randrange(2**31)))
+        ).permute(2, 0, 1)
     return FramePool(frames, scenes)
 
 # %% ../nbs/09_miniature.ipynb #4448f6ef
 LATENT_CHANNELS = 12
 
+
 def reconstruction_error(
-    frames:torch.Tensor, # (N, 3, H, W) as decoded
-    pixels:torch.Tensor, # (N, 3, H, W) as they should be
-)->torch.Tensor:         # scalar
+    frames: torch.Tensor,  # (N, 3, H, W) as decoded
+    pixels: torch.Tensor,  # (N, 3, H, W) as they should be
+) -> torch.Tensor:  # scalar
     "Squared plus a tenth of the absolute error (our choice)."
     error = frames - pixels
     return error.pow(2).mean() + 0.1 * error.abs().mean()
 
+
 def reconstruction_loss(
-    vae,                       # AutoencoderKL
-    pixels:torch.Tensor,       # (N, 3, H, W) in [-1, 1]
-    generator:torch.Generator, # of the posterior's noise
-    kl_weight:float=1e-6,      # as Stable Diffusion's autoencoder
-)->tuple:                      # scalar, and the sampled latents (N, C, h, w)
+    vae,  # AutoencoderKL
+    pixels: torch.Tensor,  # (N, 3, H, W) in [-1, 1]
+    generator: torch.Generator,  # of the posterior's noise
+    kl_weight: float = 1e-6,  # as Stable Diffusion's autoencoder
+) -> tuple:  # scalar, and the sampled latents (N, C, h, w)
     "Error of the reconstruction, and a light pull of the posterior towards a unit Gaussian."
     posterior = vae.encode(pixels).latent_dist
     noise = torch.randn(posterior.mean.shape, generator=generator)
@@ -102,59 +135,93 @@ def reconstruction_loss(
 # %% ../nbs/09_miniature.ipynb #22ae94bd
 @torch.no_grad()
 def psnr(
-    vae,                # AutoencoderKL
-    pool:FramePool,
-    batch_size:int=64,  # frames at a time
-)->float:               # decibels
+    vae,  # AutoencoderKL
+    pool: FramePool,
+    batch_size: int = 64,  # frames at a time
+) -> float:  # decibels
     "Peak signal-to-noise ratio of reconstructions over all pixels of a pool (range 2)."
     total = 0.0
     for start in range(0, len(pool), batch_size):
         pixels = pool.pixels(slice(start, start + batch_size)).to(vae.device)
-        total += (vae.decode(vae.encode(pixels).latent_dist.mean.contiguous()).sample.clamp(-1, 1) - pixels).pow(2).mean((1, 2, 3)).sum().item()
+        total += (
+            (
+                vae.decode(vae.encode(pixels).latent_dist.mean.contiguous()).sample.clamp(-1, 1)
+                - pixels
+            )
+            .pow(2)
+            .mean((1, 2, 3))
+            .sum()
+            .item()
+        )
     return float(10 * torch.log10(torch.tensor(4 * len(pool) / total)))
 
 # %% ../nbs/09_miniature.ipynb #39f6d1cc
-def pretraining_schedule()->DDPMScheduler:
+def pretraining_schedule() -> DDPMScheduler:
     "Stable Diffusion's noise schedule, with velocity prediction (our choice)."
-    return DDPMScheduler(beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012, prediction_type="v_prediction", clip_sample=False)
+    return DDPMScheduler(
+        beta_schedule="scaled_linear",
+        beta_start=0.00085,
+        beta_end=0.012,
+        prediction_type="v_prediction",
+        clip_sample=False,
+    )
+
 
 def text_to_image_loss(
-    noise_schedule, # DDPMScheduler
-):                  # loss(model, batch, step) for `fit`
+    noise_schedule,  # DDPMScheduler
+):  # loss(model, batch, step) for `fit`
     "Latent diffusion's loss for single frames."
+
     def loss(model, batch, step):
         latents, noise, timesteps, ids, mask = batch
-        prediction = model(noise_schedule.add_noise(latents, noise, timesteps), timesteps, ids, mask)
+        prediction = model(
+            noise_schedule.add_noise(latents, noise, timesteps), timesteps, ids, mask
+        )
         return F.mse_loss(prediction, prediction_target(noise_schedule, latents, noise, timesteps))
+
     return loss
 
 # %% ../nbs/09_miniature.ipynb #338d0707
 class LatentReader(FrameReader):
     "A frame reader that looks at latents."
-    def __init__(self,
-        channels:int,  # C of the latents
-        width:int=96,  # as `FrameReader`'s
+
+    def __init__(
+        self,
+        channels: int,  # C of the latents
+        width: int = 96,  # as `FrameReader`'s
     ):
         super().__init__(width)
-        self.trunk = nn.Sequential(nn.Conv2d(channels, width, 3, padding=1), Residual(width), Residual(width), nn.GroupNorm(8, width), nn.SiLU())
+        self.trunk = nn.Sequential(
+            nn.Conv2d(channels, width, 3, padding=1),
+            Residual(width),
+            Residual(width),
+            nn.GroupNorm(8, width),
+            nn.SiLU(),
+        )
 
-    def map(self, latents): # (N, C, h, w) at unit variance
+    def map(self, latents):  # (N, C, h, w) at unit variance
         "Feature map (N, width, h, w)."
         return self.trunk(latents)
 
 # %% ../nbs/09_miniature.ipynb #374da91c
 class FactAutoencoder(nn.Module):
     "An autoencoder, and a reader that must tell the facts of a frame from its noisy latents. The reader is thrown away afterwards. Our choice."
+
     def __init__(self, vae):
         super().__init__()
-        self.vae, self.reader, self.schedule = vae, LatentReader(vae.config.latent_channels), pretraining_schedule()
+        self.vae, self.reader, self.schedule = (
+            vae,
+            LatentReader(vae.config.latent_channels),
+            pretraining_schedule(),
+        )
 
-    def forward(self,
-        pixels:torch.Tensor,       # (N, 3, H, W) in [-1, 1]
-        targets:dict,              # as `scene_targets` gives
-        generator:torch.Generator, # decides noise and timesteps
-        kl_weight:float=1e-6,
-    )->tuple:                      # two scalars: reconstruction with the KL term, facts
+    def forward(
+        self,
+        pixels: torch.Tensor,  # (N, 3, H, W) in [-1, 1]
+        targets: dict,  # as `scene_targets` gives
+        generator: torch.Generator,  # decides noise and timesteps
+        kl_weight: float = 1e-6,
+    ) -> tuple:  # two scalars: reconstruction with the KL term, facts
         "Both losses of a batch."
         loss, z = reconstruction_loss(self.vae, pixels, generator, kl_weight)
         return loss, self.facts(z, targets, generator)
@@ -163,233 +230,322 @@ class FactAutoencoder(nn.Module):
         "The reader's loss on latents at unit variance, each at a timestep of its own."
         z = (z - z.mean((0, 2, 3), keepdim=True).detach()) / z.std((0, 2, 3), keepdim=True).detach()
         timesteps = torch.randint(0, 1000, (len(z),), generator=generator).to(z.device)
-        noisy = self.schedule.add_noise(z, torch.randn(z.shape, generator=generator).to(z.device), timesteps)
+        noisy = self.schedule.add_noise(
+            z, torch.randn(z.shape, generator=generator).to(z.device), timesteps
+        )
         return reader_loss(self.reader, dict(frames=noisy, **targets))
 
 # %% ../nbs/09_miniature.ipynb #d85cb34e
 def autoencoder_loss(
-    model:FactAutoencoder,
-    batch,                    # pixels (N, 3, H, W) in [-1, 1], targets as `scene_targets` gives, generator key
-    step:int,                 # not used: the key says what is drawn
-    kl_weight:float=1e-6,     # as Stable Diffusion's autoencoder
-    fact_weight:float=3e-3,   # 0: pixels alone
-)->torch.Tensor:              # scalar
+    model: FactAutoencoder,
+    batch,  # pixels (N, 3, H, W) in [-1, 1], targets as `scene_targets` gives, generator key
+    step: int,  # not used: the key says what is drawn
+    kl_weight: float = 1e-6,  # as Stable Diffusion's autoencoder
+    fact_weight: float = 3e-3,  # 0: pixels alone
+) -> torch.Tensor:  # scalar
     "Bring the pixels back, and keep the facts apart."
     pixels, targets, key = batch
     reconstruction, facts = model(pixels, targets, sample_generator(*key, "posterior"), kl_weight)
     return reconstruction + fact_weight * facts
 
+
 def pool_batches(
-    pool:FramePool,
-    config:TrainingConfig,  # batch size and seed
-    device="cpu",           # of the tensors
-):                          # batches(step) -> (pixels (N, 3, H, W), targets, key)
+    pool: FramePool,
+    config: TrainingConfig,  # batch size and seed
+    device="cpu",  # of the tensors
+):  # batches(step) -> (pixels (N, 3, H, W), targets, key)
     "What `fit` asks for batches."
     targets = scene_targets(pool.scenes)
+
     def batch(step):
-        index = [sample for _, sample in batch_indices(step, len(pool), config.batch_size, config.seed)]
-        return pool.pixels(index).to(device), {name: t[index].to(device) for name, t in targets.items()}, (config.seed, step)
+        index = [
+            sample for _, sample in batch_indices(step, len(pool), config.batch_size, config.seed)
+        ]
+        return (
+            pool.pixels(index).to(device),
+            {name: t[index].to(device) for name, t in targets.items()},
+            (config.seed, step),
+        )
+
     return batch
 
 # %% ../nbs/09_miniature.ipynb #bbfe0ae4
 @torch.no_grad()
 def encode_pool(
-    vae,                 # AutoencoderKL
-    pool:FramePool,
-    batch_size:int=64,   # frames at a time
-    progress:bool=True,  # show a bar
-):                       # posterior mean and deviation, (N, C, h, w) each, on the CPU
+    vae,  # AutoencoderKL
+    pool: FramePool,
+    batch_size: int = 64,  # frames at a time
+    progress: bool = True,  # show a bar
+):  # posterior mean and deviation, (N, C, h, w) each, on the CPU
     "The autoencoder's posterior of every frame of a pool, computed once: the autoencoder is frozen from here on."
     means, stds = [], []
-    for start in tqdm(range(0, len(pool), batch_size), desc="encoding frames", leave=False, disable=not progress):
-        posterior = vae.encode(pool.pixels(slice(start, start + batch_size)).to(vae.device)).latent_dist
-        means.append(posterior.mean.contiguous().cpu()); stds.append(posterior.std.contiguous().cpu())
+    for start in tqdm(
+        range(0, len(pool), batch_size), desc="encoding frames", leave=False, disable=not progress
+    ):
+        posterior = vae.encode(
+            pool.pixels(slice(start, start + batch_size)).to(vae.device)
+        ).latent_dist
+        means.append(posterior.mean.contiguous().cpu())
+        stds.append(posterior.std.contiguous().cpu())
     return torch.cat(means), torch.cat(stds)
 
 # %% ../nbs/09_miniature.ipynb #309f2b7d
 def measure_latents(
-    vae,                # AutoencoderKL, configuration changed in place
-    means:torch.Tensor, # (N, C, h, w), from `encode_pool`
-    stds:torch.Tensor,  # (N, C, h, w)
-):                      # the same autoencoder
+    vae,  # AutoencoderKL, configuration changed in place
+    means: torch.Tensor,  # (N, C, h, w), from `encode_pool`
+    stds: torch.Tensor,  # (N, C, h, w)
+):  # the same autoencoder
     "Write mean and deviation of every latent channel, as it is sampled, into the autoencoder's configuration. Measured, not assumed."
-    spread = (means.var((0, 2, 3)) + stds.square().mean((0, 2, 3))).sqrt()  # of the means, and around them
+    spread = (
+        means.var((0, 2, 3)) + stds.square().mean((0, 2, 3))
+    ).sqrt()  # of the means, and around them
     vae.register_to_config(latents_mean=means.mean((0, 2, 3)).tolist(), latents_std=spread.tolist())
     return vae
 
 # %% ../nbs/09_miniature.ipynb #7a04cb43
 def decoder_loss(
-    vae,      # AutoencoderKL whose decoder trains
-    batch,    # pixels (N, 3, H, W) in [-1, 1], posterior means and deviations (N, C, h, w), generator key
-    step:int, # not used: the key says what is drawn
-)->torch.Tensor: # scalar
+    vae,  # AutoencoderKL whose decoder trains
+    batch,  # pixels (N, 3, H, W) in [-1, 1], posterior means and deviations (N, C, h, w), generator key
+    step: int,  # not used: the key says what is drawn
+) -> torch.Tensor:  # scalar
     "Error of the reconstruction from latents that are already there."
     pixels, means, stds, key = batch
-    noise = torch.randn(means.shape, generator=sample_generator(*key, "posterior")).to(pixels.device)
+    noise = torch.randn(means.shape, generator=sample_generator(*key, "posterior")).to(
+        pixels.device
+    )
     return reconstruction_error(vae.decode(means + stds * noise).sample, pixels)
 
+
 def decoder_batches(
-    pool:FramePool,
-    means:torch.Tensor,     # (N, C, h, w), from `encode_pool`
-    stds:torch.Tensor,      # (N, C, h, w)
-    config:TrainingConfig,  # batch size and seed
+    pool: FramePool,
+    means: torch.Tensor,  # (N, C, h, w), from `encode_pool`
+    stds: torch.Tensor,  # (N, C, h, w)
+    config: TrainingConfig,  # batch size and seed
     device="cpu",
-):                          # batches(step) for `decoder_loss`
+):  # batches(step) for `decoder_loss`
     "Frames and their cached posterior."
+
     def batch(step):
-        index = [sample for _, sample in batch_indices(step, len(pool), config.batch_size, config.seed)]
-        return pool.pixels(index).to(device), means[index].to(device), stds[index].to(device), (config.seed, step)
+        index = [
+            sample for _, sample in batch_indices(step, len(pool), config.batch_size, config.seed)
+        ]
+        return (
+            pool.pixels(index).to(device),
+            means[index].to(device),
+            stds[index].to(device),
+            (config.seed, step),
+        )
+
     return batch
 
+
 def only_decoder(
-    vae, # AutoencoderKL, changed in place
-):       # the same
+    vae,  # AutoencoderKL, changed in place
+):  # the same
     "Freeze the encoder, so that latents stay what they are; the decoder trains."
     vae.requires_grad_(False)
-    for part in (vae.post_quant_conv, vae.decoder): part.requires_grad_(True)
+    for part in (vae.post_quant_conv, vae.decoder):
+        part.requires_grad_(True)
     return vae
 
 # %% ../nbs/09_miniature.ipynb #bef861a9
 ATTRIBUTES = ("setting", "prop", "scarf")
 
+
 def training_caption(
-    scene,               # Scene
-    rng:random.Random,   # source of every choice
-    complete:float=0.8,  # share of captions that state every attribute
-)->str:
+    scene,  # Scene
+    rng: random.Random,  # source of every choice
+    complete: float = 0.8,  # share of captions that state every attribute
+) -> str:
     "A description of the scene; now and then it leaves out some attributes, as people do."
-    say = ATTRIBUTES if rng.random() < complete else tuple(a for a in ATTRIBUTES if rng.random() < 0.5)
+    say = (
+        ATTRIBUTES
+        if rng.random() < complete
+        else tuple(a for a in ATTRIBUTES if rng.random() < 0.5)
+    )
     return describe(scene, rng, say=say)
 
 # %% ../nbs/09_miniature.ipynb #1926d50b
 def caption_corpus(
-    n:int=4000,   # scenes described, and a quarter as many stories
-    seed:int=0,
-)->list:          # captions of the training split
+    n: int = 4000,  # scenes described, and a quarter as many stories
+    seed: int = 0,
+) -> list:  # captions of the training split
     "Captions that show the tokenizers every word of the world."
     rng = random.Random(f"{seed}-corpus")
     described = [describe(random_scene(rng), rng) for _ in range(n)]
-    return described + [caption for story in make_stories(n // 4, seed=seed) for caption in story.captions]
+    return described + [
+        caption for story in make_stories(n // 4, seed=seed) for caption in story.captions
+    ]
 
 # %% ../nbs/09_miniature.ipynb #4e2c42d7
 def tokenize(
-    tokenizer,         # any transformers tokenizer
-    captions,          # list of str
-    max_length:int=36, # S
+    tokenizer,  # any transformers tokenizer
+    captions,  # list of str
+    max_length: int = 36,  # S
     device="cpu",
-):                     # ids (N, S) long, mask (N, S) bool, True = a token
+):  # ids (N, S) long, mask (N, S) bool, True = a token
     "Pad or cut captions to `max_length` tokens."
-    out = tokenizer(list(captions), padding="max_length", truncation=True, max_length=max_length, return_tensors="pt")
+    out = tokenizer(
+        list(captions),
+        padding="max_length",
+        truncation=True,
+        max_length=max_length,
+        return_tensors="pt",
+    )
     return out.input_ids.to(device), out.attention_mask.bool().to(device)
 
 # %% ../nbs/09_miniature.ipynb #f6ab8007
 class FactHeads(nn.Module):
     "Questions to one vector: setting, who is there, and for each character prop, scarf and action."
-    def __init__(self, width:int):
-        super().__init__()
-        self.setting, self.presence = nn.Linear(width, len(SETTINGS)), nn.Linear(width, len(CHARACTERS))
-        self.heads = nn.ModuleDict({name: nn.Linear(width, len(CHARACTERS) * len(options)) for name, options in OPTIONS.items()})
 
-    def forward(self, x): # (N, width)
+    def __init__(self, width: int):
+        super().__init__()
+        self.setting, self.presence = (
+            nn.Linear(width, len(SETTINGS)),
+            nn.Linear(width, len(CHARACTERS)),
+        )
+        self.heads = nn.ModuleDict(
+            {
+                name: nn.Linear(width, len(CHARACTERS) * len(options))
+                for name, options in OPTIONS.items()
+            }
+        )
+
+    def forward(self, x):  # (N, width)
         "The logits of a `FrameReader`."
-        return dict(setting=self.setting(x), presence=self.presence(x), **{name: head(x).unflatten(-1, (len(CHARACTERS), -1)) for name, head in self.heads.items()})
+        return dict(
+            setting=self.setting(x),
+            presence=self.presence(x),
+            **{
+                name: head(x).unflatten(-1, (len(CHARACTERS), -1))
+                for name, head in self.heads.items()
+            },
+        )
+
 
 class CaptionReader(nn.Module):
     "A caption encoder with questions: which facts does the caption state, which word was each token?"
+
     def __init__(self, text_encoder):
         super().__init__()
         self.text_encoder, width = text_encoder, text_encoder.config.hidden_size
         self.facts, self.word = FactHeads(width), nn.Linear(width, width)
 
-    def forward(self,
-        ids:torch.Tensor,  # (N, S) long
-        mask:torch.Tensor, # (N, S) bool, True = a token
-    )->tuple:              # logits of facts, and of words (N, S, vocabulary)
+    def forward(
+        self,
+        ids: torch.Tensor,  # (N, S) long
+        mask: torch.Tensor,  # (N, S) bool, True = a token
+    ) -> tuple:  # logits of facts, and of words (N, S, vocabulary)
         "Facts from the last token's state, words from each."
         states = encode_captions(self.text_encoder, ids, mask)
         last = states[torch.arange(len(ids)), mask.sum(1) - 1]
-        return self.facts(last), self.word(states) @ self.text_encoder.get_input_embeddings().weight.T
+        return self.facts(last), self.word(
+            states
+        ) @ self.text_encoder.get_input_embeddings().weight.T
 
 # %% ../nbs/09_miniature.ipynb #d0aee5f6
 def caption_loss(
-    model:CaptionReader,
-    batch,    # ids and mask (N, S), targets as `stated_targets` gives
-    step:int, # not used
-)->torch.Tensor: # scalar
+    model: CaptionReader,
+    batch,  # ids and mask (N, S), targets as `stated_targets` gives
+    step: int,  # not used
+) -> torch.Tensor:  # scalar
     "The frame reader's loss on what captions state, and the cross-entropy of every token's own word. Our choice."
     ids, mask, targets = batch
     facts, words = model(ids, mask)
-    return reader_loss(lambda _: facts, dict(frames=None, **targets)) + F.cross_entropy(words[mask], ids[mask])
+    return reader_loss(lambda _: facts, dict(frames=None, **targets)) + F.cross_entropy(
+        words[mask], ids[mask]
+    )
 
 # %% ../nbs/09_miniature.ipynb #1b95eae1
 def stated_targets(
-    scenes:list, # N scenes
-    said:list,   # N tuples of `ATTRIBUTES`: what each caption states besides names and actions
-)->dict:         # as `scene_targets`; what is not stated is marked to be skipped
+    scenes: list,  # N scenes
+    said: list,  # N tuples of `ATTRIBUTES`: what each caption states besides names and actions
+) -> dict:  # as `scene_targets`; what is not stated is marked to be skipped
     "What a caption reader can know."
     targets = scene_targets(scenes)
     for n, say in enumerate(said):
-        if "setting" not in say: targets["setting"][n] = -100
-        for name in {"prop", "scarf"} - set(say): targets[name][n] = -1
+        if "setting" not in say:
+            targets["setting"][n] = -100
+        for name in {"prop", "scarf"} - set(say):
+            targets[name][n] = -1
     return targets
 
 # %% ../nbs/09_miniature.ipynb #e3de25cd
 def caption_batches(
     tokenizer,
-    config:TrainingConfig, # batch size and seed
+    config: TrainingConfig,  # batch size and seed
     device="cpu",
-):                         # batches(step) -> ids, mask, targets for `caption_loss`
+):  # batches(step) -> ids, mask, targets for `caption_loss`
     "New scenes each step, described; half of the captions leave something out."
+
     def batch(step):
         rng = random.Random(f"{config.seed}-captions-{step}")
         scenes = [random_scene(rng) for _ in range(config.batch_size)]
-        said = [ATTRIBUTES if rng.random() < 0.5 else tuple(a for a in ATTRIBUTES if rng.random() < 0.5) for _ in scenes]
-        ids, mask = tokenize(tokenizer, [describe(scene, rng, say=say) for scene, say in zip(scenes, said)])
-        return ids.to(device), mask.to(device), {name: t.to(device) for name, t in stated_targets(scenes, said).items()}
+        said = [
+            ATTRIBUTES if rng.random() < 0.5 else tuple(a for a in ATTRIBUTES if rng.random() < 0.5)
+            for _ in scenes
+        ]
+        ids, mask = tokenize(
+            tokenizer, [describe(scene, rng, say=say) for scene, say in zip(scenes, said)]
+        )
+        return (
+            ids.to(device),
+            mask.to(device),
+            {name: t.to(device) for name, t in stated_targets(scenes, said).items()},
+        )
+
     return batch
 
 # %% ../nbs/09_miniature.ipynb #a34906c4
 def spread_words(
-    text_encoder,      # CLIPTextModel, changed in place
-    spread:float=0.5,  # standard deviation of word vectors; positions get a quarter of it
-):                     # the same encoder
+    text_encoder,  # CLIPTextModel, changed in place
+    spread: float = 0.5,  # standard deviation of word vectors; positions get a quarter of it
+):  # the same encoder
     "Start from word vectors that stand out (our choice). The values come from torch's global random state."
     nn.init.normal_(text_encoder.get_input_embeddings().weight, std=spread)
-    positions = next(m for name, m in text_encoder.named_modules() if name.endswith("position_embedding"))
+    positions = next(
+        m for name, m in text_encoder.named_modules() if name.endswith("position_embedding")
+    )
     nn.init.normal_(positions.weight, std=spread / 4)
     return text_encoder
 
 # %% ../nbs/09_miniature.ipynb #f807a9d4
 @torch.no_grad()
 def reading_accuracy(
-    model:CaptionReader,
+    model: CaptionReader,
     tokenizer,
-    split:str="test",  # whose templates and scenes
-    n:int=2000,        # captions
-    seed:int=0,
-)->dict:               # attribute -> share read right from captions that state everything
+    split: str = "test",  # whose templates and scenes
+    n: int = 2000,  # captions
+    seed: int = 0,
+) -> dict:  # attribute -> share read right from captions that state everything
     "How well captions are read."
     rng = random.Random(f"{seed}-reading-{split}")
     scenes = [random_scene(rng, split) for _ in range(n)]
     facts, _ = model(*tokenize(tokenizer, [describe(scene, rng, split) for scene in scenes]))
-    truth = scene_targets(scenes); there = truth["presence"] > 0
-    scores = dict(setting=facts["setting"].argmax(-1) == truth["setting"], character=((facts["presence"] > 0) == there).all(-1))
+    truth = scene_targets(scenes)
+    there = truth["presence"] > 0
+    scores = dict(
+        setting=facts["setting"].argmax(-1) == truth["setting"],
+        character=((facts["presence"] > 0) == there).all(-1),
+    )
     scores |= {name: (facts[name].argmax(-1) == truth[name])[there] for name in OPTIONS}
     return {name: right.float().mean().item() for name, right in scores.items()}
 
 # %% ../nbs/09_miniature.ipynb #cbb0d739
 class TextToImage(nn.Module):
     "A frozen caption encoder and the U-Net that trains: Stable Diffusion without a history."
+
     def __init__(self, text_encoder, unet):
         super().__init__()
         self.text_encoder, self.unet = text_encoder.requires_grad_(False), unet
 
-    def forward(self,
-        noisy:torch.Tensor,     # (N, C, h, w)
-        timesteps:torch.Tensor, # (N,)
-        ids:torch.Tensor,       # (N, S) long
-        mask:torch.Tensor,      # (N, S) bool
-    )->torch.Tensor:            # (N, C, h, w)
+    def forward(
+        self,
+        noisy: torch.Tensor,  # (N, C, h, w)
+        timesteps: torch.Tensor,  # (N,)
+        ids: torch.Tensor,  # (N, S) long
+        mask: torch.Tensor,  # (N, S) bool
+    ) -> torch.Tensor:  # (N, C, h, w)
         "The U-Net's prediction for frames described by captions."
         states = encode_captions(self.text_encoder, ids, mask)
         return self.unet(noisy, timesteps, states, encoder_attention_mask=mask).sample
@@ -398,242 +554,464 @@ class TextToImage(nn.Module):
 @dataclass
 class LatentPool:
     "Cached latents with what describes them: a scene (a new caption each time) or a fixed story caption."
-    vae:object            # its configuration normalises the latents
-    means:torch.Tensor    # (N, C, h, w)
-    stds:torch.Tensor     # (N, C, h, w)
-    scenes:list           # Scene for every frame
-    captions:list         # str, or None where the scene is described anew
-    tokenizer:object
-    max_length:int = 36
-    drop:float = 0.1      # share of empty captions, for guidance
-    timestep_shift:float = 1.0 # above 1: more of the noisy timesteps, see `shift_timesteps`
 
-    def batches(self, config:TrainingConfig, device="cpu"):
+    vae: object  # its configuration normalises the latents
+    means: torch.Tensor  # (N, C, h, w)
+    stds: torch.Tensor  # (N, C, h, w)
+    scenes: list  # Scene for every frame
+    captions: list  # str, or None where the scene is described anew
+    tokenizer: object
+    max_length: int = 36
+    drop: float = 0.1  # share of empty captions, for guidance
+    timestep_shift: float = 1.0  # above 1: more of the noisy timesteps, see `shift_timesteps`
+
+    def batches(self, config: TrainingConfig, device="cpu"):
         "batches(step) for `fit`: normalised latents, noise, timesteps, ids, mask."
-        return lambda step: self.batch(batch_indices(step, len(self.scenes), config.batch_size, config.seed), config.seed, device)
+        return lambda step: self.batch(
+            batch_indices(step, len(self.scenes), config.batch_size, config.seed),
+            config.seed,
+            device,
+        )
 
-    def batch(self,
-        pairs:list,   # (epoch, sample)
-        seed:int,     # with the first pair, decides all that is drawn
+    def batch(
+        self,
+        pairs: list,  # (epoch, sample)
+        seed: int,  # with the first pair, decides all that is drawn
         device="cpu",
-    )->list:          # latents and noise (N, C, h, w), timesteps (N,), ids and mask (N, S)
+    ) -> list:  # latents and noise (N, C, h, w), timesteps (N,), ids and mask (N, S)
         "One batch."
         generator = sample_generator(seed, pairs[0], "text-to-image")
         rng, index = random.Random(f"{seed}-{pairs[0]}"), [sample for _, sample in pairs]
-        captions = ["" if rng.random() < self.drop else self.captions[i] or training_caption(self.scenes[i], rng) for i in index]
+        captions = [
+            ""
+            if rng.random() < self.drop
+            else self.captions[i] or training_caption(self.scenes[i], rng)
+            for i in index
+        ]
         ids, mask = tokenize(self.tokenizer, captions, self.max_length)
-        mask = mask | torch.tensor([caption == "" for caption in captions])[:, None]  # the empty caption shows its padding
-        z = self.means[index] + self.stds[index] * torch.randn(self.means[index].shape, generator=generator)
-        noise, timesteps = torch.randn(z.shape, generator=generator), torch.randint(0, 1000, (len(index),), generator=generator)
+        mask = (
+            mask | torch.tensor([caption == "" for caption in captions])[:, None]
+        )  # the empty caption shows its padding
+        z = self.means[index] + self.stds[index] * torch.randn(
+            self.means[index].shape, generator=generator
+        )
+        noise, timesteps = (
+            torch.randn(z.shape, generator=generator),
+            torch.randint(0, 1000, (len(index),), generator=generator),
+        )
         timesteps = shift_timesteps(timesteps, self.timestep_shift)
         return [t.to(device) for t in (normalise_latents(self.vae, z), noise, timesteps, ids, mask)]
 
 # %% ../nbs/09_miniature.ipynb #5962986c
 def altered(
-    scene,             # Scene
-    rng:random.Random, # source of every choice
-):                     # Scene with exactly one fact changed
+    scene,  # Scene
+    rng: random.Random,  # source of every choice
+):  # Scene with exactly one fact changed
     "The same scene but for one attribute of one character, or the setting: a hard negative for matching."
     which = rng.choice(("setting", "name", "action", "prop", "scarf"))
-    if which == "setting": return replace(scene, setting=rng.choice([s for s in SETTINGS if s != scene.setting]))
+    if which == "setting":
+        return replace(scene, setting=rng.choice([s for s in SETTINGS if s != scene.setting]))
     k = rng.randrange(len(scene.actors))
     values = dict(name=list(CHARACTERS), action=ACTIONS, prop=PROPS, scarf=SCARVES)[which]
-    taken = {actor.name for actor in scene.actors} if which == "name" else {getattr(scene.actors[k], which)}
+    taken = (
+        {actor.name for actor in scene.actors}
+        if which == "name"
+        else {getattr(scene.actors[k], which)}
+    )
     actor = replace(scene.actors[k], **{which: rng.choice([v for v in values if v not in taken])})
-    return replace(scene, actors=scene.actors[:k] + (actor,) + scene.actors[k+1:])
+    return replace(scene, actors=scene.actors[:k] + (actor,) + scene.actors[k + 1 :])
 
 # %% ../nbs/09_miniature.ipynb #8618da2d
 class HistoryPretrainer(nn.Module):
     "BLIP's three objectives on one encoder: contrastive (ITC), matching (ITM), language modelling (LM); and a fourth, facts."
-    def __init__(self,
-        history_encoder, # HistoryEncoder
-        width:int=128,   # D
+
+    def __init__(
+        self,
+        history_encoder,  # HistoryEncoder
+        width: int = 128,  # D
     ):
         super().__init__()
         self.encoder = history_encoder
         self.image_head, self.text_head = nn.Linear(width, 64), nn.Linear(width, 64)
-        self.match_head, self.word_bias = nn.Linear(width, 2), nn.Parameter(torch.zeros(history_encoder.get_input_embeddings().num_embeddings))
+        self.match_head, self.word_bias = (
+            nn.Linear(width, 2),
+            nn.Parameter(torch.zeros(history_encoder.get_input_embeddings().num_embeddings)),
+        )
         self.word_head, self.fact_heads = nn.Linear(width, width), FactHeads(width)
         self.temperature = nn.Parameter(torch.tensor(2.6))
 
     def forward(self, pixels, ids, mask, wrong_ids, wrong_mask, short_ids, short_mask, targets):
         "(ITC, ITM, LM, facts) losses of N frames with true captions, captions in which one fact is wrong, and captions that say little."
         features = self.encoder.image_features(pixels)
-        return (self.contrastive(features, ids, mask), self.matching(features, ids, mask, wrong_ids, wrong_mask),
-                self.language(features, ids, mask), self.seen(features, short_ids, short_mask, targets))
+        return (
+            self.contrastive(features, ids, mask),
+            self.matching(features, ids, mask, wrong_ids, wrong_mask),
+            self.language(features, ids, mask),
+            self.seen(features, short_ids, short_mask, targets),
+        )
 
     def seen(self, features, ids, mask, targets):
         "Everything that the picture shows, from the first state, whatever the caption leaves out."
-        said = self.fact_heads(self.encoder(input_ids=ids, attention_mask=mask, image_features=features)[:, 0])
+        said = self.fact_heads(
+            self.encoder(input_ids=ids, attention_mask=mask, image_features=features)[:, 0]
+        )
         return reader_loss(lambda _: said, dict(frames=None, **targets))
 
     def contrastive(self, features, ids, mask):
         "Picture and caption, read apart, find each other among the N of the batch."
         blank = torch.zeros_like(features[:, :1])  # a caption read without a picture
-        text = self.text_head(self.encoder(input_ids=ids, attention_mask=mask, image_features=blank)[:, 0])
-        logits = F.normalize(self.image_head(features[:, 0]), dim=-1) @ F.normalize(text, dim=-1).T * self.temperature.exp()
+        text = self.text_head(
+            self.encoder(input_ids=ids, attention_mask=mask, image_features=blank)[:, 0]
+        )
+        logits = (
+            F.normalize(self.image_head(features[:, 0]), dim=-1)
+            @ F.normalize(text, dim=-1).T
+            * self.temperature.exp()
+        )
         target = torch.arange(len(ids), device=ids.device)
         return (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2
 
     def matching(self, features, ids, mask, wrong_ids, wrong_mask):
         "Picture and caption, read together: N true pairs, N wrong ones."
-        both = self.encoder(input_ids=torch.cat([ids, wrong_ids]), attention_mask=torch.cat([mask, wrong_mask]), image_features=features.repeat(2, 1, 1))
-        return F.cross_entropy(self.match_head(both[:, 0]), (torch.arange(2 * len(ids), device=ids.device) < len(ids)).long())
+        both = self.encoder(
+            input_ids=torch.cat([ids, wrong_ids]),
+            attention_mask=torch.cat([mask, wrong_mask]),
+            image_features=features.repeat(2, 1, 1),
+        )
+        return F.cross_entropy(
+            self.match_head(both[:, 0]),
+            (torch.arange(2 * len(ids), device=ids.device) < len(ids)).long(),
+        )
 
     def language(self, features, ids, mask):
         "Every next word of the caption, from the picture and the words before it."
-        states = self.encoder(input_ids=ids, attention_mask=mask, image_features=features, causal=True)[:, :-1]
-        words = self.word_head(states) @ self.encoder.get_input_embeddings().weight.T + self.word_bias
+        states = self.encoder(
+            input_ids=ids, attention_mask=mask, image_features=features, causal=True
+        )[:, :-1]
+        words = (
+            self.word_head(states) @ self.encoder.get_input_embeddings().weight.T + self.word_bias
+        )
         return F.cross_entropy(words[mask[:, 1:]], ids[:, 1:][mask[:, 1:]])
 
 # %% ../nbs/09_miniature.ipynb #c3c8cabf
 def history_loss(
-    model:HistoryPretrainer,
-    batch, # as `history_batches` gives
-    step:int,
-)->torch.Tensor:
+    model: HistoryPretrainer,
+    batch,  # as `history_batches` gives
+    step: int,
+) -> torch.Tensor:
     "Sum of the four losses."
     return sum(model(*batch))
 
+
 def history_batches(
-    pool:FramePool,
-    tokenizer,            # the history encoder's
-    config:TrainingConfig,
-    mean=CLIP_IMAGE_MEAN, # BLIP's image normalisation, three numbers each
+    pool: FramePool,
+    tokenizer,  # the history encoder's
+    config: TrainingConfig,
+    mean=CLIP_IMAGE_MEAN,  # BLIP's image normalisation, three numbers each
     std=CLIP_IMAGE_STD,
-    max_length:int=36,    # S
+    max_length: int = 36,  # S
     device="cpu",
-    captions=None,        # N captions or None; a frame's own caption, where there is one, is its short one
-):                        # batches(step) -> pixels (N, 3, h, w), ids and mask (N, S) of true, wrong, short captions, targets
+    captions=None,  # N captions or None; a frame's own caption, where there is one, is its short one
+):  # batches(step) -> pixels (N, 3, h, w), ids and mask (N, S) of true, wrong, short captions, targets
     "Frames, true captions, captions in which one fact is wrong, captions that say little: for `history_loss`."
     mean, std = torch.tensor(mean).view(3, 1, 1), torch.tensor(std).view(3, 1, 1)
+
     def batch(step):
-        index = [sample for _, sample in batch_indices(step, len(pool), config.batch_size, config.seed)]
+        index = [
+            sample for _, sample in batch_indices(step, len(pool), config.batch_size, config.seed)
+        ]
         rng = random.Random(f"{config.seed}-history-{step}")
         pixels = (pool.frames[index].float() / 255 - mean) / std
         right = tokenize(tokenizer, [describe(pool.scenes[i], rng) for i in index], max_length)
-        wrong = tokenize(tokenizer, [describe(altered(pool.scenes[i], rng), rng) for i in index], max_length)
-        short = [captions and captions[i] or training_caption(pool.scenes[i], rng, complete=0) for i in index]
+        wrong = tokenize(
+            tokenizer, [describe(altered(pool.scenes[i], rng), rng) for i in index], max_length
+        )
+        short = [
+            captions and captions[i] or training_caption(pool.scenes[i], rng, complete=0)
+            for i in index
+        ]
         targets = scene_targets([pool.scenes[i] for i in index])
-        return [t.to(device) for t in (pixels, *right, *wrong, *tokenize(tokenizer, short, max_length))] + [{name: t.to(device) for name, t in targets.items()}]
+        return [
+            t.to(device) for t in (pixels, *right, *wrong, *tokenize(tokenizer, short, max_length))
+        ] + [{name: t.to(device) for name, t in targets.items()}]
+
     return batch
 
 # %% ../nbs/09_miniature.ipynb #488b91e7
 STAGES = ("autoencoder", "decoder", "captions", "text_to_image", "history", "reader")
-SAVED_PARTS = ("vae", "text_encoder", "tokenizer", "unet", "scheduler", "history_encoder", "history_tokenizer", "reader")
-QUICK = dict(steps=dict(autoencoder=3200, decoder=4000, captions=1500, text_to_image=10000, history=3000, reader=2400), stories=1000,
-             frames=dict.fromkeys([stage for stage in STAGES if stage != "captions"], 16000))
-SECOND = dict(steps=dict(decoder=12000, text_to_image=5000), stories=1000, frames=dict(decoder=16000, text_to_image=16000))  # to go on
+SAVED_PARTS = (
+    "vae",
+    "text_encoder",
+    "tokenizer",
+    "unet",
+    "scheduler",
+    "history_encoder",
+    "history_tokenizer",
+    "reader",
+)
+QUICK = dict(
+    steps=dict(
+        autoencoder=3200,
+        decoder=4000,
+        captions=1500,
+        text_to_image=10000,
+        history=3000,
+        reader=2400,
+    ),
+    stories=1000,
+    frames=dict.fromkeys([stage for stage in STAGES if stage != "captions"], 16000),
+)
+SECOND = dict(
+    steps=dict(decoder=12000, text_to_image=5000),
+    stories=1000,
+    frames=dict(decoder=16000, text_to_image=16000),
+)  # to go on
 PRESETS = dict(quick=QUICK, shipped=QUICK | dict(steps=QUICK["steps"] | dict(decoder=14000)))
 
+
 def stage_configs(
-    steps:dict,   # stage -> optimizer steps, for all of `STAGES`
-    seed:int=0,
-)->dict:          # stage -> TrainingConfig
+    steps: dict,  # stage -> optimizer steps, for all of `STAGES`
+    seed: int = 0,
+) -> dict:  # stage -> TrainingConfig
     "The settings of every stage. Raises ValueError if `steps` lacks a stage or names an unknown one."
-    if set(steps) != set(STAGES): raise ValueError(f"steps must have exactly the keys {STAGES}, got {tuple(steps)}")
+    if set(steps) != set(STAGES):
+        raise ValueError(f"steps must have exactly the keys {STAGES}, got {tuple(steps)}")
     shared = dict(seed=seed, checkpoint_every=100)
     return dict(
-        autoencoder=TrainingConfig(steps["autoencoder"], 8, 2e-3, 100, weight_decay=0, ema_decay=0.998, **shared),
-        decoder=TrainingConfig(steps["decoder"], 8, 1e-3, 50, weight_decay=0, ema_decay=0.998, **shared),
-        captions=TrainingConfig(steps["captions"], 96, 1e-3, 50, weight_decay=1e-2, ema_decay=0.99, **shared),
-        text_to_image=TrainingConfig(steps["text_to_image"], 32, 1e-3, 100, weight_decay=1e-3, ema_decay=0.998, **shared),
+        autoencoder=TrainingConfig(
+            steps["autoencoder"], 8, 2e-3, 100, weight_decay=0, ema_decay=0.998, **shared
+        ),
+        decoder=TrainingConfig(
+            steps["decoder"], 8, 1e-3, 50, weight_decay=0, ema_decay=0.998, **shared
+        ),
+        captions=TrainingConfig(
+            steps["captions"], 96, 1e-3, 50, weight_decay=1e-2, ema_decay=0.99, **shared
+        ),
+        text_to_image=TrainingConfig(
+            steps["text_to_image"], 32, 1e-3, 100, weight_decay=1e-3, ema_decay=0.998, **shared
+        ),
         history=TrainingConfig(steps["history"], 48, 1.5e-3, 100, weight_decay=1e-2, **shared),
-        reader=TrainingConfig(steps["reader"], 32, 2e-3, 100, weight_decay=1e-3, ema_decay=0.995, **shared))
+        reader=TrainingConfig(
+            steps["reader"], 32, 2e-3, 100, weight_decay=1e-3, ema_decay=0.995, **shared
+        ),
+    )
+
 
 def second_configs(
-    steps:dict,   # stage -> optimizer steps, for some of "decoder" and "text_to_image"
-    seed:int=1,
-)->dict:          # stage -> TrainingConfig
+    steps: dict,  # stage -> optimizer steps, for some of "decoder" and "text_to_image"
+    seed: int = 1,
+) -> dict:  # stage -> TrainingConfig
     "The settings of stages that go on. Raises ValueError for a stage that cannot."
     known = stage_configs(dict.fromkeys(STAGES, 1), seed)
-    configs = dict(decoder=known["decoder"], text_to_image=replace(known["text_to_image"], learning_rate=6e-4))
+    configs = dict(
+        decoder=known["decoder"], text_to_image=replace(known["text_to_image"], learning_rate=6e-4)
+    )
     if not steps or set(steps) - set(configs):
-        raise ValueError(f"only {' and '.join(configs)} can go on, got {tuple(steps) or 'no stage'}: another autoencoder or caption encoder would make everything that learned from it worthless, and the question heads of the others are not stored")
+        raise ValueError(
+            f"only {' and '.join(configs)} can go on, got {tuple(steps) or 'no stage'}: another autoencoder or caption encoder would make everything that learned from it worthless, and the question heads of the others are not stored"
+        )
     return {stage: replace(configs[stage], steps=n) for stage, n in steps.items()}
 
 # %% ../nbs/09_miniature.ipynb #bcf5f188
 def with_stories(
-    pool:FramePool,
+    pool: FramePool,
     stories,  # Story objects whose frames are added
-):            # FramePool, captions: None for the pool's frames, str for those of stories
+):  # FramePool, captions: None for the pool's frames, str for those of stories
     "A pool with the frames of stories, and their captions, added at its end."
-    size, frames, scenes, captions = pool.frames.shape[-1], [pool.frames], list(pool.scenes), [None] * len(pool)
+    size, frames, scenes, captions = (
+        pool.frames.shape[-1],
+        [pool.frames],
+        list(pool.scenes),
+        [None] * len(pool),
+    )
     for story in stories:
-        frames.append(torch.stack([torch.from_numpy(np.array(f)).permute(2, 0, 1) for f in story.frames(size)]))
-        scenes += list(story.scenes); captions += list(story.captions)
+        frames.append(
+            torch.stack(
+                [torch.from_numpy(np.array(f)).permute(2, 0, 1) for f in story.frames(size)]
+            )
+        )
+        scenes += list(story.scenes)
+        captions += list(story.captions)
     return FramePool(torch.cat(frames), scenes), captions
 
 # %% ../nbs/09_miniature.ipynb #f9ba4566
 def shifted(
-    pixels:torch.Tensor,         # (N, 3, H, W) in [-1, 1]
-    generator:torch.Generator,   # decides everything
-)->torch.Tensor:                 # (N, 3, H, W)
+    pixels: torch.Tensor,  # (N, 3, H, W) in [-1, 1]
+    generator: torch.Generator,  # decides everything
+) -> torch.Tensor:  # (N, 3, H, W)
     "A batch moved by up to two pixels; half of the batches softened and slightly noised (our choice)."
     dx, dy, soft = (torch.randint(0, n, (1,), generator=generator).item() for n in (5, 5, 2))
     size = pixels.shape[-1]
-    pixels = F.pad(pixels, (2, 2, 2, 2), mode="replicate")[..., dy:dy + size, dx:dx + size]
-    if not soft: return pixels
-    pixels = F.interpolate(F.interpolate(pixels, scale_factor=0.75, mode="bilinear", antialias=True), (size, size), mode="bilinear")
+    pixels = F.pad(pixels, (2, 2, 2, 2), mode="replicate")[..., dy : dy + size, dx : dx + size]
+    if not soft:
+        return pixels
+    pixels = F.interpolate(
+        F.interpolate(pixels, scale_factor=0.75, mode="bilinear", antialias=True),
+        (size, size),
+        mode="bilinear",
+    )
     return pixels + 0.05 * torch.randn(pixels.shape, generator=generator)
 
 # %% ../nbs/09_miniature.ipynb #f2df7e50
-def train_autoencoder(pool:FramePool, config:TrainingConfig, folder, accelerator, progress:bool=True):
+def train_autoencoder(
+    pool: FramePool, config: TrainingConfig, folder, accelerator, progress: bool = True
+):
     "Stage 1: an AutoencoderKL in evaluation mode, and the losses. Continues the run in `folder`."
     torch.manual_seed(config.seed)
     model = FactAutoencoder(tiny_vae(pool.frames.shape[-1], LATENT_CHANNELS)).train()
-    result = fit(model, autoencoder_loss, pool_batches(pool, config, accelerator.device), config, folder, accelerator, description="autoencoder", progress=progress)
+    result = fit(
+        model,
+        autoencoder_loss,
+        pool_batches(pool, config, accelerator.device),
+        config,
+        folder,
+        accelerator,
+        description="autoencoder",
+        progress=progress,
+    )
     return result.use_ema(model).vae.eval(), result.losses
 
-def train_decoder(vae, pool:FramePool, means, stds, config:TrainingConfig, folder, accelerator, progress:bool=True):
+
+def train_decoder(
+    vae,
+    pool: FramePool,
+    means,
+    stds,
+    config: TrainingConfig,
+    folder,
+    accelerator,
+    progress: bool = True,
+):
     "Stage 3: the same autoencoder with a better decoder, and the losses. Continues the run in `folder`."
     batches = decoder_batches(pool, means, stds, config, accelerator.device)
-    result = fit(only_decoder(vae).train(), decoder_loss, batches, config, folder, accelerator, description="decoder", progress=progress)
+    result = fit(
+        only_decoder(vae).train(),
+        decoder_loss,
+        batches,
+        config,
+        folder,
+        accelerator,
+        description="decoder",
+        progress=progress,
+    )
     return result.use_ema(vae).eval(), result.losses
 
-def train_caption_encoder(tokenizer, config:TrainingConfig, folder, accelerator, progress:bool=True):
+
+def train_caption_encoder(
+    tokenizer, config: TrainingConfig, folder, accelerator, progress: bool = True
+):
     "Stage 4: a CaptionReader in evaluation mode, and the losses. Continues the run in `folder`."
     torch.manual_seed(config.seed)
     model = CaptionReader(spread_words(tiny_text_encoder(tokenizer))).train()
-    result = fit(model, caption_loss, caption_batches(tokenizer, config, accelerator.device), config, folder, accelerator, description="caption encoder", progress=progress)
+    result = fit(
+        model,
+        caption_loss,
+        caption_batches(tokenizer, config, accelerator.device),
+        config,
+        folder,
+        accelerator,
+        description="caption encoder",
+        progress=progress,
+    )
     return result.use_ema(model).eval(), result.losses
 
-def train_text_to_image(text_encoder, latents:LatentPool, config:TrainingConfig, folder, accelerator, progress:bool=True, unet=None):
+
+def train_text_to_image(
+    text_encoder,
+    latents: LatentPool,
+    config: TrainingConfig,
+    folder,
+    accelerator,
+    progress: bool = True,
+    unet=None,
+):
     "Stage 5: a TextToImage in evaluation mode, and the losses. The encoder stays as it is; a given U-Net goes on. Continues the run in `folder`."
     torch.manual_seed(config.seed)
     channels, size = latents.means.shape[1], latents.means.shape[-1]
-    model = TextToImage(text_encoder, unet or tiny_unet(sample_size=size, latent_channels=channels)).train()
-    result = fit(model, text_to_image_loss(pretraining_schedule()), latents.batches(config, accelerator.device), config, folder, accelerator,
-                 description="text to image", progress=progress)
+    model = TextToImage(
+        text_encoder, unet or tiny_unet(sample_size=size, latent_channels=channels)
+    ).train()
+    result = fit(
+        model,
+        text_to_image_loss(pretraining_schedule()),
+        latents.batches(config, accelerator.device),
+        config,
+        folder,
+        accelerator,
+        description="text to image",
+        progress=progress,
+    )
     return result.use_ema(model).eval(), result.losses
 
-def train_history_encoder(pool:FramePool, captions, tokenizer, config:TrainingConfig, folder, accelerator, progress:bool=True):
+
+def train_history_encoder(
+    pool: FramePool,
+    captions,
+    tokenizer,
+    config: TrainingConfig,
+    folder,
+    accelerator,
+    progress: bool = True,
+):
     "Stage 6: a HistoryEncoder in evaluation mode, and the losses. Continues the run in `folder`."
     torch.manual_seed(config.seed)
-    model = HistoryPretrainer(tiny_history_encoder(tokenizer, image_size=pool.frames.shape[-1])).train()
+    model = HistoryPretrainer(
+        tiny_history_encoder(tokenizer, image_size=pool.frames.shape[-1])
+    ).train()
     batches = history_batches(pool, tokenizer, config, device=accelerator.device, captions=captions)
-    result = fit(model, history_loss, batches, config, folder, accelerator, description="history encoder", progress=progress)
+    result = fit(
+        model,
+        history_loss,
+        batches,
+        config,
+        folder,
+        accelerator,
+        description="history encoder",
+        progress=progress,
+    )
     return result.use_ema(model).encoder.eval(), result.losses
 
-def train_frame_reader(pool:FramePool, config:TrainingConfig, folder, accelerator, progress:bool=True):
+
+def train_frame_reader(
+    pool: FramePool, config: TrainingConfig, folder, accelerator, progress: bool = True
+):
     "Stage 7: a FrameReader in evaluation mode, and the losses. Continues the run in `folder`."
     torch.manual_seed(config.seed)
     model, targets = FrameReader().train(), scene_targets(pool.scenes)
+
     def batch(step):
-        index = [sample for _, sample in batch_indices(step, len(pool), config.batch_size, config.seed)]
-        batch = dict(frames=shifted(pool.pixels(index), sample_generator(config.seed, step, "reader")), **{name: t[index] for name, t in targets.items()})
+        index = [
+            sample for _, sample in batch_indices(step, len(pool), config.batch_size, config.seed)
+        ]
+        batch = dict(
+            frames=shifted(pool.pixels(index), sample_generator(config.seed, step, "reader")),
+            **{name: t[index] for name, t in targets.items()},
+        )
         return {name: t.to(accelerator.device) for name, t in batch.items()}
-    result = fit(model, reader_loss, batch, config, folder, accelerator, description="frame reader", progress=progress)
+
+    result = fit(
+        model,
+        reader_loss,
+        batch,
+        config,
+        folder,
+        accelerator,
+        description="frame reader",
+        progress=progress,
+    )
     return result.use_ema(model).eval(), result.losses
 
 # %% ../nbs/09_miniature.ipynb #62ce2b9e
-def _refuse_finished(folder:Path, overwrite:bool):
+def _refuse_finished(folder: Path, overwrite: bool):
     "Raise FileExistsError if the folder holds weights and may not lose them."
     present = [name for name in SAVED_PARTS if (folder / name).exists()]
     if present and not overwrite:
-        raise FileExistsError(f"{folder} already holds weights ({', '.join(present)}); choose another folder or say overwrite=True")
+        raise FileExistsError(
+            f"{folder} already holds weights ({', '.join(present)}); choose another folder or say overwrite=True"
+        )
 
-def _same_settings(runs:Path, settings:dict):
+
+def _same_settings(runs: Path, settings: dict):
     "Remember what an unfinished run was started with; raise ValueError if it goes on with something else."
     path, settings = runs / "settings.json", json.loads(json.dumps(settings))
     if not path.exists():
@@ -641,13 +1019,17 @@ def _same_settings(runs:Path, settings:dict):
         path.write_text(json.dumps(settings))
     elif (known := json.loads(path.read_text())) != settings:
         changed = sorted(key for key in settings if settings[key] != known.get(key))
-        raise ValueError(f"{runs} holds an unfinished run with other {', '.join(changed)}; use the same settings, or remove that folder")
+        raise ValueError(
+            f"{runs} holds an unfinished run with other {', '.join(changed)}; use the same settings, or remove that folder"
+        )
 
-def _move_into_place(folder:Path, runs:Path, parts:dict, record:dict):
+
+def _move_into_place(folder: Path, runs: Path, parts: dict, record: dict):
     "Save every part aside, then move all of them into the folder and remove the runs."
     aside = runs / "finished"
     shutil.rmtree(aside, ignore_errors=True)
-    for name, part in parts.items(): part.save_pretrained(aside / name)
+    for name, part in parts.items():
+        part.save_pretrained(aside / name)
     for name in parts:
         shutil.rmtree(folder / name, ignore_errors=True)
         os.replace(aside / name, folder / name)
@@ -655,201 +1037,415 @@ def _move_into_place(folder:Path, runs:Path, parts:dict, record:dict):
     shutil.rmtree(runs)
 
 # %% ../nbs/09_miniature.ipynb #b1fe46de
-def _shared_inputs(frames:dict, stories:int, corpus:int, size:int, seed:int, progress:bool):
+def _shared_inputs(frames: dict, stories: int, corpus: int, size: int, seed: int, progress: bool):
     "What the stages learn from: tokenizers, the frame pool, the text-to-image pool with its captions."
     tokenizers = tiny_tokenizers(caption_corpus(corpus, seed), 36, characters=CHARACTERS)
     pool = make_pool(max(frames.values()), size=size, seed=seed, progress=progress)
-    return tokenizers, pool, with_stories(pool.first(frames["text_to_image"]), make_stories(stories, seed=seed + 77))
+    return (
+        tokenizers,
+        pool,
+        with_stories(pool.first(frames["text_to_image"]), make_stories(stories, seed=seed + 77)),
+    )
 
-def _train_stages(runs:Path, configs:dict, frames:dict, stories:int, corpus:int, size:int, seed:int, timestep_shift:float, progress:bool, only:str|None=None):
+
+def _train_stages(
+    runs: Path,
+    configs: dict,
+    frames: dict,
+    stories: int,
+    corpus: int,
+    size: int,
+    seed: int,
+    timestep_shift: float,
+    progress: bool,
+    only: str | None = None,
+):
     "All stages in order: (parts by name, losses by stage). With `only`, that stage, after the autoencoder it may need."
     from accelerate import Accelerator
+
     shared, losses = dict(accelerator=Accelerator(), progress=progress), {}
-    (caption_tokenizer, history_tokenizer), pool, (drawn, captions) = _shared_inputs(frames, stories, corpus, size, seed, progress)
+    (caption_tokenizer, history_tokenizer), pool, (drawn, captions) = _shared_inputs(
+        frames, stories, corpus, size, seed, progress
+    )
     wanted = lambda stage: only in (None, stage)
     part = {}
     if only not in ("captions", "history", "reader"):
-        vae, losses["autoencoder"] = train_autoencoder(pool.first(frames["autoencoder"]), configs["autoencoder"], runs / "autoencoder", **shared)
+        vae, losses["autoencoder"] = train_autoencoder(
+            pool.first(frames["autoencoder"]),
+            configs["autoencoder"],
+            runs / "autoencoder",
+            **shared,
+        )
     if only in (None, "captions", "text_to_image"):
-        part["captions"], losses["captions"] = train_caption_encoder(caption_tokenizer, configs["captions"], runs / "captions", **shared)
+        part["captions"], losses["captions"] = train_caption_encoder(
+            caption_tokenizer, configs["captions"], runs / "captions", **shared
+        )
     if wanted("text_to_image"):
         means, stds = encode_pool(vae, drawn, progress=progress)
-        latents = LatentPool(measure_latents(vae, means, stds), means, stds, drawn.scenes, captions, caption_tokenizer, timestep_shift=timestep_shift)
-        part["base"], losses["text_to_image"] = train_text_to_image(part["captions"].text_encoder, latents, configs["text_to_image"], runs / "text_to_image", **shared)
+        latents = LatentPool(
+            measure_latents(vae, means, stds),
+            means,
+            stds,
+            drawn.scenes,
+            captions,
+            caption_tokenizer,
+            timestep_shift=timestep_shift,
+        )
+        part["base"], losses["text_to_image"] = train_text_to_image(
+            part["captions"].text_encoder,
+            latents,
+            configs["text_to_image"],
+            runs / "text_to_image",
+            **shared,
+        )
     if wanted("decoder"):
         some = pool.first(frames["decoder"])
-        part["vae"], losses["decoder"] = train_decoder(vae, some, *encode_pool(vae, some, progress=progress), configs["decoder"], runs / "decoder", **shared)
+        part["vae"], losses["decoder"] = train_decoder(
+            vae,
+            some,
+            *encode_pool(vae, some, progress=progress),
+            configs["decoder"],
+            runs / "decoder",
+            **shared,
+        )
     if wanted("history"):
         told = with_stories(pool.first(frames["history"]), make_stories(stories, seed=seed + 77))
-        part["history"], losses["history"] = train_history_encoder(*told, history_tokenizer, configs["history"], runs / "history", **shared)
+        part["history"], losses["history"] = train_history_encoder(
+            *told, history_tokenizer, configs["history"], runs / "history", **shared
+        )
     if wanted("reader"):
-        part["reader"], losses["reader"] = train_frame_reader(pool.first(frames["reader"]), configs["reader"], runs / "reader", **shared)
-    if only: return None, losses
-    parts = (part["vae"], part["base"].text_encoder, caption_tokenizer, part["base"].unet, pretraining_schedule(), part["history"], history_tokenizer, part["reader"])
+        part["reader"], losses["reader"] = train_frame_reader(
+            pool.first(frames["reader"]), configs["reader"], runs / "reader", **shared
+        )
+    if only:
+        return None, losses
+    parts = (
+        part["vae"],
+        part["base"].text_encoder,
+        caption_tokenizer,
+        part["base"].unet,
+        pretraining_schedule(),
+        part["history"],
+        history_tokenizer,
+        part["reader"],
+    )
     return dict(zip(SAVED_PARTS, parts)), losses
 
 # %% ../nbs/09_miniature.ipynb #545f65ed
 def pretrain(
-    folder,                 # gets a subfolder for each of `SAVED_PARTS`, and pretraining.json; `runs` while unfinished
-    steps:dict,             # stage -> optimizer steps, for all of `STAGES`
-    frames:dict|None=None,  # stage -> frames drawn for it (captions need none); those of the preset "quick" if None
-    stories:int=300,        # stories whose frames and captions join the text-to-image pool
-    corpus:int=4000,        # scenes described for the tokenizers
-    size:int=64,            # pixels a side
-    seed:int=0,
-    overwrite:bool=False,   # replace finished weights
-    progress:bool=True,     # show bars
-    configs:dict|None=None, # stage -> TrainingConfig (its steps are replaced); `stage_configs(steps, seed)` if None
-    half:bool=False,        # store the finished models in half precision
-    only:str|None=None,     # run this stage alone (and before it those that it needs); a later call without it finishes
-    timestep_shift:float=2.0, # of text_to_image, see `shift_timesteps`
-)->dict:                    # stage -> losses, one a step
+    folder,  # gets a subfolder for each of `SAVED_PARTS`, and pretraining.json; `runs` while unfinished
+    steps: dict,  # stage -> optimizer steps, for all of `STAGES`
+    frames: dict
+    | None = None,  # stage -> frames drawn for it (captions need none); those of the preset "quick" if None
+    stories: int = 300,  # stories whose frames and captions join the text-to-image pool
+    corpus: int = 4000,  # scenes described for the tokenizers
+    size: int = 64,  # pixels a side
+    seed: int = 0,
+    overwrite: bool = False,  # replace finished weights
+    progress: bool = True,  # show bars
+    configs: dict
+    | None = None,  # stage -> TrainingConfig (its steps are replaced); `stage_configs(steps, seed)` if None
+    half: bool = False,  # store the finished models in half precision
+    only: str
+    | None = None,  # run this stage alone (and before it those that it needs); a later call without it finishes
+    timestep_shift: float = 2.0,  # of text_to_image, see `shift_timesteps`
+) -> dict:  # stage -> losses, one a step
     """Make the base from nothing: autoencoder, latents measured, decoder, caption encoder, text-to-image, history encoder, frame reader.
 
     Interrupted, it goes on when called again; deterministic from `seed` on a CPU. With `only`, stages can run side by side.
     Raises FileExistsError if `folder` holds finished weights, ValueError if its unfinished run has other settings, if
     `steps` or `frames` lack a stage or `only` is none."""
-    folder, frames, configs = Path(folder), frames or QUICK["frames"], {**stage_configs(steps, seed), **(configs or {})}
-    if set(frames) != set(QUICK["frames"]): raise ValueError(f"frames must have exactly the keys {tuple(QUICK['frames'])}, got {tuple(frames)}")
-    if only not in (None, *STAGES): raise ValueError(f"only={only!r} is no stage; choose one of {STAGES}")
+    folder, frames, configs = (
+        Path(folder),
+        frames or QUICK["frames"],
+        {**stage_configs(steps, seed), **(configs or {})},
+    )
+    if set(frames) != set(QUICK["frames"]):
+        raise ValueError(
+            f"frames must have exactly the keys {tuple(QUICK['frames'])}, got {tuple(frames)}"
+        )
+    if only not in (None, *STAGES):
+        raise ValueError(f"only={only!r} is no stage; choose one of {STAGES}")
     configs = {stage: replace(configs[stage], steps=steps[stage], seed=seed) for stage in STAGES}
-    runs, settings = folder / "runs", dict(frames=frames, stories=stories, corpus=corpus, size=size, seed=seed, timestep_shift=timestep_shift)
+    runs, settings = (
+        folder / "runs",
+        dict(
+            frames=frames,
+            stories=stories,
+            corpus=corpus,
+            size=size,
+            seed=seed,
+            timestep_shift=timestep_shift,
+        ),
+    )
     _refuse_finished(folder, overwrite)
     _same_settings(runs, dict(settings, steps=steps))
     parts, losses = _train_stages(runs, configs, progress=progress, only=only, **settings)
-    if parts is None: return losses
+    if parts is None:
+        return losses
     last = {stage: float(np.mean(values[-50:])) for stage, values in losses.items()}
-    if half: parts = {name: part.half() if isinstance(part, nn.Module) else part for name, part in parts.items()}
-    _move_into_place(folder, runs, parts, dict(settings, configs={k: asdict(c) for k, c in configs.items()}, last_losses=last))
+    if half:
+        parts = {
+            name: part.half() if isinstance(part, nn.Module) else part
+            for name, part in parts.items()
+        }
+    _move_into_place(
+        folder,
+        runs,
+        parts,
+        dict(settings, configs={k: asdict(c) for k, c in configs.items()}, last_losses=last),
+    )
     return losses
 
 # %% ../nbs/09_miniature.ipynb #f0a2c2fc
-def _finished_parts(start)->dict:
+def _finished_parts(start) -> dict:
     "Every part of finished weights, by the names of `SAVED_PARTS`."
     parts = {**load_base(start), "scheduler": pretraining_schedule()}
-    parts["reader"] = load_part(FrameReader, shipped_weights("reader") if str(start) == "miniature" else Path(start) / "reader")
-    for part in parts.values(): # where weights came from belongs to this machine
-        if hasattr(part, "register_to_config"): part.register_to_config(_name_or_path="")
+    parts["reader"] = load_part(
+        FrameReader,
+        shipped_weights("reader") if str(start) == "miniature" else Path(start) / "reader",
+    )
+    for part in parts.values():  # where weights came from belongs to this machine
+        if hasattr(part, "register_to_config"):
+            part.register_to_config(_name_or_path="")
     return parts
 
-def _first_round(start)->dict:
+
+def _first_round(start) -> dict:
     "What `pretraining.json` says about the weights that go on."
-    path = (shipped_weights("base") if str(start) == "miniature" else Path(start)) / "pretraining.json"
+    path = (
+        shipped_weights("base") if str(start) == "miniature" else Path(start)
+    ) / "pretraining.json"
     return json.loads(path.read_text()) if path.exists() else {}
 
-def _train_on(runs:Path, parts:dict, configs:dict, frames:dict, stories:int, size:int, seed:int, timestep_shift:float, progress:bool, only:str|None=None):
+
+def _train_on(
+    runs: Path,
+    parts: dict,
+    configs: dict,
+    frames: dict,
+    stories: int,
+    size: int,
+    seed: int,
+    timestep_shift: float,
+    progress: bool,
+    only: str | None = None,
+):
     "The stages that go on, their parts changed in place: losses by stage."
     from accelerate import Accelerator
+
     shared, losses = dict(accelerator=Accelerator(), progress=progress), {}
     wanted = [stage for stage in configs if only in (None, stage)]
-    pool = make_pool(max(frames[stage] for stage in wanted), size=size, seed=seed, progress=progress)
+    pool = make_pool(
+        max(frames[stage] for stage in wanted), size=size, seed=seed, progress=progress
+    )
     if "text_to_image" in wanted:
-        drawn, captions = with_stories(pool.first(frames["text_to_image"]), make_stories(stories, seed=seed + 77))
-        latents = LatentPool(parts["vae"], *encode_pool(parts["vae"], drawn, progress=progress), drawn.scenes, captions, parts["tokenizer"], timestep_shift=timestep_shift)
-        base, losses["text_to_image"] = train_text_to_image(parts["text_encoder"], latents, configs["text_to_image"], runs / "text_to_image", unet=parts["unet"], **shared)
+        drawn, captions = with_stories(
+            pool.first(frames["text_to_image"]), make_stories(stories, seed=seed + 77)
+        )
+        latents = LatentPool(
+            parts["vae"],
+            *encode_pool(parts["vae"], drawn, progress=progress),
+            drawn.scenes,
+            captions,
+            parts["tokenizer"],
+            timestep_shift=timestep_shift,
+        )
+        base, losses["text_to_image"] = train_text_to_image(
+            parts["text_encoder"],
+            latents,
+            configs["text_to_image"],
+            runs / "text_to_image",
+            unet=parts["unet"],
+            **shared,
+        )
     if "decoder" in wanted:
         some = pool.first(frames["decoder"])
-        _, losses["decoder"] = train_decoder(parts["vae"], some, *encode_pool(parts["vae"], some, progress=progress), configs["decoder"], runs / "decoder", **shared)
+        _, losses["decoder"] = train_decoder(
+            parts["vae"],
+            some,
+            *encode_pool(parts["vae"], some, progress=progress),
+            configs["decoder"],
+            runs / "decoder",
+            **shared,
+        )
     return losses
 
 # %% ../nbs/09_miniature.ipynb #0e017d59
 def continue_pretraining(
-    folder,                 # as for `pretrain`
-    start,                  # finished weights: a folder that `pretrain` wrote, or "miniature"
-    steps:dict,             # optimizer steps of the stages that go on: "decoder", "text_to_image" or both
-    frames:dict|None=None,  # stage -> new frames drawn for it; those of `SECOND` if None
-    stories:int=300,        # stories whose frames and captions join the text-to-image pool
-    size:int=64,            # pixels a side, as in the first round
-    seed:int=1,             # another one than in the first round: new frames, new order, new noise
-    overwrite:bool=False, progress:bool=True, configs:dict|None=None, half:bool=False, only:str|None=None, # as for `pretrain`
-    timestep_shift:float=2.0, # of text_to_image, as in the first round
-)->dict:                    # stage -> losses, one a step
+    folder,  # as for `pretrain`
+    start,  # finished weights: a folder that `pretrain` wrote, or "miniature"
+    steps: dict,  # optimizer steps of the stages that go on: "decoder", "text_to_image" or both
+    frames: dict | None = None,  # stage -> new frames drawn for it; those of `SECOND` if None
+    stories: int = 300,  # stories whose frames and captions join the text-to-image pool
+    size: int = 64,  # pixels a side, as in the first round
+    seed: int = 1,  # another one than in the first round: new frames, new order, new noise
+    overwrite: bool = False,
+    progress: bool = True,
+    configs: dict | None = None,
+    half: bool = False,
+    only: str | None = None,  # as for `pretrain`
+    timestep_shift: float = 2.0,  # of text_to_image, as in the first round
+) -> dict:  # stage -> losses, one a step
     """A second round for decoder and U-Net; every other part is taken over from `start`.
 
     Interrupted, it goes on when called again. Raises what `pretrain` and `load_base` raise, and ValueError for a stage that cannot go on."""
-    folder, frames, configs = Path(folder), frames or SECOND["frames"], {**second_configs(steps, seed), **(configs or {})}
-    if only not in (None, *steps): raise ValueError(f"only={only!r} does not go on; choose one of {tuple(steps)}")
-    if set(steps) - set(frames): raise ValueError(f"frames must name {' and '.join(steps)}, got {tuple(frames)}")
-    if str(start) != "miniature" and folder.resolve() == Path(start).resolve(): raise ValueError(f"folder and start are both {folder}: the weights that go on must stay whole until the new ones are there; choose another folder")
+    folder, frames, configs = (
+        Path(folder),
+        frames or SECOND["frames"],
+        {**second_configs(steps, seed), **(configs or {})},
+    )
+    if only not in (None, *steps):
+        raise ValueError(f"only={only!r} does not go on; choose one of {tuple(steps)}")
+    if set(steps) - set(frames):
+        raise ValueError(f"frames must name {' and '.join(steps)}, got {tuple(frames)}")
+    if str(start) != "miniature" and folder.resolve() == Path(start).resolve():
+        raise ValueError(
+            f"folder and start are both {folder}: the weights that go on must stay whole until the new ones are there; choose another folder"
+        )
     configs = {stage: replace(configs[stage], steps=n, seed=seed) for stage, n in steps.items()}
-    runs, settings = folder / "runs", dict(frames=frames, stories=stories, size=size, seed=seed, timestep_shift=timestep_shift)
+    runs, settings = (
+        folder / "runs",
+        dict(frames=frames, stories=stories, size=size, seed=seed, timestep_shift=timestep_shift),
+    )
     _refuse_finished(folder, overwrite)
     parts = _finished_parts(start)
-    _same_settings(runs, dict(settings, steps=steps, start={name: fingerprint(parts[name]) for name in ("vae", "unet")}))
+    _same_settings(
+        runs,
+        dict(
+            settings,
+            steps=steps,
+            start={name: fingerprint(parts[name]) for name in ("vae", "unet")},
+        ),
+    )
     losses = _train_on(runs, parts, configs, progress=progress, only=only, **settings)
-    if only: return losses
-    if half: parts = {name: part.half() if isinstance(part, nn.Module) else part for name, part in parts.items()}
+    if only:
+        return losses
+    if half:
+        parts = {
+            name: part.half() if isinstance(part, nn.Module) else part
+            for name, part in parts.items()
+        }
     last = {stage: float(np.mean(values[-50:])) for stage, values in losses.items()}
-    record = dict(settings, configs={k: asdict(c) for k, c in configs.items()}, last_losses=last, first_round=_first_round(start))
+    record = dict(
+        settings,
+        configs={k: asdict(c) for k, c in configs.items()},
+        last_losses=last,
+        first_round=_first_round(start),
+    )
     _move_into_place(folder, runs, parts, record)
     return losses
 
 # %% ../nbs/09_miniature.ipynb #dd320399
 def draw_captions(
-    pipe,             # CausalStoryPipeline
-    captions:list,    # N captions
-    seed:int=0,       # with a caption's place, decides its noise
-    batch_size:int=64,
-    **options,        # of the pipeline: num_inference_steps, guidance_scale ...
-)->list:              # N PIL images
+    pipe,  # CausalStoryPipeline
+    captions: list,  # N captions
+    seed: int = 0,  # with a caption's place, decides its noise
+    batch_size: int = 64,
+    **options,  # of the pipeline: num_inference_steps, guidance_scale ...
+) -> list:  # N PIL images
     "Single frames from captions alone."
     drawn = []
     for start in range(0, len(captions), batch_size):
-        some = captions[start:start + batch_size]
-        generators = [torch.Generator().manual_seed(seed * 1_000_003 + start + k) for k in range(len(some))]
-        drawn += [frames[0] for frames in pipe([[c] for c in some], generator=generators, history_policy="none", **options).frames]
+        some = captions[start : start + batch_size]
+        generators = [
+            torch.Generator().manual_seed(seed * 1_000_003 + start + k) for k in range(len(some))
+        ]
+        drawn += [
+            frames[0]
+            for frames in pipe(
+                [[c] for c in some], generator=generators, history_policy="none", **options
+            ).frames
+        ]
     return drawn
 
 # %% ../nbs/09_miniature.ipynb #42d2fb94
 def caption_accuracy(
-    reader,       # FrameReader
-    frames,       # N frames, what `read_frames` takes
-    scenes:list,  # what each should show
-)->dict:          # attribute -> (accuracy, standard error)
+    reader,  # FrameReader
+    frames,  # N frames, what `read_frames` takes
+    scenes: list,  # what each should show
+) -> dict:  # attribute -> (accuracy, standard error)
     "Setting, character (the whole set), prop, scarf, action; `both`: props and scarves of both of two characters; `all`: everything of a frame."
-    said, truth = read_frames(reader, frames), {name: t.numpy() for name, t in scene_targets(scenes).items()}
+    said, truth = (
+        read_frames(reader, frames),
+        {name: t.numpy() for name, t in scene_targets(scenes).items()},
+    )
     there = truth["presence"] > 0
     right = {name: said[name] == truth[name] for name in ("prop", "scarf", "action")}
-    scores = dict(setting=said["setting"] == truth["setting"], character=(said["presence"] == there).all(-1), **{name: r[there] for name, r in right.items()})
+    scores = dict(
+        setting=said["setting"] == truth["setting"],
+        character=(said["presence"] == there).all(-1),
+        **{name: r[there] for name, r in right.items()},
+    )
     dressed = (right["prop"] & right["scarf"] | ~there).all(-1)
     scores["both"] = dressed[there.sum(-1) == 2]
-    scores["all"] = dressed & (right["action"] | ~there).all(-1) & scores["setting"] & scores["character"]
-    return {name: (float(v.mean()), float(v.std() / max(1, len(v)) ** 0.5)) for name, v in scores.items()}
+    scores["all"] = (
+        dressed & (right["action"] | ~there).all(-1) & scores["setting"] & scores["character"]
+    )
+    return {
+        name: (float(v.mean()), float(v.std() / max(1, len(v)) ** 0.5))
+        for name, v in scores.items()
+    }
+
 
 def base_figures(
-    pipe,               # CausalStoryPipeline on the base
-    reader,             # FrameReader
-    n:int=2048,         # held-out explicit captions
-    seed:int=1,
-)->dict:                # "real", "reconstructed", "drawn" -> `caption_accuracy`
+    pipe,  # CausalStoryPipeline on the base
+    reader,  # FrameReader
+    n: int = 2048,  # held-out explicit captions
+    seed: int = 1,
+) -> dict:  # "real", "reconstructed", "drawn" -> `caption_accuracy`
     "The base's table: ceiling, ceiling of the latents, and what is drawn with the stored steps and guidance."
     pool, rng = make_pool(n, "test", seed=seed, progress=False), random.Random(f"{seed}-captions")
-    with torch.no_grad(): decoded = torch.cat([pipe.vae(pool.pixels(slice(k, k + 64)).to(pipe.device)).sample.clamp(-1, 1).cpu() for k in range(0, n, 64)])
+    with torch.no_grad():
+        decoded = torch.cat(
+            [
+                pipe.vae(pool.pixels(slice(k, k + 64)).to(pipe.device)).sample.clamp(-1, 1).cpu()
+                for k in range(0, n, 64)
+            ]
+        )
     drawn = draw_captions(pipe, [describe(scene, rng, "test") for scene in pool.scenes], seed)
-    return {name: caption_accuracy(reader, frames, pool.scenes) for name, frames in (("real", pool.frames), ("reconstructed", decoded), ("drawn", drawn))}
+    return {
+        name: caption_accuracy(reader, frames, pool.scenes)
+        for name, frames in (("real", pool.frames), ("reconstructed", decoded), ("drawn", drawn))
+    }
 
-def print_figures(figures:dict):
+
+def print_figures(figures: dict):
     "Accuracy ± standard error, a row a kind of frame."
     names = list(next(iter(figures.values())))
     print(" " * 14 + "".join(f"{name:>15}" for name in names))
-    for kind, scores in figures.items(): print(f"{kind:14}" + "".join(f"{value:>8.3f} ±{error:.3f}" for value, error in scores.values()))
+    for kind, scores in figures.items():
+        print(
+            f"{kind:14}"
+            + "".join(f"{value:>8.3f} ±{error:.3f}" for value, error in scores.values())
+        )
 
 # %% ../nbs/09_miniature.ipynb #c62f4996
 @torch.no_grad()
 def patches_of_words(
-    history_encoder,      # HistoryEncoder
-    tokenizer,            # its tokenizer
-    frame,                # PIL image
-    caption:str,
-)->tuple:                 # words (without start and padding), maps (words, side, side): how far each word's state moves
+    history_encoder,  # HistoryEncoder
+    tokenizer,  # its tokenizer
+    frame,  # PIL image
+    caption: str,
+) -> (
+    tuple
+):  # words (without start and padding), maps (words, side, side): how far each word's state moves
     "Cover one image patch at a time with grey and see which words change."
     config = history_encoder.config["vision_config"]
     size, patch = config["image_size"], config["patch_size"]
     pixels = normalise_pixels([frame], size, CLIP_IMAGE_MEAN, CLIP_IMAGE_STD)
     side = size // patch
     covered = pixels.repeat(side * side + 1, 1, 1, 1)
-    for k in range(side * side): covered[k + 1, :, k // side * patch:(k // side + 1) * patch, k % side * patch:(k % side + 1) * patch] = 0
+    for k in range(side * side):
+        covered[
+            k + 1,
+            :,
+            k // side * patch : (k // side + 1) * patch,
+            k % side * patch : (k % side + 1) * patch,
+        ] = 0
     ids, mask = tokenize(tokenizer, [caption])
-    states = history_encoder(covered, ids.expand(len(covered), -1), mask.expand(len(covered), -1))[:, mask[0]]   # (1+patches, words, D)
+    states = history_encoder(covered, ids.expand(len(covered), -1), mask.expand(len(covered), -1))[
+        :, mask[0]
+    ]  # (1+patches, words, D)
     moved = (states[1:] - states[:1]).norm(dim=-1).T.unflatten(1, (side, side))
     return tokenizer.convert_ids_to_tokens(ids[0][mask[0]])[1:-1], moved[1:-1]

@@ -17,43 +17,66 @@ from diffusers import AutoencoderKL, DDPMScheduler
 from torch import nn
 
 from .causal_mask import frame_mask, frame_times, relevance_bias, token_mask
-from .encoders import encode_captions, null_caption_states, null_history_states, pack_tokens
+from causal_story.encoders import (
+    encode_captions,
+    null_caption_states,
+    null_history_states,
+    pack_tokens,
+)
 from .unet import add_adapters, attach_adapters
 
 # %% ../nbs/05_model.ipynb #3df93389
 def tiny_vae(
-    sample_size:int=64,               # pixels a side
-    latent_channels:int=8,            # channels of the latents
-    channels:tuple=(16, 32, 64, 128),  # one level each; every level but the last halves the sides
-)->AutoencoderKL:                     # (N, 3, H, W) <-> (N, C, H/8, W/8)
+    sample_size: int = 64,  # pixels a side
+    latent_channels: int = 8,  # channels of the latents
+    channels: tuple = (
+        16,
+        32,
+        64,
+        128,
+    ),  # one level each; every level but the last halves the sides
+) -> AutoencoderKL:  # (N, 3, H, W) <-> (N, C, H/8, W/8)
     "Stable Diffusion's autoencoder class at 2.6 M parameters. Sizes are our choice."
     n = len(channels)
     return AutoencoderKL(
-        in_channels=3, out_channels=3, latent_channels=latent_channels, sample_size=sample_size,
-        down_block_types=("DownEncoderBlock2D",) * n, up_block_types=("UpDecoderBlock2D",) * n,
-        block_out_channels=tuple(channels), layers_per_block=1, norm_num_groups=8, mid_block_add_attention=False)
+        in_channels=3,
+        out_channels=3,
+        latent_channels=latent_channels,
+        sample_size=sample_size,
+        down_block_types=("DownEncoderBlock2D",) * n,
+        up_block_types=("UpDecoderBlock2D",) * n,
+        block_out_channels=tuple(channels),
+        layers_per_block=1,
+        norm_num_groups=8,
+        mid_block_add_attention=False,
+    )
 
 # %% ../nbs/05_model.ipynb #1ee00444
-def _latent_scale(vae:AutoencoderKL, like:torch.Tensor):
+def _latent_scale(vae: AutoencoderKL, like: torch.Tensor):
     "(shift, scale) such that latents = (z - shift) * scale."
     config = vae.config
-    if config.latents_mean is None: return torch.zeros(1, device=like.device), config.scaling_factor
+    if config.latents_mean is None:
+        return torch.zeros(1, device=like.device), config.scaling_factor
     shape = (-1, 1, 1)
     mean = torch.tensor(config.latents_mean, device=like.device, dtype=like.dtype).view(shape)
-    return mean, 1 / torch.tensor(config.latents_std, device=like.device, dtype=like.dtype).view(shape)
+    return mean, 1 / torch.tensor(config.latents_std, device=like.device, dtype=like.dtype).view(
+        shape
+    )
+
 
 def normalise_latents(
-    vae:AutoencoderKL, # per-channel `latents_mean`, `latents_std` in its configuration, else `scaling_factor`
-    z:torch.Tensor,    # (..., C, h, w) as the encoder gives it
-)->torch.Tensor:       # (..., C, h, w) at about unit scale
+    vae: AutoencoderKL,  # per-channel `latents_mean`, `latents_std` in its configuration, else `scaling_factor`
+    z: torch.Tensor,  # (..., C, h, w) as the encoder gives it
+) -> torch.Tensor:  # (..., C, h, w) at about unit scale
     "Latents as the U-Net sees them (Stable Diffusion: times 0.18215)."
     shift, scale = _latent_scale(vae, z)
     return (z - shift) * scale
 
+
 def decode_latents(
-    vae:AutoencoderKL,
-    latents:torch.Tensor, # (N, C, h, w) as the U-Net sees them
-)->torch.Tensor:          # (N, 3, H, W) in [-1, 1]
+    vae: AutoencoderKL,
+    latents: torch.Tensor,  # (N, C, h, w) as the U-Net sees them
+) -> torch.Tensor:  # (N, 3, H, W) in [-1, 1]
     "Back to pixels."
     shift, scale = _latent_scale(vae, latents)
     return vae.decode((latents / scale + shift).to(vae.dtype)).sample.clamp(-1, 1)
@@ -62,229 +85,360 @@ def decode_latents(
 @dataclass
 class Conditioning:
     "What the U-Net reads: T = (1+F)*S context tokens for each of B*V frames."
-    tokens:torch.Tensor                # (B, V, T, D)
-    mask:torch.Tensor                  # (B, V, T) bool, True = may attend
-    bias:torch.Tensor|None = None      # (B, V, T) added to attention scores, or None
-    relevance:torch.Tensor|None = None # (B, V, F) weights of the history blocks, or None
 
-    def where(self,
-        rows:torch.Tensor,      # (B, V) bool
-        other:"Conditioning",   # broadcast over stories
-    )->"Conditioning":
+    tokens: torch.Tensor  # (B, V, T, D)
+    mask: torch.Tensor  # (B, V, T) bool, True = may attend
+    bias: torch.Tensor | None = None  # (B, V, T) added to attention scores, or None
+    relevance: torch.Tensor | None = None  # (B, V, F) weights of the history blocks, or None
+
+    def where(
+        self,
+        rows: torch.Tensor,  # (B, V) bool
+        other: "Conditioning",  # broadcast over stories
+    ) -> "Conditioning":
         "This conditioning with `rows` taken from `other`."
-        def pick(mine, theirs): return None if mine is None else torch.where(rows[..., None], theirs, mine)
-        return Conditioning(torch.where(rows[..., None, None], other.tokens, self.tokens), pick(self.mask, other.mask),
-                            pick(self.bias, other.bias), pick(self.relevance, other.relevance))
 
-    def frames(self,
-        places:torch.Tensor,    # (n,) long: which of the V frames, in this order
-    )->"Conditioning":
+        def pick(mine, theirs):
+            return None if mine is None else torch.where(rows[..., None], theirs, mine)
+
+        return Conditioning(
+            torch.where(rows[..., None, None], other.tokens, self.tokens),
+            pick(self.mask, other.mask),
+            pick(self.bias, other.bias),
+            pick(self.relevance, other.relevance),
+        )
+
+    def frames(
+        self,
+        places: torch.Tensor,  # (n,) long: which of the V frames, in this order
+    ) -> "Conditioning":
         "This conditioning, of some frames only."
-        return Conditioning(*(None if part is None else part[:, places] for part in (self.tokens, self.mask, self.bias, self.relevance)))
+        return Conditioning(
+            *(
+                None if part is None else part[:, places]
+                for part in (self.tokens, self.mask, self.bias, self.relevance)
+            )
+        )
 
     def rows(self):
         "(all rows, tokens (N, T, D), mask (N, T), bias (N, T) or None) of the N = B*V frames."
         everyone = torch.arange(self.mask.shape[:2].numel(), device=self.mask.device)
-        return everyone, self.tokens.flatten(0, 1), self.mask.flatten(0, 1), None if self.bias is None else self.bias.flatten(0, 1)
+        return (
+            everyone,
+            self.tokens.flatten(0, 1),
+            self.mask.flatten(0, 1),
+            None if self.bias is None else self.bias.flatten(0, 1),
+        )
 
-    def groups(self,
-        trim:bool=True,              # leave out tokens that a row does not see: the same prediction up to rounding, sooner
-        dtype:torch.dtype|None=None, # of the tokens; None: as they are
-    )->list:                         # of such quadruples; the first of each says which rows it holds
+    def groups(
+        self,
+        trim: bool = True,  # leave out tokens that a row does not see: the same prediction up to rounding, sooner
+        dtype: torch.dtype | None = None,  # of the tokens; None: as they are
+    ) -> list:  # of such quadruples; the first of each says which rows it holds
         "What the U-Net is called with: rows that see little apart from rows that see much (rows without condition see all their padding)."
         everyone, tokens, mask, bias = self.rows()
         tokens = tokens.to(dtype or tokens.dtype)
-        if not trim: return [(everyone, tokens, mask, bias)]
+        if not trim:
+            return [(everyone, tokens, mask, bias)]
         seen, out = mask.sum(-1), []
         few = seen <= (seen.min() + seen.max()) / 2
-        for chosen in [everyone[few], everyone[~few]] if 2 * seen.min() < seen.max() else [everyone]:
+        for chosen in (
+            [everyone[few], everyone[~few]] if 2 * seen.min() < seen.max() else [everyone]
+        ):
             packed, visible, places = pack_tokens(tokens[chosen], mask[chosen])
-            out.append((chosen, packed, visible, None if bias is None else bias[chosen].gather(1, places)))
+            out.append(
+                (chosen, packed, visible, None if bias is None else bias[chosen].gather(1, places))
+            )
         return out
 
 # %% ../nbs/05_model.ipynb #d7a9cf07
 class StoryReaders(nn.Module):
     "The pieces of Causal-Story (paper, figure): caption and history encoders, story context, U-Net with adapters, autoencoder."
-    def __init__(self,
-        vae,              # AutoencoderKL, always frozen
-        text_encoder,     # CLIPTextModel: reads the current caption
+
+    def __init__(
+        self,
+        vae,  # AutoencoderKL, always frozen
+        text_encoder,  # CLIPTextModel: reads the current caption
         history_encoder,  # HistoryEncoder (BLIP): reads earlier (frame, caption) pairs
-        story_context,    # StoryContext: lays them side by side
-        unet,             # UNet2DConditionModel
-        scheduler,        # any diffusers scheduler; its noise schedule and prediction type are used
-        null_caption_ids, # (S,) the empty caption in the caption tokenizer
-        null_history_ids, # (S,) the empty caption in the history tokenizer
-        adapters=None,    # UNetAdapters already attached to `unet`, or None
+        story_context,  # StoryContext: lays them side by side
+        unet,  # UNet2DConditionModel
+        scheduler,  # any diffusers scheduler; its noise schedule and prediction type are used
+        null_caption_ids,  # (S,) the empty caption in the caption tokenizer
+        null_history_ids,  # (S,) the empty caption in the history tokenizer
+        adapters=None,  # UNetAdapters already attached to `unet`, or None
     ):
         super().__init__()
         self.vae, self.text_encoder, self.history_encoder = vae, text_encoder, history_encoder
-        self.story_context, self.unet, self.adapters = story_context, attach_adapters(unet, adapters), adapters
+        self.story_context, self.unet, self.adapters = (
+            story_context,
+            attach_adapters(unet, adapters),
+            adapters,
+        )
         self.noise_schedule = DDPMScheduler.from_config(scheduler.config)
         self.register_buffer("null_caption_ids", null_caption_ids, persistent=False)
         self.register_buffer("null_history_ids", null_history_ids, persistent=False)
 
-    def read_captions(self,
-        ids:torch.Tensor,       # (B, V, S) long
-        mask:torch.Tensor=None, # (B, V, S) bool
-    )->torch.Tensor:            # (B, V, S, D)
+    def read_captions(
+        self,
+        ids: torch.Tensor,  # (B, V, S) long
+        mask: torch.Tensor = None,  # (B, V, S) bool
+    ) -> torch.Tensor:  # (B, V, S, D)
         "CLIP's tokens of the captions to draw; zeros where no caption has any."
         S = ids.shape[-1]
         used = S if mask is None else _longest(mask)
-        states = encode_captions(self.text_encoder, ids[..., :used], None if mask is None else mask[..., :used])
+        states = encode_captions(
+            self.text_encoder, ids[..., :used], None if mask is None else mask[..., :used]
+        )
         return F.pad(states, (0, 0, 0, S - used))
 
-    def read_history(self,
-        ids:torch.Tensor,             # (B, F, S) long
-        mask:torch.Tensor,            # (B, F, S) bool
-        frames:torch.Tensor=None,     # (B, F, 3, h, w) in BLIP's normalisation, or
-        image_features:torch.Tensor=None, # (B, F, P, Dv) cached features of frozen vision
-    )->torch.Tensor:                  # (B, F, S, D)
+    def read_history(
+        self,
+        ids: torch.Tensor,  # (B, F, S) long
+        mask: torch.Tensor,  # (B, F, S) bool
+        frames: torch.Tensor = None,  # (B, F, 3, h, w) in BLIP's normalisation, or
+        image_features: torch.Tensor = None,  # (B, F, P, Dv) cached features of frozen vision
+    ) -> torch.Tensor:  # (B, F, S, D)
         "BLIP's tokens of the earlier (frame, caption) pairs; zeros where no caption has any."
         (B, n_blocks, S), used = ids.shape, _longest(mask)
-        if n_blocks == 0: return torch.zeros(B, 0, S, self.story_context.config.width, device=ids.device)
+        if n_blocks == 0:
+            return torch.zeros(B, 0, S, self.story_context.config.width, device=ids.device)
         states = self.history_encoder(
-            None if frames is None else frames.flatten(0, 1), ids[..., :used].flatten(0, 1), mask[..., :used].flatten(0, 1),
-            image_features=None if image_features is None else image_features.flatten(0, 1))
+            None if frames is None else frames.flatten(0, 1),
+            ids[..., :used].flatten(0, 1),
+            mask[..., :used].flatten(0, 1),
+            image_features=None if image_features is None else image_features.flatten(0, 1),
+        )
         return F.pad(states, (0, 0, 0, S - used)).unflatten(0, (B, n_blocks))
 
-def _longest(mask)->int: # tokens of the longest caption, at least one
+
+def _longest(mask) -> int:  # tokens of the longest caption, at least one
     return 1 + max((mask.flatten(0, -2).any(0).nonzero().flatten().tolist()), default=0)
 
 # %% ../nbs/05_model.ipynb #e16a5d4e
 class StoryConditioner(StoryReaders):
     "From what was read to what the U-Net reads."
-    def condition(self,
-        caption_states:torch.Tensor, # (B, V, S, D)
-        caption_mask:torch.Tensor,   # (B, V, S) bool
-        history_states:torch.Tensor, # (B, F, S, D)
-        history_mask:torch.Tensor,   # (B, F, S) bool; a block without any token is not there
-        visible:torch.Tensor,        # (V, F) or (B, V, F) bool, from `frame_mask`
-        times:torch.Tensor,          # (V,) story time of each frame, from `frame_times`
-        weighted:bool=False,         # weigh the history blocks (policy "weighted")
-        context_layer:bool=True,     # False: AR-LDM's context
-        unconditional:bool=False,    # padding is visible, as in AR-LDM's unconditional rows
-    )->Conditioning:
+
+    def condition(
+        self,
+        caption_states: torch.Tensor,  # (B, V, S, D)
+        caption_mask: torch.Tensor,  # (B, V, S) bool
+        history_states: torch.Tensor,  # (B, F, S, D)
+        history_mask: torch.Tensor,  # (B, F, S) bool; a block without any token is not there
+        visible: torch.Tensor,  # (V, F) or (B, V, F) bool, from `frame_mask`
+        times: torch.Tensor,  # (V,) story time of each frame, from `frame_times`
+        weighted: bool = False,  # weigh the history blocks (policy "weighted")
+        context_layer: bool = True,  # False: AR-LDM's context
+        unconditional: bool = False,  # padding is visible, as in AR-LDM's unconditional rows
+    ) -> Conditioning:
         "Context, mask and, if asked, relevance of every frame."
         B, V, S = caption_mask.shape
         visible = visible.to(caption_mask.device).expand(B, V, -1) & history_mask.any(-1)[:, None]
         dropped = torch.full((B, V), unconditional, device=caption_mask.device)
         mask = token_mask(visible, caption_mask, history_mask, dropped)
         tokens = self.story_context(caption_states, history_states, mask, times, context_layer)
-        if not weighted: return Conditioning(tokens, mask)
-        relevance = self.story_context.relevance(tokens, visible, caption_mask, history_mask, times, dropped)
+        if not weighted:
+            return Conditioning(tokens, mask)
+        relevance = self.story_context.relevance(
+            tokens, visible, caption_mask, history_mask, times, dropped
+        )
         return Conditioning(tokens, mask, relevance_bias(relevance, visible, S), relevance)
 
-    def null_condition(self,
-        visible:torch.Tensor, # (V, F) bool
-        times:torch.Tensor,   # (V,)
-        weighted:bool=False,
-        context_layer:bool=True,
-    )->Conditioning:          # of one story, B = 1
+    def null_condition(
+        self,
+        visible: torch.Tensor,  # (V, F) bool
+        times: torch.Tensor,  # (V,)
+        weighted: bool = False,
+        context_layer: bool = True,
+    ) -> Conditioning:  # of one story, B = 1
         "The unconditional context: empty caption and black frames, as AR-LDM has it (notebook 02), through every trained part (our choice)."
         V, n_blocks = visible.shape
         caption = null_caption_states(self.text_encoder, self.null_caption_ids)  # (S, D)
         history = null_history_states(self.history_encoder, self.null_history_ids)
-        full = torch.ones(1, max(V, n_blocks), len(caption), dtype=torch.bool, device=caption.device)
-        return self.condition(caption.expand(1, V, -1, -1), full[:, :V], history.expand(1, n_blocks, -1, -1), full[:, :n_blocks],
-                              visible, times, weighted, context_layer, unconditional=True)
+        full = torch.ones(
+            1, max(V, n_blocks), len(caption), dtype=torch.bool, device=caption.device
+        )
+        return self.condition(
+            caption.expand(1, V, -1, -1),
+            full[:, :V],
+            history.expand(1, n_blocks, -1, -1),
+            full[:, :n_blocks],
+            visible,
+            times,
+            weighted,
+            context_layer,
+            unconditional=True,
+        )
 
 # %% ../nbs/05_model.ipynb #c75da11c
 class CausalStoryModel(StoryConditioner):
     "Causal-Story (paper, figure): a story in, the U-Net's prediction for every frame out."
-    def predict(self,
-        noisy:torch.Tensor,         # (B, V, C, h, w)
-        timesteps:torch.Tensor,     # (B, V) long
-        conditioning:Conditioning|list, # or its `groups()`, made once where many steps share them
-        trim:bool=True,             # leave out tokens that a row does not see (`groups` already made: ignored)
-    )->torch.Tensor:                # (B, V, C, h, w)
+
+    def predict(
+        self,
+        noisy: torch.Tensor,  # (B, V, C, h, w)
+        timesteps: torch.Tensor,  # (B, V) long
+        conditioning: Conditioning
+        | list,  # or its `groups()`, made once where many steps share them
+        trim: bool = True,  # leave out tokens that a row does not see (`groups` already made: ignored)
+    ) -> torch.Tensor:  # (B, V, C, h, w)
         "The U-Net's prediction for every frame; in training all frames of a story at once, given their true history."
         rows, times = noisy.flatten(0, 1), timesteps.flatten()
-        groups, parts, order = conditioning if isinstance(conditioning, list) else conditioning.groups(trim), [], []
+        groups, parts, order = (
+            conditioning if isinstance(conditioning, list) else conditioning.groups(trim),
+            [],
+            [],
+        )
         for chosen, tokens, mask, bias in groups:
             options = {} if bias is None else dict(cross_attention_kwargs=dict(context_bias=bias))
-            parts.append(self.unet(rows[chosen], times[chosen], tokens.to(noisy.dtype), encoder_attention_mask=mask, **options).sample)
+            parts.append(
+                self.unet(
+                    rows[chosen],
+                    times[chosen],
+                    tokens.to(noisy.dtype),
+                    encoder_attention_mask=mask,
+                    **options,
+                ).sample
+            )
             order.append(chosen)
         return torch.cat(parts)[torch.cat(order).argsort()].unflatten(0, noisy.shape[:2])
 
-    def forward(self,
-        batch:dict,                # from StoryCollator, perhaps with cached features in place of pictures
-        noisy:torch.Tensor,        # (B, V, C, h, w)
-        timesteps:torch.Tensor,    # (B, V) long
-        policy:str="full",         # history policy
-        window:int|None=None,      # of policies "local" and "weighted"
-        task:str="visualization",
-        dropped:torch.Tensor|None=None, # (B, V) bool, frames drawn without condition
-        context_layer:bool=True,
-    ):                             # (prediction (B, V, C, h, w), Conditioning)
+    def forward(
+        self,
+        batch: dict,  # from StoryCollator, perhaps with cached features in place of pictures
+        noisy: torch.Tensor,  # (B, V, C, h, w)
+        timesteps: torch.Tensor,  # (B, V) long
+        policy: str = "full",  # history policy
+        window: int | None = None,  # of policies "local" and "weighted"
+        task: str = "visualization",
+        dropped: torch.Tensor | None = None,  # (B, V) bool, frames drawn without condition
+        context_layer: bool = True,
+    ):  # (prediction (B, V, C, h, w), Conditioning)
         "Read the story, lay out the context, predict."
         conditioning = self.read_story(batch, policy, window, task, dropped, context_layer)
         return self.predict(noisy, timesteps, conditioning), conditioning
 
-    def read_story(self, batch:dict, policy:str="full", window:int|None=None, task:str="visualization",
-                   dropped:torch.Tensor|None=None, context_layer:bool=True)->Conditioning:
+    def read_story(
+        self,
+        batch: dict,
+        policy: str = "full",
+        window: int | None = None,
+        task: str = "visualization",
+        dropped: torch.Tensor | None = None,
+        context_layer: bool = True,
+    ) -> Conditioning:
         "The conditioning of all frames of a batch, their true history given. Blocks that no frame may see are not computed."
         n_frames = batch["caption_ids"].shape[1]
         visible = frame_mask(policy, n_frames, task, window).to(batch["caption_ids"].device)
-        times, n_blocks = frame_times(n_frames, task), int(visible.any(0).sum() and visible.any(0).nonzero().max() + 1)
-        if dropped is not None and not dropped.any(): dropped = None
-        history = {name: batch[name][:, :n_blocks] for name in ("history_ids", "history_mask", "history_frames", "image_features", "history_valid") if name in batch}
-        states = self.read_history(history["history_ids"], history["history_mask"], history.get("history_frames") if "image_features" not in history else None, history.get("image_features"))
+        times, n_blocks = (
+            frame_times(n_frames, task),
+            int(visible.any(0).sum() and visible.any(0).nonzero().max() + 1),
+        )
+        if dropped is not None and not dropped.any():
+            dropped = None
+        history = {
+            name: batch[name][:, :n_blocks]
+            for name in (
+                "history_ids",
+                "history_mask",
+                "history_frames",
+                "image_features",
+                "history_valid",
+            )
+            if name in batch
+        }
+        states = self.read_history(
+            history["history_ids"],
+            history["history_mask"],
+            history.get("history_frames") if "image_features" not in history else None,
+            history.get("image_features"),
+        )
         history_mask = history["history_mask"] & history["history_valid"][..., None]
-        caption_states = batch["caption_states"] if "caption_states" in batch else self.read_captions(batch["caption_ids"], batch["caption_mask"])
+        caption_states = (
+            batch["caption_states"]
+            if "caption_states" in batch
+            else self.read_captions(batch["caption_ids"], batch["caption_mask"])
+        )
         visible, weighted = visible[:, :n_blocks], policy == "weighted"
-        conditioning = self.condition(caption_states, batch["caption_mask"], states, history_mask, visible, times, weighted, context_layer)
-        if dropped is not None: # the empty condition, of those frames only that some story draws without condition
+        conditioning = self.condition(
+            caption_states,
+            batch["caption_mask"],
+            states,
+            history_mask,
+            visible,
+            times,
+            weighted,
+            context_layer,
+        )
+        if (
+            dropped is not None
+        ):  # the empty condition, of those frames only that some story draws without condition
             rows = dropped.any(0).cpu()
             empty = self.null_condition(visible[rows], times[rows], weighted, context_layer)
-            conditioning = conditioning.where(dropped, empty.frames((rows.cumsum(0) - 1).clamp(min=0)))
-        if weighted: conditioning.relevance = F.pad(conditioning.relevance, (0, batch["history_ids"].shape[1] - n_blocks))  # (B, V, F)
+            conditioning = conditioning.where(
+                dropped, empty.frames((rows.cumsum(0) - 1).clamp(min=0))
+            )
+        if weighted:
+            conditioning.relevance = F.pad(
+                conditioning.relevance, (0, batch["history_ids"].shape[1] - n_blocks)
+            )  # (B, V, F)
         return conditioning
 
 # %% ../nbs/05_model.ipynb #dbf6eefe
 def prediction_target(
-    noise_schedule,          # a scheduler with add_noise, get_velocity and a prediction type
-    latents:torch.Tensor,    # (N, C, h, w) clean
-    noise:torch.Tensor,      # (N, C, h, w)
-    timesteps:torch.Tensor,  # (N,) long
-)->torch.Tensor:             # (N, C, h, w)
+    noise_schedule,  # a scheduler with add_noise, get_velocity and a prediction type
+    latents: torch.Tensor,  # (N, C, h, w) clean
+    noise: torch.Tensor,  # (N, C, h, w)
+    timesteps: torch.Tensor,  # (N,) long
+) -> torch.Tensor:  # (N, C, h, w)
     "What the U-Net should predict under the scheduler's `prediction_type`. Raises ValueError for one we do not know."
     kind = noise_schedule.config.prediction_type
-    if kind == "epsilon": return noise
-    if kind == "sample": return latents
-    if kind == "v_prediction": return noise_schedule.get_velocity(latents, noise, timesteps)
-    raise ValueError(f"scheduler has prediction_type={kind!r}; expected 'epsilon', 'sample' or 'v_prediction'")
+    if kind == "epsilon":
+        return noise
+    if kind == "sample":
+        return latents
+    if kind == "v_prediction":
+        return noise_schedule.get_velocity(latents, noise, timesteps)
+    raise ValueError(
+        f"scheduler has prediction_type={kind!r}; expected 'epsilon', 'sample' or 'v_prediction'"
+    )
 
 # %% ../nbs/05_model.ipynb #4867c766
 def sample_generator(
-    *key, # what the randomness is for: usually seed, epoch, sample, and a word for its purpose
-)->torch.Generator: # CPU generator, the same for the same key in every process
+    *key,  # what the randomness is for: usually seed, epoch, sample, and a word for its purpose
+) -> torch.Generator:  # CPU generator, the same for the same key in every process
     "A generator that depends on `key` alone (our choice). Keys may be ints and strings."
     digest = hashlib.sha256("/".join(map(str, key)).encode()).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
 
 # %% ../nbs/05_model.ipynb #da851781
 def shift_timesteps(
-    timesteps:torch.Tensor, # long, drawn evenly from 0 ... n_timesteps - 1
-    shift:float,            # s; above 1: more of the noisy timesteps
-    n_timesteps:int=1000,   # of the noise schedule
-)->torch.Tensor:            # long, the same shape
+    timesteps: torch.Tensor,  # long, drawn evenly from 0 ... n_timesteps - 1
+    shift: float,  # s; above 1: more of the noisy timesteps
+    n_timesteps: int = 1000,  # of the noise schedule
+) -> torch.Tensor:  # long, the same shape
     "t -> s t / (1 + (s - 1) t) on [0, 1], as large rectified-flow models move timesteps; s = 1 changes nothing."
-    if shift == 1: return timesteps
+    if shift == 1:
+        return timesteps
     u = (timesteps + 0.5) / n_timesteps
     return (n_timesteps * shift * u / (1 + (shift - 1) * u)).long()
 
+
 def draw_randomness(
-    keys,                 # one key a story, say (seed, epoch, index): all its randomness follows from it
-    frame_valid,          # (B, V) bool
-    shape,                # (C, h, w) of the latents
-    n_timesteps:int=1000, # of the noise schedule
-    drop:float=0.1,       # share of frames drawn without condition
-    timestep_shift:float=1.0, # see `shift_timesteps`
-)->dict:                  # noise, posterior_noise (B, V, C, h, w); timesteps (B, V); dropped (B, V)
+    keys,  # one key a story, say (seed, epoch, index): all its randomness follows from it
+    frame_valid,  # (B, V) bool
+    shape,  # (C, h, w) of the latents
+    n_timesteps: int = 1000,  # of the noise schedule
+    drop: float = 0.1,  # share of frames drawn without condition
+    timestep_shift: float = 1.0,  # see `shift_timesteps`
+) -> dict:  # noise, posterior_noise (B, V, C, h, w); timesteps (B, V); dropped (B, V)
     "Noise, timesteps and dropped conditions of a batch; a story's own do not depend on who shares its batch."
     B, V = frame_valid.shape
-    out = dict(noise=torch.zeros(B, V, *shape), posterior_noise=torch.zeros(B, V, *shape),
-               timesteps=torch.zeros(B, V, dtype=torch.long), dropped=torch.zeros(B, V, dtype=torch.bool))
+    out = dict(
+        noise=torch.zeros(B, V, *shape),
+        posterior_noise=torch.zeros(B, V, *shape),
+        timesteps=torch.zeros(B, V, dtype=torch.long),
+        dropped=torch.zeros(B, V, dtype=torch.bool),
+    )
     for b, key in enumerate(keys):
         n, generator = int(frame_valid[b].sum()), sample_generator(*key, "loss")
         out["posterior_noise"][b, :n] = torch.randn(n, *shape, generator=generator)
@@ -296,56 +450,92 @@ def draw_randomness(
 
 # %% ../nbs/05_model.ipynb #ffb041ca
 def story_loss(
-    model,                     # CausalStoryModel (or Accelerate's wrapper of one)
-    batch:dict,                # from StoryCollator, with `keys` and perhaps cached features
-    policy:str="full",         # who may look at whom, see `frame_mask`
-    window:int|None=None,      # of local and weighted
-    task:str="visualization",  # or "continuation"
-    drop:float=0.1,            # share of frames drawn without condition (released configuration)
-    context_layer:bool=True,   # False: AR-LDM's context
-    timestep_shift:float=1.0,  # see `draw_randomness`
-)->torch.Tensor:               # scalar
+    model,  # CausalStoryModel (or Accelerate's wrapper of one)
+    batch: dict,  # from StoryCollator, with `keys` and perhaps cached features
+    policy: str = "full",  # who may look at whom, see `frame_mask`
+    window: int | None = None,  # of local and weighted
+    task: str = "visualization",  # or "continuation"
+    drop: float = 0.1,  # share of frames drawn without condition (released configuration)
+    context_layer: bool = True,  # False: AR-LDM's context
+    timestep_shift: float = 1.0,  # see `draw_randomness`
+) -> torch.Tensor:  # scalar
     "Mean squared error of the prediction over all real frames and latent values (latent diffusion's loss)."
     inner, frame_valid = getattr(model, "module", model), batch["frame_valid"]
     mean, std = latent_posterior(inner.vae, batch)
-    random = draw_randomness(batch["keys"], frame_valid, mean.shape[2:], inner.noise_schedule.config.num_train_timesteps, drop, timestep_shift)
+    random = draw_randomness(
+        batch["keys"],
+        frame_valid,
+        mean.shape[2:],
+        inner.noise_schedule.config.num_train_timesteps,
+        drop,
+        timestep_shift,
+    )
     latents = normalise_latents(inner.vae, mean + std * random["posterior_noise"]).flatten(0, 1)
     noise, timesteps = random["noise"].flatten(0, 1), random["timesteps"].flatten()
-    noisy = inner.noise_schedule.add_noise(latents, noise, timesteps).unflatten(0, frame_valid.shape)
-    target = prediction_target(inner.noise_schedule, latents, noise, timesteps).unflatten(0, frame_valid.shape)
-    prediction, _ = model(batch, noisy, random["timesteps"], policy, window, task, random["dropped"], context_layer)
+    noisy = inner.noise_schedule.add_noise(latents, noise, timesteps).unflatten(
+        0, frame_valid.shape
+    )
+    target = prediction_target(inner.noise_schedule, latents, noise, timesteps).unflatten(
+        0, frame_valid.shape
+    )
+    prediction, _ = model(
+        batch, noisy, random["timesteps"], policy, window, task, random["dropped"], context_layer
+    )
     error = (prediction.float() - target).pow(2).mean((2, 3, 4))  # (B, V)
     return (error * frame_valid).sum() / frame_valid.sum()
 
-def latent_posterior(vae, batch:dict):
+
+def latent_posterior(vae, batch: dict):
     "(mean, deviation), each (B, V, C, h, w): cached in the batch, or encoded now."
-    if "latent_mean" in batch: return batch["latent_mean"], batch["latent_std"]
-    with torch.no_grad(): posterior = vae.encode(batch["frames"].flatten(0, 1).to(vae.dtype)).latent_dist
+    if "latent_mean" in batch:
+        return batch["latent_mean"], batch["latent_std"]
+    with torch.no_grad():
+        posterior = vae.encode(batch["frames"].flatten(0, 1).to(vae.dtype)).latent_dist
     shape = batch["frames"].shape[:2]
-    return posterior.mean.contiguous().unflatten(0, shape), posterior.std.contiguous().unflatten(0, shape)
+    return posterior.mean.contiguous().unflatten(0, shape), posterior.std.contiguous().unflatten(
+        0, shape
+    )
 
 # %% ../nbs/05_model.ipynb #710383cb
 PARTS = ("story_context", "history_text", "history_vision", "text_encoder")
 
+
 def prepare_tuning(
-    model:CausalStoryModel,                     # changed in place
-    method:str="adapter",                       # what trains in the U-Net: adapter, attention, lora, full, none
-    width:int=32,                               # of the adapters, or rank of LoRA
-    parts:tuple=("story_context", "history_text"), # what else trains, from PARTS
-)->CausalStoryModel:
+    model: CausalStoryModel,  # changed in place
+    method: str = "adapter",  # what trains in the U-Net: adapter, attention, lora, full, none
+    width: int = 32,  # of the adapters, or rank of LoRA
+    parts: tuple = ("story_context", "history_text"),  # what else trains, from PARTS
+) -> CausalStoryModel:
     "Freeze everything, then unfreeze what the method and `parts` name. Raises ValueError for an unknown part or method."
     unknown = [part for part in parts if part not in PARTS]
-    if unknown: raise ValueError(f"unknown part {unknown[0]!r}; expected some of {PARTS}")
+    if unknown:
+        raise ValueError(f"unknown part {unknown[0]!r}; expected some of {PARTS}")
     model.requires_grad_(False)
-    model.adapters = add_adapters(model.unet, width, method, model.adapters if method == "adapter" else None).module
-    modules = dict(story_context=model.story_context, history_text=model.history_encoder.text,
-                   history_vision=model.history_encoder.vision, text_encoder=model.text_encoder)
-    for part in parts: modules[part].requires_grad_(True)
+    model.adapters = add_adapters(
+        model.unet, width, method, model.adapters if method == "adapter" else None
+    ).module
+    modules = dict(
+        story_context=model.story_context,
+        history_text=model.history_encoder.text,
+        history_vision=model.history_encoder.vision,
+        text_encoder=model.text_encoder,
+    )
+    for part in parts:
+        modules[part].requires_grad_(True)
     return model
 
-def trained_by_part(model:CausalStoryModel)->dict: # part -> (trained, all) parameters
+
+def trained_by_part(model: CausalStoryModel) -> dict:  # part -> (trained, all) parameters
     "How many parameters train, for every part of the model."
-    parts = dict(unet=[model.unet], adapters=[model.adapters] if model.adapters is not None else [], story_context=[model.story_context],
-                 history_encoder=[model.history_encoder], text_encoder=[model.text_encoder], vae=[model.vae])
-    count = lambda modules, trained: sum(p.numel() for m in modules for p in m.parameters() if p.requires_grad or not trained)
+    parts = dict(
+        unet=[model.unet],
+        adapters=[model.adapters] if model.adapters is not None else [],
+        story_context=[model.story_context],
+        history_encoder=[model.history_encoder],
+        text_encoder=[model.text_encoder],
+        vae=[model.vae],
+    )
+    count = lambda modules, trained: sum(
+        p.numel() for m in modules for p in m.parameters() if p.requires_grad or not trained
+    )
     return {name: (count(modules, True), count(modules, False)) for name, modules in parts.items()}

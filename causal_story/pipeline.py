@@ -22,8 +22,17 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from diffusers import (AutoencoderKL, DDIMScheduler, DDPMScheduler, DiffusionPipeline, DPMSolverMultistepScheduler, EulerDiscreteScheduler,
-                       PNDMScheduler, UNet2DConditionModel, UniPCMultistepScheduler)
+from diffusers import (
+    AutoencoderKL,
+    DDIMScheduler,
+    DDPMScheduler,
+    DiffusionPipeline,
+    DPMSolverMultistepScheduler,
+    EulerDiscreteScheduler,
+    PNDMScheduler,
+    UNet2DConditionModel,
+    UniPCMultistepScheduler,
+)
 from diffusers.utils import BaseOutput
 from PIL import Image
 from transformers import BertTokenizer, CLIPTextModel, CLIPTokenizer
@@ -37,108 +46,170 @@ from .unet import UNetAdapters, attach_adapters, cached_context
 
 # %% ../nbs/06_pipeline.ipynb #7a11d7ce
 def guide(
-    unconditional:torch.Tensor, # (N, C, h, w) prediction with empty caption and history
-    conditional:torch.Tensor,   # (N, C, h, w) prediction with the story
-    guidance_scale:float,       # g
-)->torch.Tensor:                # (N, C, h, w)
+    unconditional: torch.Tensor,  # (N, C, h, w) prediction with empty caption and history
+    conditional: torch.Tensor,  # (N, C, h, w) prediction with the story
+    guidance_scale: float,  # g
+) -> torch.Tensor:  # (N, C, h, w)
     "Classifier-free guidance (Ho & Salimans 2022, in the form of Stable Diffusion)."
     return unconditional + guidance_scale * (conditional - unconditional)
 
 # %% ../nbs/06_pipeline.ipynb #9d1c0002
 def guided_steps(
-    interval:tuple, # (start, stop), shares of the steps
-    n_steps:int,    # of the solver, from noise to picture
-)->list:            # n_steps bools, True = with guidance
+    interval: tuple,  # (start, stop), shares of the steps
+    n_steps: int,  # of the solver, from noise to picture
+) -> list:  # n_steps bools, True = with guidance
     "Where guidance is computed (Kynkäänniemi et al. 2024; they give noise levels, shares of the steps are our choice)."
     start, stop = (round(edge * n_steps) for edge in interval)
     return [start <= step < stop for step in range(n_steps)]
 
+
 def check_interval(
-    interval, # what the user typed
-)->tuple:     # (start, stop), floats
+    interval,  # what the user typed
+) -> tuple:  # (start, stop), floats
     "Raise ValueError unless it is a pair of numbers with 0 <= start < stop <= 1."
-    pair = isinstance(interval, (tuple, list)) and len(interval) == 2 and all(isinstance(edge, Real) for edge in interval)
+    pair = (
+        isinstance(interval, (tuple, list))
+        and len(interval) == 2
+        and all(isinstance(edge, Real) for edge in interval)
+    )
     if not pair or not 0 <= interval[0] < interval[1] <= 1:
-        raise ValueError(f"guidance_interval={interval!r}: expected (start, stop), shares of the steps with 0 <= start < stop <= 1; "
-                         "for no guidance at all use guidance_scale=1")
+        raise ValueError(
+            f"guidance_interval={interval!r}: expected (start, stop), shares of the steps with 0 <= start < stop <= 1; "
+            "for no guidance at all use guidance_scale=1"
+        )
     return float(interval[0]), float(interval[1])
 
 # %% ../nbs/06_pipeline.ipynb #1304ab30
 @dataclass
 class CausalStoryOutput(BaseOutput):
     "What `CausalStoryPipeline` returns."
-    frames:list                         # one list of V PIL images a story, or an array (B, V, H, W, 3) for "np", (B, V, 3, H, W) for "pt"
-    relevance:torch.Tensor|None = None  # (B, V, F), rows sum to 1 over the visible blocks; None unless weighted
+
+    frames: list  # one list of V PIL images a story, or an array (B, V, H, W, 3) for "np", (B, V, 3, H, W) for "pt"
+    relevance: torch.Tensor | None = (
+        None  # (B, V, F), rows sum to 1 over the visible blocks; None unless weighted
+    )
+
 
 def to_pil(
-    frames:torch.Tensor, # (N, 3, H, W) in [-1, 1]
-)->list:                 # N PIL images
+    frames: torch.Tensor,  # (N, 3, H, W) in [-1, 1]
+) -> list:  # N PIL images
     "Round to 8 bits a colour, as a PNG on disk would."
-    array = ((frames.float().cpu().permute(0, 2, 3, 1) + 1) * 127.5).round().clamp(0, 255).numpy().astype(np.uint8)
+    array = (
+        ((frames.float().cpu().permute(0, 2, 3, 1) + 1) * 127.5)
+        .round()
+        .clamp(0, 255)
+        .numpy()
+        .astype(np.uint8)
+    )
     return [Image.fromarray(picture) for picture in array]
 
 # %% ../nbs/06_pipeline.ipynb #ecdd10c7
 def story_noise(
-    shape,           # (V, C, h, w) of one story
-    n_stories:int,   # B
+    shape,  # (V, C, h, w) of one story
+    n_stories: int,  # B
     generator=None,  # one generator a story, one for all (then stories differ), or None
     device="cpu",
-)->torch.Tensor:     # (B, V, C, h, w)
+) -> torch.Tensor:  # (B, V, C, h, w)
     "Initial noise of every frame. Raises ValueError if the number of generators is not the number of stories."
     if isinstance(generator, (list, tuple)):
-        if len(generator) != n_stories: raise ValueError(f"generator holds {len(generator)} generators for {n_stories} stories; give one a story")
+        if len(generator) != n_stories:
+            raise ValueError(
+                f"generator holds {len(generator)} generators for {n_stories} stories; give one a story"
+            )
         generators = list(generator)
-    else: generators = [generator] * n_stories
-    rows = [torch.randn(*shape, generator=g, device=g.device if g is not None else "cpu") for g in generators]
+    else:
+        generators = [generator] * n_stories
+    rows = [
+        torch.randn(*shape, generator=g, device=g.device if g is not None else "cpu")
+        for g in generators
+    ]
     return torch.stack([row.to(device) for row in rows])
 
 # %% ../nbs/06_pipeline.ipynb #d13b7f3a
-BASE_PARTS = dict(vae=AutoencoderKL, text_encoder=CLIPTextModel, tokenizer=CLIPTokenizer, unet=UNet2DConditionModel,
-                  scheduler=DDPMScheduler, history_encoder=HistoryEncoder, history_tokenizer=BertTokenizer)
+BASE_PARTS = dict(
+    vae=AutoencoderKL,
+    text_encoder=CLIPTextModel,
+    tokenizer=CLIPTokenizer,
+    unet=UNet2DConditionModel,
+    scheduler=DDPMScheduler,
+    history_encoder=HistoryEncoder,
+    history_tokenizer=BertTokenizer,
+)
+
 
 def shipped_weights(
-    name:str, # "base", "story" or "reader"
-)->Path:      # folder
+    name: str,  # "base", "story" or "reader"
+) -> Path:  # folder
     "Where the weights that come with the package lie. Raises FileNotFoundError if this installation has none."
     folder = Path(str(files("causal_story"))) / "weights" / name
-    if not folder.is_dir(): raise FileNotFoundError(f"{folder} is missing: this installation came without its weights; install the package again")
+    if not folder.is_dir():
+        raise FileNotFoundError(
+            f"{folder} is missing: this installation came without its weights; install the package again"
+        )
     return folder
 
+
 def load_part(
-    kind,       # class with `from_pretrained`: a model, a tokenizer or a scheduler
-    folder,     # where it was saved
-):              # the part; models in float32 and evaluation mode
+    kind,  # class with `from_pretrained`: a model, a tokenizer or a scheduler
+    folder,  # where it was saved
+):  # the part; models in float32 and evaluation mode
     "Load one part completely or not at all. Raises ValueError that names the folder and what was expected."
     problem = f"{folder} cannot be read as a {kind.__name__}"
     is_model = issubclass(kind, torch.nn.Module)
     bars = transformers_logging.is_progress_bar_enabled()
     transformers_logging.disable_progress_bar()  # a bar for a tenth of a second
-    try: part = kind.from_pretrained(str(folder), **(dict(output_loading_info=True) if is_model else {}))
-    except Exception as error: raise ValueError(f"{problem}: {error}") from error
+    try:
+        part = kind.from_pretrained(
+            str(folder), **(dict(output_loading_info=True) if is_model else {})
+        )
+    except Exception as error:
+        raise ValueError(f"{problem}: {error}") from error
     finally:
-        if bars: transformers_logging.enable_progress_bar()
-    if not is_model: return part
+        if bars:
+            transformers_logging.enable_progress_bar()
+    if not is_model:
+        return part
     part, info = part
     for fault in ("missing_keys", "mismatched_keys", "unexpected_keys"):
-        if info.get(fault): raise ValueError(f"{problem}: its weights do not fit its config.json ({fault.replace('_keys', '')}: {sorted(map(str, info[fault]))[0]})")
+        if info.get(fault):
+            raise ValueError(
+                f"{problem}: its weights do not fit its config.json ({fault.replace('_keys', '')}: {sorted(map(str, info[fault]))[0]})"
+            )
     return part.float().eval()
 
+
 def load_base(
-    base,    # folder of a pre-trained base, one subfolder a part; "miniature": the shipped one
-)->dict:     # name -> part, as `CausalStoryPipeline` takes them
+    base,  # folder of a pre-trained base, one subfolder a part; "miniature": the shipped one
+) -> dict:  # name -> part, as `CausalStoryPipeline` takes them
     "The frozen parts. Raises FileNotFoundError that names a missing part, ValueError for one that cannot be read."
     base = shipped_weights("base") if str(base) == "miniature" else Path(base)
     for part in BASE_PARTS:
         if not (base / part).is_dir():
-            raise FileNotFoundError(f"{base / part} is missing: a base has the folders {', '.join(BASE_PARTS)}; make one with `causal-story pretrain`")
+            raise FileNotFoundError(
+                f"{base / part} is missing: a base has the folders {', '.join(BASE_PARTS)}; make one with `causal-story pretrain`"
+            )
     parts = {name: load_part(kind, base / name) for name, kind in BASE_PARTS.items()}
-    return parts | dict(scheduler=DPMSolverMultistepScheduler.from_config(parts["scheduler"].config))
-TUNED_PARTS = dict(story_context=StoryContext, adapters=UNetAdapters, history_encoder=HistoryEncoder)
-STORED_SETTINGS = ("history_policy", "window", "num_inference_steps", "guidance_scale", "guidance_interval", "context_layer")
+    return parts | dict(
+        scheduler=DPMSolverMultistepScheduler.from_config(parts["scheduler"].config)
+    )
+
+
+TUNED_PARTS = dict(
+    story_context=StoryContext, adapters=UNetAdapters, history_encoder=HistoryEncoder
+)
+STORED_SETTINGS = (
+    "history_policy",
+    "window",
+    "num_inference_steps",
+    "guidance_scale",
+    "guidance_interval",
+    "context_layer",
+)
+
 
 def fingerprint(
-    module:torch.nn.Module, # any model
-)->str:                     # 16 hexadecimal digits
+    module: torch.nn.Module,  # any model
+) -> str:  # 16 hexadecimal digits
     "A hash of all weights, rounded to half precision: whether two models are the same one."
     digest = hashlib.sha256()
     for name, value in sorted(module.state_dict().items()):
@@ -146,9 +217,10 @@ def fingerprint(
         digest.update(value.detach().half().cpu().contiguous().numpy().tobytes())
     return digest.hexdigest()[:16]
 
+
 def merged(
-    module:torch.nn.Module, # any model, changed in place
-)->torch.nn.Module:         # the same
+    module: torch.nn.Module,  # any model, changed in place
+) -> torch.nn.Module:  # the same
     "LoRA's factors multiplied into the weights that they change, so that the model can be stored and loaded without them."
     if getattr(module, "peft_config", None):
         module.fuse_lora()
@@ -157,59 +229,110 @@ def merged(
 
 # %% ../nbs/06_pipeline.ipynb #abbdfb1c
 def check_request(
-    prompt,                # list of captions, or list of such lists
-    task:str,
-    source_image=None,     # PIL image or list of them, one a story
-    source_caption=None,   # str or list
-    n_times:int=9,         # longest history the checkpoint knows
-):                         # (captions: list of lists, source images: list, source captions: list)
+    prompt,  # list of captions, or list of such lists
+    task: str,
+    source_image=None,  # PIL image or list of them, one a story
+    source_caption=None,  # str or list
+    n_times: int = 9,  # longest history the checkpoint knows
+):  # (captions: list of lists, source images: list, source captions: list)
     "Bring a request to lists, one entry a story. Raises ValueError that names the argument and what to do."
-    if task not in TASKS: raise ValueError(f"task={task!r} is unknown: choose one of {TASKS}")
-    if isinstance(prompt, str) or not prompt: raise ValueError("prompt must be a list of captions (one story) or a list of such lists")
+    if task not in TASKS:
+        raise ValueError(f"task={task!r} is unknown: choose one of {TASKS}")
+    if isinstance(prompt, str) or not prompt:
+        raise ValueError("prompt must be a list of captions (one story) or a list of such lists")
     stories = [list(prompt)] if isinstance(prompt[0], str) else [list(story) for story in prompt]
     if len({len(story) for story in stories}) > 1 or not stories[0]:
-        raise ValueError(f"prompt holds stories of {sorted({len(s) for s in stories})} captions; stories of one call need the same length: call once for each length")
-    if any(not isinstance(caption, str) for story in stories for caption in story): raise ValueError("prompt: every caption must be a string (it may be empty)")
+        raise ValueError(
+            f"prompt holds stories of {sorted({len(s) for s in stories})} captions; stories of one call need the same length: call once for each length"
+        )
+    if any(not isinstance(caption, str) for story in stories for caption in story):
+        raise ValueError("prompt: every caption must be a string (it may be empty)")
     given = task == "continuation"
-    if len(stories[0]) + given > n_times: raise ValueError(f"prompt has {len(stories[0])} captions; this checkpoint knows stories of at most {n_times - given}")
-    if not given: return stories, [], []
-    if source_image is None or source_caption is None: raise ValueError("task 'continuation' needs source_image and source_caption: the given frame and its caption")
+    if len(stories[0]) + given > n_times:
+        raise ValueError(
+            f"prompt has {len(stories[0])} captions; this checkpoint knows stories of at most {n_times - given}"
+        )
+    if not given:
+        return stories, [], []
+    if source_image is None or source_caption is None:
+        raise ValueError(
+            "task 'continuation' needs source_image and source_caption: the given frame and its caption"
+        )
     images = list(source_image) if isinstance(source_image, (list, tuple)) else [source_image]
-    captions = list(source_caption) if isinstance(source_caption, (list, tuple)) else [source_caption]
+    captions = (
+        list(source_caption) if isinstance(source_caption, (list, tuple)) else [source_caption]
+    )
     if len(images) != len(stories) or len(captions) != len(stories):
-        raise ValueError(f"source_image has {len(images)} and source_caption {len(captions)} entries for {len(stories)} stories; give one a story")
+        raise ValueError(
+            f"source_image has {len(images)} and source_caption {len(captions)} entries for {len(stories)} stories; give one a story"
+        )
     return stories, images, captions
+
+
 def check_links(
-    links,              # (V, F), True = may look
-    full:torch.Tensor,  # (V, F) bool, what lies in the past at all
-)->torch.Tensor:        # (V, F) bool
+    links,  # (V, F), True = may look
+    full: torch.Tensor,  # (V, F) bool, what lies in the past at all
+) -> torch.Tensor:  # (V, F) bool
     "Links that a user chose. Raises ValueError for a wrong shape or a look into the future."
     links = torch.as_tensor(links).bool()
-    if links.shape != full.shape: raise ValueError(f"links has shape {tuple(links.shape)}; expected (V, F) = {tuple(full.shape)}")
-    if (links & ~full).any(): raise ValueError(f"links lets frame {int((links & ~full).any(1).nonzero()[0])} look at itself or into the future; only earlier blocks can be seen")
+    if links.shape != full.shape:
+        raise ValueError(
+            f"links has shape {tuple(links.shape)}; expected (V, F) = {tuple(full.shape)}"
+        )
+    if (links & ~full).any():
+        raise ValueError(
+            f"links lets frame {int((links & ~full).any(1).nonzero()[0])} look at itself or into the future; only earlier blocks can be seen"
+        )
     return links
 
-def check_kept(kept_frames, stories:list, output_type:str):
+
+def check_kept(kept_frames, stories: list, output_type: str):
     "Raise ValueError unless every story keeps equally many frames, fewer than it has, and pictures are asked for."
     numbers = {len(frames) for frames in kept_frames}
     if len(kept_frames) != len(stories) or len(numbers) > 1 or not max(numbers) < len(stories[0]):
-        raise ValueError(f"kept_frames must hold one list a story, equally long and shorter than the story ({len(stories[0])} frames)")
-    if output_type == "latent": raise ValueError("kept_frames are pictures: there are no latents of them, choose output_type='pil', 'np' or 'pt'")
+        raise ValueError(
+            f"kept_frames must hold one list a story, equally long and shorter than the story ({len(stories[0])} frames)"
+        )
+    if output_type == "latent":
+        raise ValueError(
+            "kept_frames are pictures: there are no latents of them, choose output_type='pil', 'np' or 'pt'"
+        )
 
 # %% ../nbs/06_pipeline.ipynb #f07ef62f
 class StoryLoopMixin:
     "Frame by frame: denoise, decode, read what was drawn, go on."
+
     def _read(self, model, pictures, captions):
         "BLIP's block for one (frame, caption) pair of every story: states (B, 1, S, D) and mask (B, 1, S)."
         size = self.history_encoder.config["vision_config"]["image_size"]
-        seen = pixels(pictures, size, CLIP_IMAGE_MEAN, CLIP_IMAGE_STD).to(self._execution_device, self.history_encoder.dtype)
+        seen = pixels(pictures, size, CLIP_IMAGE_MEAN, CLIP_IMAGE_STD).to(
+            self._execution_device, self.history_encoder.dtype
+        )
         ids, mask = self.tokens(self.history_tokenizer, [[caption] for caption in captions])
         return model.read_history(ids, mask, frames=seen[:, None]), mask
 
-    def _draw(self, stories, images, source_captions, task, visible, weighted, steps, scale, interval, generator, history_frames, history_captions, kept_frames, callback):
+    def _draw(
+        self,
+        stories,
+        images,
+        source_captions,
+        task,
+        visible,
+        weighted,
+        steps,
+        scale,
+        interval,
+        generator,
+        history_frames,
+        history_captions,
+        kept_frames,
+        callback,
+    ):
         model, B, V, F = self.as_model(), len(stories), *visible.shape
         channels, side = self.unet.config.in_channels, self.unet.config.sample_size
-        noise = story_noise((V, channels, side, side), B, generator, self._execution_device).to(self.unet.dtype)
+        noise = story_noise((V, channels, side, side), B, generator, self._execution_device).to(
+            self.unet.dtype
+        )
         caption_ids, caption_mask = self.tokens(self.tokenizer, stories)
         caption_states, times = model.read_captions(caption_ids, caption_mask), frame_times(V, task)
         blocks = [self._read(model, images, source_captions)] if images else []
@@ -218,81 +341,157 @@ class StoryLoopMixin:
             for i in range(V):
                 history, mask = self._history(blocks, B, caption_states)
                 n = history.shape[1]
-                arguments = dict(visible=visible[i:i+1, :n].to(self._execution_device), times=times[i:i+1], weighted=weighted, context_layer=self.config.context_layer)
-                told = model.condition(caption_states[:, i:i+1], caption_mask[:, i:i+1], history, mask, **arguments)
-                if i < n_kept: drawn.append([story[i] for story in kept_frames])
+                arguments = dict(
+                    visible=visible[i : i + 1, :n].to(self._execution_device),
+                    times=times[i : i + 1],
+                    weighted=weighted,
+                    context_layer=self.config.context_layer,
+                )
+                told = model.condition(
+                    caption_states[:, i : i + 1],
+                    caption_mask[:, i : i + 1],
+                    history,
+                    mask,
+                    **arguments,
+                )
+                if i < n_kept:
+                    drawn.append([story[i] for story in kept_frames])
                 else:
                     empty = model.null_condition(**arguments) if scale != 1 else None
-                    kept.append(self._denoise(model, noise[:, i], told, empty, steps, scale, interval, i, bar, callback))
+                    kept.append(
+                        self._denoise(
+                            model,
+                            noise[:, i],
+                            told,
+                            empty,
+                            steps,
+                            scale,
+                            interval,
+                            i,
+                            bar,
+                            callback,
+                        )
+                    )
                     drawn.append(to_pil(decode_latents(self.vae, kept[-1])))
-                if weighted: rows.append(torch.nn.functional.pad(told.relevance[:, 0], (0, F - n)))
-                seen = drawn[-1] if history_frames is None else [story[i] for story in history_frames]
-                if i + 1 < V: blocks.append(self._read(model, seen, [story[i] for story in history_captions]))
+                if weighted:
+                    rows.append(torch.nn.functional.pad(told.relevance[:, 0], (0, F - n)))
+                seen = (
+                    drawn[-1] if history_frames is None else [story[i] for story in history_frames]
+                )
+                if i + 1 < V:
+                    blocks.append(self._read(model, seen, [story[i] for story in history_captions]))
         frames = [[drawn[i][b] for i in range(V)] for b in range(B)]
         return frames, torch.stack(rows, 1).cpu() if rows else None, torch.stack(kept, 1)
 
     def _history(self, blocks, B, like):
         "Blocks read so far as (B, n, S, D) and (B, n, S)."
-        if not blocks: return like.new_zeros(B, 0, *like.shape[2:]), torch.zeros(B, 0, like.shape[2], dtype=torch.bool, device=like.device)
-        return torch.cat([states for states, _ in blocks], 1), torch.cat([mask for _, mask in blocks], 1)
+        if not blocks:
+            return like.new_zeros(B, 0, *like.shape[2:]), torch.zeros(
+                B, 0, like.shape[2], dtype=torch.bool, device=like.device
+            )
+        return torch.cat([states for states, _ in blocks], 1), torch.cat(
+            [mask for _, mask in blocks], 1
+        )
 
     def _denoise(self, model, latents, told, empty, steps, scale, interval, frame, bar, callback):
         "One frame of every story, (B, C, h, w), from noise to clean latents."
         self.scheduler.set_timesteps(steps, device=self._execution_device)
         latents, timesteps = latents * self.scheduler.init_noise_sigma, self.scheduler.timesteps
         guided = [empty is not None and inside for inside in guided_steps(interval, len(timesteps))]
-        contexts = {both: (_stack(empty, told, len(latents)) if both else told).groups(dtype=latents.dtype) for both in set(guided)}
+        contexts = {
+            both: (_stack(empty, told, len(latents)) if both else told).groups(dtype=latents.dtype)
+            for both in set(guided)
+        }
         with cached_context(self.unet):
             for step, (t, both) in enumerate(zip(timesteps, guided)):
                 scaled = self.scheduler.scale_model_input(latents, t)
-                if both: scaled = torch.cat([scaled, scaled])
-                prediction = model.predict(scaled[:, None], t.expand(len(scaled), 1), contexts[both])[:, 0]
-                if both: prediction = guide(*prediction.chunk(2), scale)
+                if both:
+                    scaled = torch.cat([scaled, scaled])
+                prediction = model.predict(
+                    scaled[:, None], t.expand(len(scaled), 1), contexts[both]
+                )[:, 0]
+                if both:
+                    prediction = guide(*prediction.chunk(2), scale)
                 latents = self.scheduler.step(prediction, t, latents, return_dict=False)[0]
                 bar.update()
-                if callback is not None: latents = (callback(self, step, t, dict(latents=latents, frame=frame)) or {}).get("latents", latents)
+                if callback is not None:
+                    latents = (
+                        callback(self, step, t, dict(latents=latents, frame=frame)) or {}
+                    ).get("latents", latents)
         return latents
 
 # %% ../nbs/06_pipeline.ipynb #6a0cb5f7
 def _stack(empty, told, B):
     "Unconditional and conditional rows in one batch of 2B."
-    def join(a, b): return None if b is None else torch.cat([a.expand(B, *a.shape[1:]), b])
-    return type(told)(join(empty.tokens, told.tokens), join(empty.mask, told.mask), join(empty.bias, told.bias), told.relevance)
+
+    def join(a, b):
+        return None if b is None else torch.cat([a.expand(B, *a.shape[1:]), b])
+
+    return type(told)(
+        join(empty.tokens, told.tokens),
+        join(empty.mask, told.mask),
+        join(empty.bias, told.bias),
+        told.relevance,
+    )
 
 # %% ../nbs/06_pipeline.ipynb #36b2eeea
 def _whole_parts(
-    folder:Path,   # of a pipeline
-    options:dict,  # of `from_pretrained`
-)->dict:           # name -> model, or nothing where the options ask for more than a dtype
+    folder: Path,  # of a pipeline
+    options: dict,  # of `from_pretrained`
+) -> dict:  # name -> model, or nothing where the options ask for more than a dtype
     "The models that the table of contents lists, each read by `load_part`: whole, or an error that names it."
     index = folder / "model_index.json"
-    if set(options) - {"torch_dtype", "dtype"} or any(isinstance(value, dict) for value in options.values()) or not index.is_file(): return {}
-    try: listed = json.loads(index.read_text(encoding="utf-8"))
-    except ValueError: raise ValueError(f"{index} is damaged: copy the folder again") from None
-    kinds = {name: kind for name, kind in (BASE_PARTS | TUNED_PARTS).items() if issubclass(kind, torch.nn.Module)}
-    return {name: load_part(kind, folder / name) for name, kind in kinds.items() if (listed.get(name) or (None, None))[1] == kind.__name__}
+    if (
+        set(options) - {"torch_dtype", "dtype"}
+        or any(isinstance(value, dict) for value in options.values())
+        or not index.is_file()
+    ):
+        return {}
+    try:
+        listed = json.loads(index.read_text(encoding="utf-8"))
+    except ValueError:
+        raise ValueError(f"{index} is damaged: copy the folder again") from None
+    kinds = {
+        name: kind
+        for name, kind in (BASE_PARTS | TUNED_PARTS).items()
+        if issubclass(kind, torch.nn.Module)
+    }
+    return {
+        name: load_part(kind, folder / name)
+        for name, kind in kinds.items()
+        if (listed.get(name) or (None, None))[1] == kind.__name__
+    }
+
 
 class WholePipelineMixin:
     "A whole `CausalStoryPipeline`: loaded, and stored in the place of an older one."
+
     @classmethod
-    def from_pretrained(cls,
-        pretrained_model_name_or_path, # a folder that `save_pretrained` wrote, a hub id, or "miniature": the one that comes with the package
-        **options,                     # of diffusers' `from_pretrained`: components to use instead, a dtype ...
-    ):                                 # CausalStoryPipeline
+    def from_pretrained(
+        cls,
+        pretrained_model_name_or_path,  # a folder that `save_pretrained` wrote, a hub id, or "miniature": the one that comes with the package
+        **options,  # of diffusers' `from_pretrained`: components to use instead, a dtype ...
+    ):  # CausalStoryPipeline
         """Load a tuned pipeline. Raises FileNotFoundError for what is neither a folder nor the form of a hub id.
 
         From a folder, without options but a dtype: ValueError naming a part that is missing or whose weights do not fit."""
         name = str(pretrained_model_name_or_path)
         if name == "miniature":
-            if options: raise ValueError(f"'miniature' takes no further options (got {', '.join(options)}); move it afterwards with .to()")
+            if options:
+                raise ValueError(
+                    f"'miniature' takes no further options (got {', '.join(options)}); move it afterwards with .to()"
+                )
             return cls.from_tuned(shipped_weights("story"))
         if not Path(name).is_dir() and not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", name):
-            raise FileNotFoundError(f"there is no folder {name}; give a folder that save_pretrained wrote, a hub id (owner/name), or 'miniature'")
+            raise FileNotFoundError(
+                f"there is no folder {name}; give a folder that save_pretrained wrote, a hub id (owner/name), or 'miniature'"
+            )
         parts = _whole_parts(Path(name), options)
         pipe = super().from_pretrained(name, **parts, **options)
         return pipe.to(dtype=next(iter(options.values()))) if parts and options else pipe
 
-    def save_whole(self,
+    def save_whole(
+        self,
         folder,  # gets a subfolder a part and model_index.json; what else lies there stays
     ):
         """`save_pretrained`, but an older pipeline in the folder is replaced only when the new one is written.
@@ -301,201 +500,345 @@ class WholePipelineMixin:
         folder = Path(folder)
         aside = folder / ".tmp-pipeline"
         shutil.rmtree(aside, ignore_errors=True)
-        try: self.save_pretrained(aside)
+        try:
+            self.save_pretrained(aside)
         except BaseException:
             shutil.rmtree(aside, ignore_errors=True)
             raise
         try:
             (folder / "model_index.json").unlink(missing_ok=True)
-            for name in self.components: shutil.rmtree(folder / name, ignore_errors=True)   # adapters too, if the new one has none
-            for part in sorted(aside.iterdir(), key=lambda path: path.name == "model_index.json"): os.replace(part, folder / part.name)
-        except OSError as error: raise OSError(error.errno, f"{folder} could not be replaced ({error.strerror}); the parts that were not moved are in {aside}") from error
+            for name in self.components:
+                shutil.rmtree(
+                    folder / name, ignore_errors=True
+                )  # adapters too, if the new one has none
+            for part in sorted(aside.iterdir(), key=lambda path: path.name == "model_index.json"):
+                os.replace(part, folder / part.name)
+        except OSError as error:
+            raise OSError(
+                error.errno,
+                f"{folder} could not be replaced ({error.strerror}); the parts that were not moved are in {aside}",
+            ) from error
         aside.rmdir()
 
 # %% ../nbs/06_pipeline.ipynb #cb9ee3d5
 class TunedPartsMixin:
     "Only what tuning changed of a `CausalStoryPipeline`: stored, and put on its base again."
-    def save_tuned(self,
-        folder,          # gets a subfolder for each part that tuning changed, and tuned.json
-        half:bool=True,  # store in half precision
-        base:str|None=None, # `fingerprint` of the U-Net that tuning started from, if it moved that one too; None: it did not, or `from_tuned` knows
+
+    def save_tuned(
+        self,
+        folder,  # gets a subfolder for each part that tuning changed, and tuned.json
+        half: bool = True,  # store in half precision
+        base: str
+        | None = None,  # `fingerprint` of the U-Net that tuning started from, if it moved that one too; None: it did not, or `from_tuned` knows
     ):
         "Save what tuning changed and not the base: a fraction of the size. Replaces the folder only when all is written."
         folder, base = Path(folder), base or getattr(self, "_moved_from", None)
         aside = folder.with_name(f".tmp-{folder.name}")
         shutil.rmtree(aside, ignore_errors=True)
         aside.mkdir(parents=True)
-        changed = {name: getattr(self, name) for name in TUNED_PARTS} | dict(unet=None if base is None else self.unet)
+        changed = {name: getattr(self, name) for name in TUNED_PARTS} | dict(
+            unet=None if base is None else self.unet
+        )
         for name, part in changed.items():
-            if part is None: continue
+            if part is None:
+                continue
             part = merged(copy.deepcopy(part))
             part.register_to_config(_name_or_path="")  # where it came from belongs to this machine
             (part.half() if half else part).save_pretrained(aside / name)
         stored = [name for name, part in changed.items() if part is not None]
-        record = dict(base=base or fingerprint(self.unet), vae=fingerprint(self.vae), text_encoder=fingerprint(self.text_encoder), parts=stored,
-                      **{name: self.config[name] for name in STORED_SETTINGS})
+        record = dict(
+            base=base or fingerprint(self.unet),
+            vae=fingerprint(self.vae),
+            text_encoder=fingerprint(self.text_encoder),
+            parts=stored,
+            **{name: self.config[name] for name in STORED_SETTINGS},
+        )
         (aside / "tuned.json").write_text(json.dumps(record, indent=1) + "\n")
         shutil.rmtree(folder, ignore_errors=True)
         os.replace(aside, folder)
 
     @classmethod
-    def from_tuned(cls,
-        folder,            # from `save_tuned`
+    def from_tuned(
+        cls,
+        folder,  # from `save_tuned`
         base="miniature",  # the base it was tuned on: what `load_base` takes
-    ):                     # CausalStoryPipeline
+    ):  # CausalStoryPipeline
         "A base with what tuning changed. Raises ValueError if it was tuned on another base or a part cannot be read, FileNotFoundError if one is missing."
-        folder, parts, kinds = Path(folder), load_base(base), TUNED_PARTS | dict(unet=UNet2DConditionModel)
-        if not (folder / "tuned.json").is_file(): raise FileNotFoundError(f"{folder / 'tuned.json'} is missing: give a folder that save_tuned wrote")
-        try: record = json.loads((folder / "tuned.json").read_text())
-        except ValueError as error: raise ValueError(f"{folder / 'tuned.json'} is not a whole JSON file ({error}): copy the folder again") from None
-        tuned_on, stored = record.pop("base"), record.pop("parts", [name for name in kinds if (folder / name).is_dir()])
-        known = dict(unet=tuned_on) | {name: record.pop(name) for name in ("vae", "text_encoder") if name in record}
+        folder, parts, kinds = (
+            Path(folder),
+            load_base(base),
+            TUNED_PARTS | dict(unet=UNet2DConditionModel),
+        )
+        if not (folder / "tuned.json").is_file():
+            raise FileNotFoundError(
+                f"{folder / 'tuned.json'} is missing: give a folder that save_tuned wrote"
+            )
+        try:
+            record = json.loads((folder / "tuned.json").read_text())
+        except ValueError as error:
+            raise ValueError(
+                f"{folder / 'tuned.json'} is not a whole JSON file ({error}): copy the folder again"
+            ) from None
+        tuned_on, stored = (
+            record.pop("base"),
+            record.pop("parts", [name for name in kinds if (folder / name).is_dir()]),
+        )
+        known = dict(unet=tuned_on) | {
+            name: record.pop(name) for name in ("vae", "text_encoder") if name in record
+        }
         for name, expected in known.items():
-            if expected != fingerprint(parts[name]): raise ValueError(f"{folder} was tuned on another base than {base}: {name} differs, and what was tuned would not fit it")
+            if expected != fingerprint(parts[name]):
+                raise ValueError(
+                    f"{folder} was tuned on another base than {base}: {name} differs, and what was tuned would not fit it"
+                )
         for name in stored:
-            if not (folder / name).is_dir(): raise FileNotFoundError(f"{folder / name} is missing: this model was stored with {', '.join(stored)}; copy the folder again")
-        pipe = cls(**parts | {name: load_part(kinds[name], folder / name) for name in stored}, **record)
-        if "unet" in stored: pipe._moved_from = tuned_on
+            if not (folder / name).is_dir():
+                raise FileNotFoundError(
+                    f"{folder / name} is missing: this model was stored with {', '.join(stored)}; copy the folder again"
+                )
+        pipe = cls(
+            **parts | {name: load_part(kinds[name], folder / name) for name in stored}, **record
+        )
+        if "unet" in stored:
+            pipe._moved_from = tuned_on
         return pipe
 
 # %% ../nbs/06_pipeline.ipynb #a299d507
 class StoryComponents(WholePipelineMixin, TunedPartsMixin, StoryLoopMixin, DiffusionPipeline):
     "What a `CausalStoryPipeline` holds. Components are saved and loaded one folder each; adapters are one of them."
+
     _optional_components = ["adapters"]
     _exclude_from_cpu_offload = ["adapters"]  # small, and they work inside the U-Net
     model_cpu_offload_seq = "text_encoder->history_encoder->story_context->unet->vae"
 
-    def __init__(self,
-        vae,                 # AutoencoderKL
-        text_encoder,        # CLIPTextModel
-        tokenizer,           # its CLIPTokenizer
-        unet,                # UNet2DConditionModel
-        scheduler,           # any diffusers scheduler
-        history_encoder,     # HistoryEncoder
-        history_tokenizer,   # its BertTokenizer
-        story_context,       # StoryContext
-        adapters=None,       # UNetAdapters, or None
-        history_policy:str="full",     # default of `__call__`
-        window:int|None=None,          # default of `__call__`
-        num_inference_steps:int=20,    # default of `__call__`
-        guidance_scale:float=2.0,      # default of `__call__`
-        context_layer:bool=True,       # False: AR-LDM's context even if layers are there
-        guidance_interval:tuple|list=(0.0, 1.0), # default of `__call__`
+    def __init__(
+        self,
+        vae,  # AutoencoderKL
+        text_encoder,  # CLIPTextModel
+        tokenizer,  # its CLIPTokenizer
+        unet,  # UNet2DConditionModel
+        scheduler,  # any diffusers scheduler
+        history_encoder,  # HistoryEncoder
+        history_tokenizer,  # its BertTokenizer
+        story_context,  # StoryContext
+        adapters=None,  # UNetAdapters, or None
+        history_policy: str = "full",  # default of `__call__`
+        window: int | None = None,  # default of `__call__`
+        num_inference_steps: int = 20,  # default of `__call__`
+        guidance_scale: float = 2.0,  # default of `__call__`
+        context_layer: bool = True,  # False: AR-LDM's context even if layers are there
+        guidance_interval: tuple | list = (0.0, 1.0),  # default of `__call__`
     ):
         super().__init__()
-        self.register_modules(vae=vae, text_encoder=text_encoder, tokenizer=tokenizer, unet=unet, scheduler=scheduler,
-                              history_encoder=history_encoder, history_tokenizer=history_tokenizer, story_context=story_context, adapters=adapters)
-        self.register_to_config(history_policy=history_policy, window=window, num_inference_steps=num_inference_steps,
-                                guidance_scale=guidance_scale, context_layer=context_layer, guidance_interval=check_interval(guidance_interval))
+        self.register_modules(
+            vae=vae,
+            text_encoder=text_encoder,
+            tokenizer=tokenizer,
+            unet=unet,
+            scheduler=scheduler,
+            history_encoder=history_encoder,
+            history_tokenizer=history_tokenizer,
+            story_context=story_context,
+            adapters=adapters,
+        )
+        self.register_to_config(
+            history_policy=history_policy,
+            window=window,
+            num_inference_steps=num_inference_steps,
+            guidance_scale=guidance_scale,
+            context_layer=context_layer,
+            guidance_interval=check_interval(guidance_interval),
+        )
         attach_adapters(unet, adapters)
 
     @property
-    def max_length(self)->int:
+    def max_length(self) -> int:
         "S, tokens a caption."
         return self.tokenizer.model_max_length
 
-    def as_model(self)->CausalStoryModel:
+    def as_model(self) -> CausalStoryModel:
         "The same modules as the model that trains; changes to one are changes to the other."
-        return CausalStoryModel(self.vae, self.text_encoder, self.history_encoder, self.story_context, self.unet, self.scheduler,
-                                null_caption_ids(self.tokenizer, self.max_length).to(self._execution_device),
-                                null_caption_ids(self.history_tokenizer, self.max_length).to(self._execution_device), self.adapters)
+        return CausalStoryModel(
+            self.vae,
+            self.text_encoder,
+            self.history_encoder,
+            self.story_context,
+            self.unet,
+            self.scheduler,
+            null_caption_ids(self.tokenizer, self.max_length).to(self._execution_device),
+            null_caption_ids(self.history_tokenizer, self.max_length).to(self._execution_device),
+            self.adapters,
+        )
 
-    def tokens(self,
+    def tokens(
+        self,
         tokenizer,
-        captions:list,  # B lists of n captions
-    ):                  # ids (B, n, S), mask (B, n, S) bool
+        captions: list,  # B lists of n captions
+    ):  # ids (B, n, S), mask (B, n, S) bool
         "Captions as padded ids."
         flat = [caption for story in captions for caption in story]
-        out = tokenizer(flat, padding="max_length", truncation=True, max_length=self.max_length, return_tensors="pt")
+        out = tokenizer(
+            flat,
+            padding="max_length",
+            truncation=True,
+            max_length=self.max_length,
+            return_tensors="pt",
+        )
         shape = (len(captions), len(captions[0]), self.max_length)
-        return out.input_ids.view(shape).to(self._execution_device), out.attention_mask.bool().view(shape).to(self._execution_device)
+        return out.input_ids.view(shape).to(self._execution_device), out.attention_mask.bool().view(
+            shape
+        ).to(self._execution_device)
 
     @torch.no_grad()
-    def decode(self,
-        latents:torch.Tensor, # (B, V, C, h, w), as output_type="latent" gives them
-    )->list:                  # B lists of V PIL images
+    def decode(
+        self,
+        latents: torch.Tensor,  # (B, V, C, h, w), as output_type="latent" gives them
+    ) -> list:  # B lists of V PIL images
         "Clean latents as pictures."
         pictures = to_pil(decode_latents(self.vae, latents.flatten(0, 1)))
-        return [pictures[b * latents.shape[1]:(b + 1) * latents.shape[1]] for b in range(len(latents))]
+        return [
+            pictures[b * latents.shape[1] : (b + 1) * latents.shape[1]] for b in range(len(latents))
+        ]
 
 # %% ../nbs/06_pipeline.ipynb #26d4272c
 class CausalStoryPipeline(StoryComponents):
     "Draws stories frame by frame (paper, figure)."
+
     @torch.no_grad()
-    def __call__(self,
-        prompt,                          # V captions, or a list of stories of V captions each
-        task:str="visualization",        # or "continuation"
-        source_image=None,               # the given frame of a continuation (PIL), one a story
-        source_caption=None,             # its caption, one a story
-        history_policy:str|None=None,    # "none", "full", "local", "weighted"; None: the checkpoint's
-        window:int|None=None,            # of "local" and "weighted"; None: the checkpoint's, if the policy is too
-        num_inference_steps:int|None=None, # None: the checkpoint's
-        guidance_scale:float|None=None,  # None: the checkpoint's; 1: no guidance
-        guidance_interval:tuple|None=None, # (start, stop), shares of the steps that are guided, 0 <= start < stop <= 1; None: the checkpoint's
-        generator=None,                  # one torch.Generator a story, or one for all
-        history_frames=None,             # B lists of V PIL images: draw with this history instead of what is drawn
-        history_captions=None,           # B lists of V captions: what the history says was told, if not the prompt
-        kept_frames=None,                # B lists of n < V PIL images: the first n frames are these, only the later ones are drawn
-        links=None,                      # (V, F) bool: who may look at whom, instead of the policy's mask; never into the future
-        callback_on_step_end=None,       # called as callback(pipe, step, timestep, dict(latents=..., frame=i)) after every step
-        output_type:str="pil",           # "pil", "np", "pt", or "latent": clean latents (B, V, C, h, w)
-        return_dict:bool=True,
-    ):                                   # CausalStoryOutput, or its tuple
+    def __call__(
+        self,
+        prompt,  # V captions, or a list of stories of V captions each
+        task: str = "visualization",  # or "continuation"
+        source_image=None,  # the given frame of a continuation (PIL), one a story
+        source_caption=None,  # its caption, one a story
+        history_policy: str
+        | None = None,  # "none", "full", "local", "weighted"; None: the checkpoint's
+        window: int
+        | None = None,  # of "local" and "weighted"; None: the checkpoint's, if the policy is too
+        num_inference_steps: int | None = None,  # None: the checkpoint's
+        guidance_scale: float | None = None,  # None: the checkpoint's; 1: no guidance
+        guidance_interval: tuple
+        | None = None,  # (start, stop), shares of the steps that are guided, 0 <= start < stop <= 1; None: the checkpoint's
+        generator=None,  # one torch.Generator a story, or one for all
+        history_frames=None,  # B lists of V PIL images: draw with this history instead of what is drawn
+        history_captions=None,  # B lists of V captions: what the history says was told, if not the prompt
+        kept_frames=None,  # B lists of n < V PIL images: the first n frames are these, only the later ones are drawn
+        links=None,  # (V, F) bool: who may look at whom, instead of the policy's mask; never into the future
+        callback_on_step_end=None,  # called as callback(pipe, step, timestep, dict(latents=..., frame=i)) after every step
+        output_type: str = "pil",  # "pil", "np", "pt", or "latent": clean latents (B, V, C, h, w)
+        return_dict: bool = True,
+    ):  # CausalStoryOutput, or its tuple
         "Draw stories. Raises ValueError on a bad request before any computing starts."
-        stories, images, source_captions = check_request(prompt, task, source_image, source_caption, self.story_context.config.n_times)
+        stories, images, source_captions = check_request(
+            prompt, task, source_image, source_caption, self.story_context.config.n_times
+        )
         policy = history_policy or self.config.history_policy
-        if history_policy in (None, self.config.history_policy) and window is None: window = self.config.window
+        if history_policy in (None, self.config.history_policy) and window is None:
+            window = self.config.window
         visible = frame_mask(policy, len(stories[0]), task, window)
-        if links is not None: visible = check_links(links, frame_mask("full", len(stories[0]), task))
+        if links is not None:
+            visible = check_links(links, frame_mask("full", len(stories[0]), task))
         if policy == "weighted" and self.story_context.relevance_head is None:
-            raise ValueError("history_policy='weighted' needs a checkpoint whose story_context was made with relevance=True")
-        if output_type not in ("pil", "np", "pt", "latent"): raise ValueError(f"output_type={output_type!r}: expected 'pil', 'np', 'pt' or 'latent'")
-        for name, history in (("history_frames", history_frames), ("history_captions", history_captions)):
+            raise ValueError(
+                "history_policy='weighted' needs a checkpoint whose story_context was made with relevance=True"
+            )
+        if output_type not in ("pil", "np", "pt", "latent"):
+            raise ValueError(f"output_type={output_type!r}: expected 'pil', 'np', 'pt' or 'latent'")
+        for name, history in (
+            ("history_frames", history_frames),
+            ("history_captions", history_captions),
+        ):
             if history is not None and [len(h) for h in history] != [len(s) for s in stories]:
                 raise ValueError(f"{name} must hold one entry for every caption of every story")
-        if kept_frames is not None: check_kept(kept_frames, stories, output_type)
+        if kept_frames is not None:
+            check_kept(kept_frames, stories, output_type)
         steps = num_inference_steps or self.config.num_inference_steps
         scale = self.config.guidance_scale if guidance_scale is None else guidance_scale
-        interval = check_interval(self.config.guidance_interval if guidance_interval is None else guidance_interval)
-        frames, relevance, latents = self._draw(stories, images, source_captions, task, visible, policy == "weighted", steps, scale, interval,
-                                                generator, history_frames, history_captions or stories, kept_frames, callback_on_step_end)
+        interval = check_interval(
+            self.config.guidance_interval if guidance_interval is None else guidance_interval
+        )
+        frames, relevance, latents = self._draw(
+            stories,
+            images,
+            source_captions,
+            task,
+            visible,
+            policy == "weighted",
+            steps,
+            scale,
+            interval,
+            generator,
+            history_frames,
+            history_captions or stories,
+            kept_frames,
+            callback_on_step_end,
+        )
         self.maybe_free_model_hooks()
-        output = dict(pil=frames, latent=latents).get(output_type) if output_type in ("pil", "latent") else self._as_array(frames, output_type)
+        output = (
+            dict(pil=frames, latent=latents).get(output_type)
+            if output_type in ("pil", "latent")
+            else self._as_array(frames, output_type)
+        )
         return CausalStoryOutput(output, relevance) if return_dict else (output, relevance)
 
     def _as_array(self, frames, output_type):
-        array = np.stack([np.stack([np.asarray(f) for f in story]) for story in frames]).astype(np.float32) / 255
+        array = (
+            np.stack([np.stack([np.asarray(f) for f in story]) for story in frames]).astype(
+                np.float32
+            )
+            / 255
+        )
         return array if output_type == "np" else torch.from_numpy(array).permute(0, 1, 4, 2, 3)
 
 # %% ../nbs/06_pipeline.ipynb #fab1c316
 def story_pipeline(
-    base,                       # what `load_base` takes
-    adapter_width:int=32,       # of new adapters; 0 = none
-    context_layers:int=1,       # of the new story context; 0 = AR-LDM's context
-    seed:int=0,                 # of the new weights
-    history_policy:str="weighted",
-    window:int|None=None,
-    num_inference_steps:int=20,
-    guidance_scale:float=2.0,
-)->CausalStoryPipeline:         # base frozen, adapters and story context untrained
+    base,  # what `load_base` takes
+    adapter_width: int = 32,  # of new adapters; 0 = none
+    context_layers: int = 1,  # of the new story context; 0 = AR-LDM's context
+    seed: int = 0,  # of the new weights
+    history_policy: str = "weighted",
+    window: int | None = None,
+    num_inference_steps: int = 20,
+    guidance_scale: float = 2.0,
+) -> CausalStoryPipeline:  # base frozen, adapters and story context untrained
     "Causal-Story on a base, before tuning. Raises what `load_base` raises."
     parts = load_base(base)
     torch.manual_seed(seed)
-    context = StoryContext(parts["text_encoder"].config.hidden_size, context_layers=context_layers, relevance=True)
+    context = StoryContext(
+        parts["text_encoder"].config.hidden_size, context_layers=context_layers, relevance=True
+    )
     adapters = UNetAdapters.for_unet(parts["unet"], adapter_width) if adapter_width else None
-    return CausalStoryPipeline(**parts, story_context=context.eval(), adapters=adapters, history_policy=history_policy, window=window,
-                               num_inference_steps=num_inference_steps, guidance_scale=guidance_scale, context_layer=context_layers > 0)
+    return CausalStoryPipeline(
+        **parts,
+        story_context=context.eval(),
+        adapters=adapters,
+        history_policy=history_policy,
+        window=window,
+        num_inference_steps=num_inference_steps,
+        guidance_scale=guidance_scale,
+        context_layer=context_layers > 0,
+    )
 
 # %% ../nbs/06_pipeline.ipynb #7d79b8e5
-SCHEDULERS = dict(ddim=DDIMScheduler, ddpm=DDPMScheduler, dpm=DPMSolverMultistepScheduler, euler=EulerDiscreteScheduler,
-                  pndm=PNDMScheduler, unipc=UniPCMultistepScheduler)
+SCHEDULERS = dict(
+    ddim=DDIMScheduler,
+    ddpm=DDPMScheduler,
+    dpm=DPMSolverMultistepScheduler,
+    euler=EulerDiscreteScheduler,
+    pndm=PNDMScheduler,
+    unipc=UniPCMultistepScheduler,
+)
+
 
 def use_scheduler(
-    pipe:CausalStoryPipeline, # changed in place
-    name:str,                 # key of SCHEDULERS
-)->CausalStoryPipeline:
+    pipe: CausalStoryPipeline,  # changed in place
+    name: str,  # key of SCHEDULERS
+) -> CausalStoryPipeline:
     "Draw with another scheduler, on the base's noise schedule; latents are never clipped, for they are no pixels. Raises ValueError for an unknown name."
-    if name not in SCHEDULERS: raise ValueError(f"scheduler {name!r} is unknown: choose one of {', '.join(SCHEDULERS)}")
-    options = dict(pndm=dict(skip_prk_steps=True), ddim=dict(clip_sample=False), ddpm=dict(clip_sample=False)).get(name, {})  # as Stable Diffusion uses them
+    if name not in SCHEDULERS:
+        raise ValueError(f"scheduler {name!r} is unknown: choose one of {', '.join(SCHEDULERS)}")
+    options = dict(
+        pndm=dict(skip_prk_steps=True), ddim=dict(clip_sample=False), ddpm=dict(clip_sample=False)
+    ).get(name, {})  # as Stable Diffusion uses them
     pipe.scheduler = SCHEDULERS[name].from_config(pipe.scheduler.config, **options)
     return pipe

@@ -31,51 +31,143 @@ from pathlib import Path
 import h5py
 import numpy as np
 import torch
-from diffusers import (AutoencoderKL, DDIMScheduler, DDPMScheduler, DPMSolverMultistepScheduler, PNDMScheduler,
-                       UNet2DConditionModel)
+from diffusers import (
+    AutoencoderKL,
+    DDIMScheduler,
+    DDPMScheduler,
+    DPMSolverMultistepScheduler,
+    PNDMScheduler,
+    UNet2DConditionModel,
+)
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 from tqdm.auto import tqdm
-from transformers import (BertTokenizer, BlipConfig, BlipForImageTextRetrieval, BlipTextConfig, BlipVisionConfig, CLIPTextConfig,
-                          CLIPTextModel, CLIPTokenizer)
+from transformers import (
+    BertTokenizer,
+    BlipConfig,
+    BlipForImageTextRetrieval,
+    BlipTextConfig,
+    BlipVisionConfig,
+    CLIPTextConfig,
+    CLIPTextModel,
+    CLIPTokenizer,
+)
 
-from .data import PatientFile, StoryCollator, StoryDataset, atomic_path, choose_tile, count_tiles, cut_tile, open_image, pixels, split_task, stack_tiles
-from .encoders import (HistoryEncoder, StoryContext, add_blip_tokens, add_words, encode_captions, lengthen_positions,
-                                   tiny_text_encoder, tiny_tokenizers)
-from .model import PARTS, CausalStoryModel, Conditioning, prepare_tuning, sample_generator, story_loss, trained_by_part
+from causal_story.data import (
+    PatientFile,
+    StoryCollator,
+    StoryDataset,
+    atomic_path,
+    choose_tile,
+    count_tiles,
+    cut_tile,
+    open_image,
+    pixels,
+    split_task,
+    stack_tiles,
+)
+from causal_story.encoders import (
+    HistoryEncoder,
+    StoryContext,
+    add_blip_tokens,
+    add_words,
+    encode_captions,
+    lengthen_positions,
+    tiny_text_encoder,
+    tiny_tokenizers,
+)
+from causal_story.model import (
+    PARTS,
+    CausalStoryModel,
+    Conditioning,
+    prepare_tuning,
+    sample_generator,
+    story_loss,
+    trained_by_part,
+)
 from .pipeline import CausalStoryPipeline
-from .training import batch_indices, check_shares, fit, make_accelerator, reconstructed_history
-from .unet import STABLE_DIFFUSION_15, UNetAdapters, add_adapters, cross_attention_sites, tiny_unet
+from causal_story.training import (
+    batch_indices,
+    check_shares,
+    fit,
+    make_accelerator,
+    reconstructed_history,
+)
+from causal_story.unet import (
+    STABLE_DIFFUSION_15,
+    UNetAdapters,
+    add_adapters,
+    cross_attention_sites,
+    tiny_unet,
+)
 
 # %% ../nbs/11_full_scale.ipynb #05090a19
 @dataclass(frozen=True)
 class Preset:
     "What makes a named model at full size."
-    history_policy:str            # who may look at whom
-    context_layers:int            # attention layers over caption and history; 0 = AR-LDM's context
-    method:str                    # what trains in the U-Net, see `add_adapters`
-    width:int                     # of the adapters; 0 = none
-    parts:tuple                   # what else trains, from `model.PARTS`
-    words:bool                    # word embeddings of both text encoders train, because new words must be learned
-    num_inference_steps:int       # of sampling
-    guidance_scale:float          # of sampling
-    scheduler:type                # of sampling
-    scheduler_options:dict = field(default_factory=dict) # beside the noise schedule of the weights
+
+    history_policy: str  # who may look at whom
+    context_layers: int  # attention layers over caption and history; 0 = AR-LDM's context
+    method: str  # what trains in the U-Net, see `add_adapters`
+    width: int  # of the adapters; 0 = none
+    parts: tuple  # what else trains, from `model.PARTS`
+    words: bool  # word embeddings of both text encoders train, because new words must be learned
+    num_inference_steps: int  # of sampling
+    guidance_scale: float  # of sampling
+    scheduler: type  # of sampling
+    scheduler_options: dict = field(
+        default_factory=dict
+    )  # beside the noise schedule of the weights
+
 
 FULL_SCALE = {
-    "causal-story": Preset("weighted", 1, "adapter", 64, ("story_context", "history_text"), True, 18, 6.0, DPMSolverMultistepScheduler),
-    "released": Preset("full", 0, "attention", 0, ("story_context",), True, 250, 6.0, DDIMScheduler,
-                       dict(clip_sample=False, set_alpha_to_one=True, steps_offset=0)),
-    "ar-ldm": Preset("full", 0, "full", 0, PARTS, True, 250, 6.0, DDIMScheduler,
-                     dict(clip_sample=False, set_alpha_to_one=True, steps_offset=0))}
+    "causal-story": Preset(
+        "weighted",
+        1,
+        "adapter",
+        64,
+        ("story_context", "history_text"),
+        True,
+        18,
+        6.0,
+        DPMSolverMultistepScheduler,
+    ),
+    "released": Preset(
+        "full",
+        0,
+        "attention",
+        0,
+        ("story_context",),
+        True,
+        250,
+        6.0,
+        DDIMScheduler,
+        dict(clip_sample=False, set_alpha_to_one=True, steps_offset=0),
+    ),
+    "ar-ldm": Preset(
+        "full",
+        0,
+        "full",
+        0,
+        PARTS,
+        True,
+        250,
+        6.0,
+        DDIMScheduler,
+        dict(clip_sample=False, set_alpha_to_one=True, steps_offset=0),
+    ),
+}
+
 
 def find_preset(
-    name, # of FULL_SCALE, or a `Preset` of your own
-)->Preset:
+    name,  # of FULL_SCALE, or a `Preset` of your own
+) -> Preset:
     "The preset of that name. Raises ValueError that lists the names there are."
-    if isinstance(name, Preset): return name
-    if name not in FULL_SCALE: raise ValueError(f"preset={name!r} is unknown: choose one of {', '.join(FULL_SCALE)}")
+    if isinstance(name, Preset):
+        return name
+    if name not in FULL_SCALE:
+        raise ValueError(f"preset={name!r} is unknown: choose one of {', '.join(FULL_SCALE)}")
     return FULL_SCALE[name]
 
 # %% ../nbs/11_full_scale.ipynb #f99c974f
@@ -83,326 +175,581 @@ STABLE_DIFFUSION_HUB = "stable-diffusion-v1-5/stable-diffusion-v1-5"
 BLIP_HUB = "Salesforce/blip-itm-large-coco"
 
 STORY_DATA = dict(  # new words and tokens a caption, as the released configuration has them
-    pororo=dict(words=("pororo", "loopy", "eddy", "harry", "poby", "tongtong", "crong", "rody", "petty"), max_length=85),
-    flintstones=dict(words=("fred", "barney", "wilma", "betty", "pebbles", "dino", "slate"), max_length=91))
+    pororo=dict(
+        words=("pororo", "loopy", "eddy", "harry", "poby", "tongtong", "crong", "rody", "petty"),
+        max_length=85,
+    ),
+    flintstones=dict(
+        words=("fred", "barney", "wilma", "betty", "pebbles", "dino", "slate"), max_length=91
+    ),
+)
+
 
 def story_words(
-    dataset,         # "pororo", "flintstones" or None
-    words=(),        # names of your own characters
-    max_length=None, # tokens a caption; None: the data set's, else 77
-):                   # (tuple of words, max_length)
+    dataset,  # "pororo", "flintstones" or None
+    words=(),  # names of your own characters
+    max_length=None,  # tokens a caption; None: the data set's, else 77
+):  # (tuple of words, max_length)
     "New words and caption length of a data set. Raises ValueError that lists the data sets known here."
     if dataset is not None and dataset not in STORY_DATA:
-        raise ValueError(f"dataset={dataset!r} is unknown: choose one of {', '.join(STORY_DATA)}, or None and name your words")
+        raise ValueError(
+            f"dataset={dataset!r} is unknown: choose one of {', '.join(STORY_DATA)}, or None and name your words"
+        )
     known = STORY_DATA.get(dataset, dict(words=(), max_length=77))
     return (*known["words"], *words), max_length or known["max_length"]
 
 # %% ../nbs/11_full_scale.ipynb #1ba7b3ba
 def write_tiny_stable_diffusion(
-    out,          # new folder
-    tokenizer,    # CLIPTokenizer
-    size:int=64,  # pixels a side
-    width:int=32, # D
-)->Path:          # `out`
+    out,  # new folder
+    tokenizer,  # CLIPTokenizer
+    size: int = 64,  # pixels a side
+    width: int = 32,  # D
+) -> Path:  # `out`
     "A folder of Stable Diffusion's layout, with random weights from torch's global random state."
     blocks = (8, 8, 8, 8)
-    vae = AutoencoderKL(latent_channels=4, sample_size=size, block_out_channels=blocks, norm_num_groups=4, layers_per_block=1,
-                        down_block_types=("DownEncoderBlock2D",) * 4, up_block_types=("UpDecoderBlock2D",) * 4)
-    scheduler = PNDMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", skip_prk_steps=True, steps_offset=1)
-    parts = dict(vae=vae, text_encoder=tiny_text_encoder(tokenizer, width, layers=1, heads=2), tokenizer=tokenizer,
-                 unet=tiny_unet(size // 8, 4, width, (32, 32), head_width=16), scheduler=scheduler)
-    for name, part in parts.items(): part.save_pretrained(Path(out) / name)
-    index = {name: [type(part).__module__.split(".")[0], type(part).__name__] for name, part in parts.items()}
-    (Path(out) / "model_index.json").write_text(json.dumps(dict(_class_name="StableDiffusionPipeline", **index), indent=2))
+    vae = AutoencoderKL(
+        latent_channels=4,
+        sample_size=size,
+        block_out_channels=blocks,
+        norm_num_groups=4,
+        layers_per_block=1,
+        down_block_types=("DownEncoderBlock2D",) * 4,
+        up_block_types=("UpDecoderBlock2D",) * 4,
+    )
+    scheduler = PNDMScheduler(
+        beta_start=0.00085,
+        beta_end=0.012,
+        beta_schedule="scaled_linear",
+        skip_prk_steps=True,
+        steps_offset=1,
+    )
+    parts = dict(
+        vae=vae,
+        text_encoder=tiny_text_encoder(tokenizer, width, layers=1, heads=2),
+        tokenizer=tokenizer,
+        unet=tiny_unet(size // 8, 4, width, (32, 32), head_width=16),
+        scheduler=scheduler,
+    )
+    for name, part in parts.items():
+        part.save_pretrained(Path(out) / name)
+    index = {
+        name: [type(part).__module__.split(".")[0], type(part).__name__]
+        for name, part in parts.items()
+    }
+    (Path(out) / "model_index.json").write_text(
+        json.dumps(dict(_class_name="StableDiffusionPipeline", **index), indent=2)
+    )
     return Path(out)
 
+
 def write_tiny_blip(
-    out,               # new folder
-    tokenizer,         # BertTokenizer; saved without BLIP's two signs, as the published one is
-    image_size:int=48, # pixels a side
-    width:int=32,      # D
-)->Path:               # `out`
+    out,  # new folder
+    tokenizer,  # BertTokenizer; saved without BLIP's two signs, as the published one is
+    image_size: int = 48,  # pixels a side
+    width: int = 32,  # D
+) -> Path:  # `out`
     "A folder of the layout of BLIP's retrieval model, with random weights from torch's global random state."
-    shape = dict(hidden_size=width, intermediate_size=2*width, num_hidden_layers=1, num_attention_heads=2)
-    plain = {word: index for word, index in tokenizer.get_vocab().items() if word not in ("[DEC]", "[ENC]")}
-    config = BlipConfig(text_config=dict(shape, vocab_size=len(plain) + 2, max_position_embeddings=128, pad_token_id=0, bos_token_id=len(plain), eos_token_id=3, sep_token_id=3),
-                        vision_config=dict(shape, image_size=image_size, patch_size=8, initializer_range=0.02), projection_dim=width, image_text_hidden_size=width)
+    shape = dict(
+        hidden_size=width, intermediate_size=2 * width, num_hidden_layers=1, num_attention_heads=2
+    )
+    plain = {
+        word: index
+        for word, index in tokenizer.get_vocab().items()
+        if word not in ("[DEC]", "[ENC]")
+    }
+    config = BlipConfig(
+        text_config=dict(
+            shape,
+            vocab_size=len(plain) + 2,
+            max_position_embeddings=128,
+            pad_token_id=0,
+            bos_token_id=len(plain),
+            eos_token_id=3,
+            sep_token_id=3,
+        ),
+        vision_config=dict(shape, image_size=image_size, patch_size=8, initializer_range=0.02),
+        projection_dim=width,
+        image_text_hidden_size=width,
+    )
     BlipForImageTextRetrieval(config).save_pretrained(out)
     BertTokenizer(vocab=plain).save_pretrained(out)
     return Path(out)
 
+
 def write_tiny_folders(
-    out,         # folder for both
-    captions,    # every word of these becomes a token
-    seed:int=0,  # of the weights
-):               # (Stable Diffusion folder, BLIP folder)
+    out,  # folder for both
+    captions,  # every word of these becomes a token
+    seed: int = 0,  # of the weights
+):  # (Stable Diffusion folder, BLIP folder)
     "Stand-ins for the two downloads, for trying things out: same layout, same classes, nothing learned."
     clip, bert = tiny_tokenizers(captions, max_length=24)
     torch.manual_seed(seed)
-    return write_tiny_stable_diffusion(Path(out) / "stable-diffusion", clip), write_tiny_blip(Path(out) / "blip", bert)
+    return write_tiny_stable_diffusion(Path(out) / "stable-diffusion", clip), write_tiny_blip(
+        Path(out) / "blip", bert
+    )
 
 # %% ../nbs/11_full_scale.ipynb #b8cccdc1
 def local_folder(
-    source,                # folder, or hub id (owner/name)
-    argument:str,          # its name in the error
-    contents:str,          # what such a folder holds, named in the error
-    patterns:tuple=("*.json", "*.txt", "*.safetensors", "*.bin"), # files to fetch from a hub
-)->Path:                   # folder on this computer
+    source,  # folder, or hub id (owner/name)
+    argument: str,  # its name in the error
+    contents: str,  # what such a folder holds, named in the error
+    patterns: tuple = ("*.json", "*.txt", "*.safetensors", "*.bin"),  # files to fetch from a hub
+) -> Path:  # folder on this computer
     "The folder itself, or a download. Raises FileNotFoundError at once, naming the alternative, if there is neither folder nor network."
     name = str(source)
-    if Path(name).is_dir(): return Path(name)
+    if Path(name).is_dir():
+        return Path(name)
     hint = f"give {argument} as a folder on this computer that holds {contents}"
-    if not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", name): raise FileNotFoundError(f"{argument}={name!r} is neither a folder nor a hub id (owner/name): {hint}")
+    if not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", name):
+        raise FileNotFoundError(
+            f"{argument}={name!r} is neither a folder nor a hub id (owner/name): {hint}"
+        )
     from huggingface_hub import snapshot_download
-    try: return Path(snapshot_download(name, allow_patterns=list(patterns)))
+
+    try:
+        return Path(snapshot_download(name, allow_patterns=list(patterns)))
     except Exception as error:
         reason = str(error).strip().splitlines()[0][:200]
-        raise FileNotFoundError(f"{argument}={name!r} is no folder here, and the hub cannot be reached or does not have it ({reason}). "
-                                f"Check the network, or {hint}") from error
+        raise FileNotFoundError(
+            f"{argument}={name!r} is no folder here, and the hub cannot be reached or does not have it ({reason}). "
+            f"Check the network, or {hint}"
+        ) from error
 
 # %% ../nbs/11_full_scale.ipynb #8f019344
 def read_part(
-    kind,   # class with `from_pretrained`
-    folder, # where it lies
-):          # the part; models in float32 and evaluation mode
+    kind,  # class with `from_pretrained`
+    folder,  # where it lies
+):  # the part; models in float32 and evaluation mode
     """A model, tokenizer or scheduler, all its weights found. Weights that nobody needs may lie beside them (old position numbers).
 
     Raises ValueError that names the folder and the first weight that is missing or has another shape."""
-    problem, is_model = f"{folder} cannot be read as a {kind.__name__}", issubclass(kind, torch.nn.Module)
-    try: part = kind.from_pretrained(str(folder), **(dict(output_loading_info=True) if is_model else {}))
-    except Exception as error: raise ValueError(f"{problem}: {error}") from error
-    if not is_model: return part
+    problem, is_model = (
+        f"{folder} cannot be read as a {kind.__name__}",
+        issubclass(kind, torch.nn.Module),
+    )
+    try:
+        part = kind.from_pretrained(
+            str(folder), **(dict(output_loading_info=True) if is_model else {})
+        )
+    except Exception as error:
+        raise ValueError(f"{problem}: {error}") from error
+    if not is_model:
+        return part
     part, info = part
     for fault, what in (("missing_keys", "lack"), ("mismatched_keys", "have another shape of")):
-        if info.get(fault): raise ValueError(f"{problem}: its weights {what} {sorted(map(str, info[fault]))[0]!r}; copy or download it again")
+        if info.get(fault):
+            raise ValueError(
+                f"{problem}: its weights {what} {sorted(map(str, info[fault]))[0]!r}; copy or download it again"
+            )
     return part.float().eval()
 
-_PARTS = dict(vae=AutoencoderKL, text_encoder=CLIPTextModel, tokenizer=CLIPTokenizer, unet=UNet2DConditionModel)
+
+_PARTS = dict(
+    vae=AutoencoderKL,
+    text_encoder=CLIPTextModel,
+    tokenizer=CLIPTokenizer,
+    unet=UNet2DConditionModel,
+)
 _NOISE = ("num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "prediction_type")
 
+
 def read_stable_diffusion(
-    source=STABLE_DIFFUSION_HUB, # folder or hub id
-)->dict:                         # vae, text_encoder, tokenizer, unet, and scheduler (its noise schedule, as a DDPMScheduler)
+    source=STABLE_DIFFUSION_HUB,  # folder or hub id
+) -> (
+    dict
+):  # vae, text_encoder, tokenizer, unet, and scheduler (its noise schedule, as a DDPMScheduler)
     "The parts of Stable Diffusion. Raises FileNotFoundError that names a missing part, ValueError for one that cannot be read."
     names = (*_PARTS, "scheduler")
-    folder = local_folder(source, "stable_diffusion", f"the subfolders {', '.join(names)}", (
-        "model_index.json", "*/*.json", "tokenizer/*", "vae/diffusion_pytorch_model.safetensors", "unet/diffusion_pytorch_model.safetensors",
-        "text_encoder/model.safetensors"))
+    folder = local_folder(
+        source,
+        "stable_diffusion",
+        f"the subfolders {', '.join(names)}",
+        (
+            "model_index.json",
+            "*/*.json",
+            "tokenizer/*",
+            "vae/diffusion_pytorch_model.safetensors",
+            "unet/diffusion_pytorch_model.safetensors",
+            "text_encoder/model.safetensors",
+        ),
+    )
     for name in names:
-        if not (folder / name).is_dir(): raise FileNotFoundError(f"{folder / name} is missing: a Stable Diffusion folder has {', '.join(names)}")
+        if not (folder / name).is_dir():
+            raise FileNotFoundError(
+                f"{folder / name} is missing: a Stable Diffusion folder has {', '.join(names)}"
+            )
     parts = {name: read_part(kind, folder / name) for name, kind in _PARTS.items()}
     path = folder / "scheduler" / "scheduler_config.json"
-    try: config = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error: raise ValueError(f"{path}: not a readable scheduler configuration ({error})") from error
-    return parts | dict(scheduler=DDPMScheduler(**{name: config[name] for name in _NOISE if name in config}))
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{path}: not a readable scheduler configuration ({error})") from error
+    return parts | dict(
+        scheduler=DDPMScheduler(**{name: config[name] for name in _NOISE if name in config})
+    )
+
 
 def read_blip(
-    source=BLIP_HUB,     # folder or hub id of `BlipForImageTextRetrieval`
-    image_size:int=224,  # pixels a side that it shall read
-):                       # (HistoryEncoder, BertTokenizer)
+    source=BLIP_HUB,  # folder or hub id of `BlipForImageTextRetrieval`
+    image_size: int = 224,  # pixels a side that it shall read
+):  # (HistoryEncoder, BertTokenizer)
     "BLIP as a reader of history, its position table interpolated to `image_size`. Raises like `read_stable_diffusion`."
-    folder = local_folder(source, "blip", "config.json, weights and a tokenizer of BLIP's retrieval model")
-    blip, tokenizer = read_part(BlipForImageTextRetrieval, folder), add_blip_tokens(read_part(BertTokenizer, folder))
+    folder = local_folder(
+        source, "blip", "config.json, weights and a tokenizer of BLIP's retrieval model"
+    )
+    blip, tokenizer = (
+        read_part(BlipForImageTextRetrieval, folder),
+        add_blip_tokens(read_part(BertTokenizer, folder)),
+    )
     enc, dec = tokenizer.convert_tokens_to_ids(["[ENC]", "[DEC]"])
     rows = blip.config.text_config.vocab_size
-    if len(tokenizer) != rows: raise ValueError(f"{folder}: the tokenizer knows {len(tokenizer)} tokens, the weights {rows} (with [DEC] and [ENC]); they do not belong together")
+    if len(tokenizer) != rows:
+        raise ValueError(
+            f"{folder}: the tokenizer knows {len(tokenizer)} tokens, the weights {rows} (with [DEC] and [ENC]); they do not belong together"
+        )
     return HistoryEncoder.from_blip(blip, image_size, enc, dec), tokenizer
 
 # %% ../nbs/11_full_scale.ipynb #380f5fc4
 def teach_words(
-    parts:dict,     # text_encoder, tokenizer, history_encoder, history_tokenizer; changed in place
-    words,          # new words
-    max_length:int, # S
-)->list:            # words that were new to CLIP's tokenizer
+    parts: dict,  # text_encoder, tokenizer, history_encoder, history_tokenizer; changed in place
+    words,  # new words
+    max_length: int,  # S
+) -> list:  # words that were new to CLIP's tokenizer
     "New words in both tokenizers and word tables, and captions of S tokens. Raises ValueError if BLIP cannot read that many."
     rows = parts["history_encoder"].config["text_config"].get("max_position_embeddings", 512)
-    if max_length > rows: raise ValueError(f"max_length={max_length}: this BLIP reads at most {rows} tokens a caption")
+    if max_length > rows:
+        raise ValueError(
+            f"max_length={max_length}: this BLIP reads at most {rows} tokens a caption"
+        )
     new = add_words(parts["tokenizer"], parts["text_encoder"], words)
     add_words(parts["history_tokenizer"], parts["history_encoder"], words)
-    if max_length > parts["text_encoder"].config.max_position_embeddings: lengthen_positions(parts["text_encoder"], max_length)
+    if max_length > parts["text_encoder"].config.max_position_embeddings:
+        lengthen_positions(parts["text_encoder"], max_length)
     parts["tokenizer"].model_max_length = parts["history_tokenizer"].model_max_length = max_length
     return new
 
+
 def _new_context(width, preset):
-    return StoryContext(width, context_layers=preset.context_layers, heads=width // min(64, width), relevance=preset.history_policy == "weighted")
+    return StoryContext(
+        width,
+        context_layers=preset.context_layers,
+        heads=width // min(64, width),
+        relevance=preset.history_policy == "weighted",
+    )
+
 
 def full_scale_pipeline(
-    preset="causal-story",                # name in FULL_SCALE, or a Preset
-    stable_diffusion=STABLE_DIFFUSION_HUB, # folder or hub id
-    blip=BLIP_HUB,                        # folder or hub id
-    dataset=None,                         # "pororo", "flintstones" or None
-    words=(),                             # names of your own characters
-    max_length:int|None=None,             # tokens a caption; None: the data set's, else 77
-    image_size:int=224,                   # pixels a side of the frames that BLIP reads
-    window:int|None=None,                 # of the history policy
-    seed:int=0,                           # of the new weights
-)->CausalStoryPipeline:                   # ready to be trained; draws what Stable Diffusion draws, the history not yet learned
+    preset="causal-story",  # name in FULL_SCALE, or a Preset
+    stable_diffusion=STABLE_DIFFUSION_HUB,  # folder or hub id
+    blip=BLIP_HUB,  # folder or hub id
+    dataset=None,  # "pororo", "flintstones" or None
+    words=(),  # names of your own characters
+    max_length: int | None = None,  # tokens a caption; None: the data set's, else 77
+    image_size: int = 224,  # pixels a side of the frames that BLIP reads
+    window: int | None = None,  # of the history policy
+    seed: int = 0,  # of the new weights
+) -> (
+    CausalStoryPipeline
+):  # ready to be trained; draws what Stable Diffusion draws, the history not yet learned
     "A named model at full size from published weights. Raises FileNotFoundError or ValueError that names the argument at fault."
     preset, (words, max_length) = find_preset(preset), story_words(dataset, words, max_length)
     history_encoder, history_tokenizer = read_blip(blip, image_size)
-    parts = read_stable_diffusion(stable_diffusion) | dict(history_encoder=history_encoder, history_tokenizer=history_tokenizer)
-    widths = dict(stable_diffusion=parts["text_encoder"].config.hidden_size, blip=history_encoder.config["text_config"].get("hidden_size", 768))
+    parts = read_stable_diffusion(stable_diffusion) | dict(
+        history_encoder=history_encoder, history_tokenizer=history_tokenizer
+    )
+    widths = dict(
+        stable_diffusion=parts["text_encoder"].config.hidden_size,
+        blip=history_encoder.config["text_config"].get("hidden_size", 768),
+    )
     if len({*widths.values(), parts["unet"].config.cross_attention_dim}) > 1:
-        raise ValueError(f"the text tokens of {widths} have other widths than the U-Net reads ({parts['unet'].config.cross_attention_dim}): these weights cannot be combined")
+        raise ValueError(
+            f"the text tokens of {widths} have other widths than the U-Net reads ({parts['unet'].config.cross_attention_dim}): these weights cannot be combined"
+        )
     teach_words(parts, words, max_length)
     torch.manual_seed(seed)
     context = _new_context(widths["blip"], preset)
     adapters = UNetAdapters.for_unet(parts["unet"], preset.width) if preset.width else None
-    parts |= dict(scheduler=preset.scheduler.from_config(parts["scheduler"].config, **preset.scheduler_options), story_context=context.eval(), adapters=adapters)
-    return CausalStoryPipeline(**parts, history_policy=preset.history_policy, window=window, num_inference_steps=preset.num_inference_steps,
-                               guidance_scale=preset.guidance_scale, context_layer=preset.context_layers > 0)
+    parts |= dict(
+        scheduler=preset.scheduler.from_config(
+            parts["scheduler"].config, **preset.scheduler_options
+        ),
+        story_context=context.eval(),
+        adapters=adapters,
+    )
+    return CausalStoryPipeline(
+        **parts,
+        history_policy=preset.history_policy,
+        window=window,
+        num_inference_steps=preset.num_inference_steps,
+        guidance_scale=preset.guidance_scale,
+        context_layer=preset.context_layers > 0,
+    )
 
 # %% ../nbs/11_full_scale.ipynb #2a0ffa4d
-_VISION_NAMES = (("cls_token", "embeddings.class_embedding"), ("pos_embed", "embeddings.position_embedding"), ("patch_embed.proj.", "embeddings.patch_embedding."),
-                 (r"blocks\.(\d+)\.norm(\d)", r"encoder.layers.\1.layer_norm\2"), (r"blocks\.(\d+)\.attn\.qkv", r"encoder.layers.\1.self_attn.qkv"),
-                 (r"blocks\.(\d+)\.attn\.proj", r"encoder.layers.\1.self_attn.projection"), (r"blocks\.(\d+)\.mlp", r"encoder.layers.\1.mlp"), ("norm", "post_layernorm"))
+_VISION_NAMES = (
+    ("cls_token", "embeddings.class_embedding"),
+    ("pos_embed", "embeddings.position_embedding"),
+    ("patch_embed.proj.", "embeddings.patch_embedding."),
+    (r"blocks\.(\d+)\.norm(\d)", r"encoder.layers.\1.layer_norm\2"),
+    (r"blocks\.(\d+)\.attn\.qkv", r"encoder.layers.\1.self_attn.qkv"),
+    (r"blocks\.(\d+)\.attn\.proj", r"encoder.layers.\1.self_attn.projection"),
+    (r"blocks\.(\d+)\.mlp", r"encoder.layers.\1.mlp"),
+    ("norm", "post_layernorm"),
+)
 _OLD_ATTENTION = dict(query="to_q", key="to_k", value="to_v", proj_attn="to_out.0")
-_ARLDM_PREFIXES = (("text_encoder.text_model.", "text_encoder."), ("modal_type_embeddings.", "story_context.type_embedding."),
-                   ("time_embeddings.", "story_context.time_embedding."), ("mm_encoder.text_encoder.", "history_encoder.text."))
+_ARLDM_PREFIXES = (
+    ("text_encoder.text_model.", "text_encoder."),
+    ("modal_type_embeddings.", "story_context.type_embedding."),
+    ("time_embeddings.", "story_context.time_embedding."),
+    ("mm_encoder.text_encoder.", "history_encoder.text."),
+)
+
 
 def arldm_name(
-    key:str, # name in AR-LDM's state
-)->str:      # PART.NAME in a `CausalStoryPipeline`, or the key itself
+    key: str,  # name in AR-LDM's state
+) -> str:  # PART.NAME in a `CausalStoryPipeline`, or the key itself
     "Where a weight of AR-LDM belongs."
     if key.startswith("mm_encoder.visual_encoder."):
         rest = key.removeprefix("mm_encoder.visual_encoder.")
         old, new = next(((old, new) for old, new in _VISION_NAMES if re.match(old, rest)), ("", ""))
         return "history_encoder.vision." + re.sub(f"^{old}", new, rest)
-    if key.startswith("vae."): return re.sub(r"(?<=attentions\.0\.)(query|key|value|proj_attn)(?=\.)", lambda match: _OLD_ATTENTION[match[0]], key)
-    return next((new + key.removeprefix(old) for old, new in _ARLDM_PREFIXES if key.startswith(old)), key)
+    if key.startswith("vae."):
+        return re.sub(
+            r"(?<=attentions\.0\.)(query|key|value|proj_attn)(?=\.)",
+            lambda match: _OLD_ATTENTION[match[0]],
+            key,
+        )
+    return next(
+        (new + key.removeprefix(old) for old, new in _ARLDM_PREFIXES if key.startswith(old)), key
+    )
 
 # %% ../nbs/11_full_scale.ipynb #7a010fdf
 def read_lightning(
-    path, # Lightning's .ckpt, or a plain dictionary of weights
-)->dict:  # name -> tensor
+    path,  # Lightning's .ckpt, or a plain dictionary of weights
+) -> dict:  # name -> tensor
     "The weights in a checkpoint; no code of the file is run. Raises ValueError if it needs code, is damaged or holds no weights."
-    if not Path(path).is_file(): raise FileNotFoundError(f"{path}: no such checkpoint")
-    try: content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path)) # mapped: read when used
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"{path}: no such checkpoint")
+    try:
+        content = torch.load(
+            path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path)
+        )  # mapped: read when used
     except Exception as error:
-        asks = re.search(r"(?:GLOBAL|Unsupported class) ([\w.]+)", str(error)) if isinstance(error, pickle.UnpicklingError) else None
-        if asks is None: raise ValueError(f"{path}: damaged, or not a checkpoint ({str(error).splitlines()[0][:200]})") from error
-        raise ValueError(f"{path}: refused, because opening it would run code ({asks[1]}). Where you trust it, load it once and save "
-                         "only its weights: torch.save({'state_dict': checkpoint['state_dict']}, 'weights.ckpt')") from None
+        asks = (
+            re.search(r"(?:GLOBAL|Unsupported class) ([\w.]+)", str(error))
+            if isinstance(error, pickle.UnpicklingError)
+            else None
+        )
+        if asks is None:
+            raise ValueError(
+                f"{path}: damaged, or not a checkpoint ({str(error).splitlines()[0][:200]})"
+            ) from error
+        raise ValueError(
+            f"{path}: refused, because opening it would run code ({asks[1]}). Where you trust it, load it once and save "
+            "only its weights: torch.save({'state_dict': checkpoint['state_dict']}, 'weights.ckpt')"
+        ) from None
     weights = content.get("state_dict", content) if isinstance(content, dict) else {}
     weights = {name: value for name, value in weights.items() if torch.is_tensor(value)}
-    if not weights: raise ValueError(f"{path}: there are no weights in it (expected 'state_dict', as Lightning writes it)")
+    if not weights:
+        raise ValueError(
+            f"{path}: there are no weights in it (expected 'state_dict', as Lightning writes it)"
+        )
     return weights
 
 # %% ../nbs/11_full_scale.ipynb #853607ac
-def _word_rows(tokenizer, words, n_rows:int):
+def _word_rows(tokenizer, words, n_rows: int):
     "(rows before the new words, ids in our table of the checkpoint's further rows); None if their number does not fit the words."
     vocab, words = tokenizer.get_vocab(), [word.lower() for word in words]
     ours = {word for word in words if word in tokenizer.get_added_vocab()}
     base = len(tokenizer) - len(ours)
     appended = [word for word in words if word not in vocab or word in ours]
     ids = [tokenizer(word, add_special_tokens=False).input_ids for word in appended]
-    return base, [i[0] for i in ids] if n_rows - base == len(ids) and all(len(i) == 1 for i in ids) else None
+    return base, [i[0] for i in ids] if n_rows - base == len(ids) and all(
+        len(i) == 1 for i in ids
+    ) else None
 
-def _fitted(name:str, value, target, pipeline, words):
+
+def _fitted(name: str, value, target, pipeline, words):
     "(value in our shape, remark), or None if it does not fit."
-    if value.shape == target.shape and not name.endswith(("token_embedding.weight", "word_embeddings.weight")): return value, ""
-    if value.ndim != target.ndim or value.shape[1:] != target.shape[1:]: return None
+    if value.shape == target.shape and not name.endswith(
+        ("token_embedding.weight", "word_embeddings.weight")
+    ):
+        return value, ""
+    if value.ndim != target.ndim or value.shape[1:] != target.shape[1:]:
+        return None
     if name == "story_context.time_embedding.weight" and len(value) < len(target):
-        return torch.cat([value.to(target), target[len(value):]]), f"{len(value)} of {len(target)} rows"
-    if not name.endswith(("token_embedding.weight", "word_embeddings.weight")): return None
-    base, ids = _word_rows(pipeline.tokenizer if "token_emb" in name else pipeline.history_tokenizer, words, len(value))
-    if len(value) < base: return None
+        return torch.cat(
+            [value.to(target), target[len(value) :]]
+        ), f"{len(value)} of {len(target)} rows"
+    if not name.endswith(("token_embedding.weight", "word_embeddings.weight")):
+        return None
+    base, ids = _word_rows(
+        pipeline.tokenizer if "token_emb" in name else pipeline.history_tokenizer, words, len(value)
+    )
+    if len(value) < base:
+        return None
     out = target.clone()
     out[:base] = value[:base].to(target)
-    if ids: out[ids] = value[base:].to(target)
-    return out, "" if ids is not None else f"{base} of {len(value)} rows: {len(value) - base} further rows do not fit the new words {list(words)}"
+    if ids:
+        out[ids] = value[base:].to(target)
+    return (
+        out,
+        ""
+        if ids is not None
+        else f"{base} of {len(value)} rows: {len(value) - base} further rows do not fit the new words {list(words)}",
+    )
 
 # %% ../nbs/11_full_scale.ipynb #fee865b4
 @dataclass
 class ImportReport:
     "What became of every weight of a checkpoint, and of the pipeline. Names of the checkpoint, but for `missing`."
-    used:list = field(default_factory=list)        # copied
-    partly:list = field(default_factory=list)      # (name, which rows)
-    unused:list = field(default_factory=list)      # nothing here has such a weight
-    wrong_shape:list = field(default_factory=list) # (name, shape there, shape here)
-    missing:list = field(default_factory=list)     # weights of the pipeline that the checkpoint does not have
+
+    used: list = field(default_factory=list)  # copied
+    partly: list = field(default_factory=list)  # (name, which rows)
+    unused: list = field(default_factory=list)  # nothing here has such a weight
+    wrong_shape: list = field(default_factory=list)  # (name, shape there, shape here)
+    missing: list = field(
+        default_factory=list
+    )  # weights of the pipeline that the checkpoint does not have
 
     def __str__(self):
-        lines = [f"{len(self.used)} used, {len(self.partly)} in part, {len(self.unused)} unused, {len(self.wrong_shape)} of another shape, {len(self.missing)} missing"]
-        for title, names in (("in part", self.partly), ("unused", self.unused), ("another shape", self.wrong_shape), ("missing", self.missing)):
-            lines += [f"  {title}: {name if isinstance(name, str) else ': '.join(map(str, name))}" for name in names[:4]]
-            if len(names) > 4: lines.append(f"  {title}: and {len(names) - 4} more")
+        lines = [
+            f"{len(self.used)} used, {len(self.partly)} in part, {len(self.unused)} unused, {len(self.wrong_shape)} of another shape, {len(self.missing)} missing"
+        ]
+        for title, names in (
+            ("in part", self.partly),
+            ("unused", self.unused),
+            ("another shape", self.wrong_shape),
+            ("missing", self.missing),
+        ):
+            lines += [
+                f"  {title}: {name if isinstance(name, str) else ': '.join(map(str, name))}"
+                for name in names[:4]
+            ]
+            if len(names) > 4:
+                lines.append(f"  {title}: and {len(names) - 4} more")
         return "\n".join(lines)
+
 
 _IMPORTED = ("text_encoder", "history_encoder", "vae", "unet", "story_context")
 
+
 def import_arldm_checkpoint(
-    path,                        # Lightning's .ckpt
-    pipeline:CausalStoryPipeline, # changed in place
-    dataset=None,                # "pororo", "flintstones" or None: which words the checkpoint was taught
-    words=(),                    # or these
-    strict:bool=True,            # refuse, before anything is changed, a checkpoint that does not fill the pipeline
-)->ImportReport:
+    path,  # Lightning's .ckpt
+    pipeline: CausalStoryPipeline,  # changed in place
+    dataset=None,  # "pororo", "flintstones" or None: which words the checkpoint was taught
+    words=(),  # or these
+    strict: bool = True,  # refuse, before anything is changed, a checkpoint that does not fill the pipeline
+) -> ImportReport:
     "AR-LDM's weights into a pipeline. Raises ValueError for a file that needs code or is no such checkpoint, and, if strict, for one that does not fit."
     weights, report, plan = read_lightning(path), ImportReport(), {}
     words = story_words(dataset, words)[0]
-    targets = {f"{part}.{name}".replace("text_encoder.text_model.", "text_encoder."): value for part in _IMPORTED for name, value in getattr(pipeline, part).state_dict().items()}
+    targets = {
+        f"{part}.{name}".replace("text_encoder.text_model.", "text_encoder."): value
+        for part in _IMPORTED
+        for name, value in getattr(pipeline, part).state_dict().items()
+    }
     for key, value in weights.items():
         target = targets.get(arldm_name(key))
-        if target is None: report.unused.append(key); continue
+        if target is None:
+            report.unused.append(key)
+            continue
         fitted = _fitted(arldm_name(key), value, target, pipeline, words)
-        if fitted is None: report.wrong_shape.append((key, tuple(value.shape), tuple(target.shape))); continue
+        if fitted is None:
+            report.wrong_shape.append((key, tuple(value.shape), tuple(target.shape)))
+            continue
         plan[arldm_name(key)] = fitted[0]
-        if fitted[1]: report.partly.append((key, fitted[1]))
-        else: report.used.append(key)
+        if fitted[1]:
+            report.partly.append((key, fitted[1]))
+        else:
+            report.used.append(key)
     ours = ("story_context.type", "story_context.time")
-    report.missing = [name for name in targets if name not in plan and (not name.startswith("story_context.") or name.startswith(ours))]
-    if not plan: raise ValueError(f"{path}: not one of its {len(weights)} weights belongs to AR-LDM (first: {next(iter(weights))!r})")
-    if strict and (report.missing or report.wrong_shape): raise ValueError(f"{path} does not fit this pipeline, nothing was changed; strict=False takes what fits.\n{report}")
+    report.missing = [
+        name
+        for name in targets
+        if name not in plan and (not name.startswith("story_context.") or name.startswith(ours))
+    ]
+    if not plan:
+        raise ValueError(
+            f"{path}: not one of its {len(weights)} weights belongs to AR-LDM (first: {next(iter(weights))!r})"
+        )
+    if strict and (report.missing or report.wrong_shape):
+        raise ValueError(
+            f"{path} does not fit this pipeline, nothing was changed; strict=False takes what fits.\n{report}"
+        )
     with torch.no_grad():
-        for name, value in plan.items(): targets[name].copy_(value)
+        for name, value in plan.items():
+            targets[name].copy_(value)
     return report
 
 # %% ../nbs/11_full_scale.ipynb #33c6a596
 def arldm_state(
-    pipeline:CausalStoryPipeline, # preset "ar-ldm"
-)->dict:                          # name -> tensor, as AR-LDM's Lightning module would store it
+    pipeline: CausalStoryPipeline,  # preset "ar-ldm"
+) -> dict:  # name -> tensor, as AR-LDM's Lightning module would store it
     "A pipeline's weights under AR-LDM's names: the import turned round, for tests."
-    back = [(new, old) for old, new in _ARLDM_PREFIXES] + [("history_encoder.vision.", "mm_encoder.visual_encoder.")]
-    vision = (("embeddings.class_embedding", "cls_token"), ("embeddings.position_embedding", "pos_embed"), ("embeddings.patch_embedding", "patch_embed.proj"),
-              ("encoder.layers", "blocks"), ("layer_norm", "norm"), ("self_attn.projection", "attn.proj"), ("self_attn", "attn"), ("post_layernorm", "norm"))
-    state = dict(clip_text_null_token=torch.zeros(1, 8), blip_image_null_token=torch.zeros(1, 3, 8, 8))
+    back = [(new, old) for old, new in _ARLDM_PREFIXES] + [
+        ("history_encoder.vision.", "mm_encoder.visual_encoder.")
+    ]
+    vision = (
+        ("embeddings.class_embedding", "cls_token"),
+        ("embeddings.position_embedding", "pos_embed"),
+        ("embeddings.patch_embedding", "patch_embed.proj"),
+        ("encoder.layers", "blocks"),
+        ("layer_norm", "norm"),
+        ("self_attn.projection", "attn.proj"),
+        ("self_attn", "attn"),
+        ("post_layernorm", "norm"),
+    )
+    state = dict(
+        clip_text_null_token=torch.zeros(1, 8), blip_image_null_token=torch.zeros(1, 3, 8, 8)
+    )
     for part in _IMPORTED:
         for name, value in getattr(pipeline, part).state_dict().items():
             key = f"{part}.{name}".replace("text_encoder.text_model.", "text_encoder.")
-            key = next((old + key.removeprefix(new) for new, old in back if key.startswith(new)), key)
+            key = next(
+                (old + key.removeprefix(new) for new, old in back if key.startswith(new)), key
+            )
             if key.startswith("mm_encoder.visual"):
-                for new, old in vision: key = key.replace(new, old)
+                for new, old in vision:
+                    key = key.replace(new, old)
             state[key] = value.clone()
     state["time_embeddings.weight"] = state["time_embeddings.weight"][:5].clone()
     return state
 
 # %% ../nbs/11_full_scale.ipynb #d7632468
 def prepare_preset(
-    model,                    # CausalStoryModel, changed in place
-    preset="causal-story",    # name in FULL_SCALE, or a Preset
-    new_words:bool=True,      # whether there are words to learn
-    checkpointing:bool=False, # compute the U-Net's activations twice instead of keeping them
-):                            # the model
+    model,  # CausalStoryModel, changed in place
+    preset="causal-story",  # name in FULL_SCALE, or a Preset
+    new_words: bool = True,  # whether there are words to learn
+    checkpointing: bool = False,  # compute the U-Net's activations twice instead of keeping them
+):  # the model
     "Freeze everything, then unfreeze what the preset names."
     preset = find_preset(preset)
     prepare_tuning(model, preset.method, preset.width or 64, preset.parts)
     if preset.words and new_words:
-        for encoder in (model.text_encoder, model.history_encoder): encoder.get_input_embeddings().requires_grad_(True)
+        for encoder in (model.text_encoder, model.history_encoder):
+            encoder.get_input_embeddings().requires_grad_(True)
     model.unet.enable_gradient_checkpointing() if checkpointing else model.unet.disable_gradient_checkpointing()
     return model
 
+
 def what_is_frozen(
-    model, # CausalStoryModel
-)->dict:   # "latents", "image_features", "caption_states" -> bool
+    model,  # CausalStoryModel
+) -> dict:  # "latents", "image_features", "caption_states" -> bool
     "Which features do not change while this model trains."
-    parts = dict(latents=model.vae, image_features=model.history_encoder.vision, caption_states=model.text_encoder)
-    return {name: not any(p.requires_grad for p in part.parameters()) for name, part in parts.items()}
+    parts = dict(
+        latents=model.vae,
+        image_features=model.history_encoder.vision,
+        caption_states=model.text_encoder,
+    )
+    return {
+        name: not any(p.requires_grad for p in part.parameters()) for name, part in parts.items()
+    }
 
 # %% ../nbs/11_full_scale.ipynb #cb02a9ec
 def weights_hash(
-    *modules, # torch modules
-)->str:       # 16 hexadecimal digits
+    *modules,  # torch modules
+) -> str:  # 16 hexadecimal digits
     "A hash of every bit of the weights, of their names and of their type."
     digest = hashlib.sha256()
     for module in modules:
@@ -411,29 +758,52 @@ def weights_hash(
             digest.update(value.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
     return digest.hexdigest()[:16]
 
+
 def cache_settings(
-    model,                    # CausalStoryModel, prepared: what is frozen may be kept
-    dataset,                  # StoryDataset
-    collator,                 # StoryCollator: sizes and normalisation
-    half:bool=False,          # keep half precision
-    reconstructed:bool=False, # history frames as the autoencoder shows them
-)->dict:                      # all that decides what a cache holds
+    model,  # CausalStoryModel, prepared: what is frozen may be kept
+    dataset,  # StoryDataset
+    collator,  # StoryCollator: sizes and normalisation
+    half: bool = False,  # keep half precision
+    reconstructed: bool = False,  # history frames as the autoencoder shows them
+) -> dict:  # all that decides what a cache holds
     "Settings whose hash names a cache. Raises ValueError if the autoencoder trains: then there is nothing to keep."
     frozen = what_is_frozen(model)
-    if not frozen["latents"]: raise ValueError("the autoencoder trains, so nothing it says can be kept: freeze it or train with cache=False")
-    settings = dict(version=1, half=half, split=dataset.split, schema=dataset.schema, vae=weights_hash(model.vae), frame_size=collator.frame_size)
+    if not frozen["latents"]:
+        raise ValueError(
+            "the autoencoder trains, so nothing it says can be kept: freeze it or train with cache=False"
+        )
+    settings = dict(
+        version=1,
+        half=half,
+        split=dataset.split,
+        schema=dataset.schema,
+        vae=weights_hash(model.vae),
+        frame_size=collator.frame_size,
+    )
     if frozen["image_features"]:
-        settings |= dict(vision=weights_hash(model.history_encoder.vision), history_size=collator.history_size, reconstructed=reconstructed,
-                         image_mean=list(collator.image_mean), image_std=list(collator.image_std))
+        settings |= dict(
+            vision=weights_hash(model.history_encoder.vision),
+            history_size=collator.history_size,
+            reconstructed=reconstructed,
+            image_mean=list(collator.image_mean),
+            image_std=list(collator.image_std),
+        )
     if frozen["caption_states"]:
-        words = hashlib.sha256(json.dumps(sorted(collator.caption_tokenizer.get_vocab().items())).encode()).hexdigest()[:16]
-        settings |= dict(text_encoder=weights_hash(model.text_encoder), words=words, max_length=collator.max_length)
+        words = hashlib.sha256(
+            json.dumps(sorted(collator.caption_tokenizer.get_vocab().items())).encode()
+        ).hexdigest()[:16]
+        settings |= dict(
+            text_encoder=weights_hash(model.text_encoder),
+            words=words,
+            max_length=collator.max_length,
+        )
     return settings
 
+
 def cache_path(
-    data,          # HDF5 file of the stories
-    settings:dict, # from `cache_settings`
-)->Path:           # beside the data
+    data,  # HDF5 file of the stories
+    settings: dict,  # from `cache_settings`
+) -> Path:  # beside the data
     "Where a cache lies: STORIES.SPLIT-HASH.features.h5."
     key = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:12]
     return Path(data).with_name(f"{Path(data).stem}.{settings['split']}-{key}.features.h5")
@@ -442,559 +812,929 @@ def cache_path(
 @dataclass
 class StoryContents:
     "What a data set shows: every picture and caption once."
-    pictures:dict # hash -> (tiles, story, frame) of a place where it is shown
-    captions:dict # hash -> text
+
+    pictures: dict  # hash -> (tiles, story, frame) of a place where it is shown
+    captions: dict  # hash -> text
 
     @property
-    def n_tiles(self)->int: return sum(tiles for tiles, _, _ in self.pictures.values())
+    def n_tiles(self) -> int:
+        return sum(tiles for tiles, _, _ in self.pictures.values())
 
-def _digest(content)->bytes: return hashlib.sha256(content if isinstance(content, bytes) else content.encode()).digest()
+
+def _digest(content) -> bytes:
+    return hashlib.sha256(content if isinstance(content, bytes) else content.encode()).digest()
+
 
 def scan_stories(
-    dataset,            # StoryDataset
-    progress:bool=True,
-)->StoryContents:
+    dataset,  # StoryDataset
+    progress: bool = True,
+) -> StoryContents:
     "One pass over the stories, nothing decoded but the size of each picture."
     contents = StoryContents({}, {})
-    for index in tqdm(range(len(dataset)), desc="looking through the stories", disable=not progress):
+    for index in tqdm(
+        range(len(dataset)), desc="looking through the stories", disable=not progress
+    ):
         story = dataset.stored(index)
         contents.captions |= {_digest(caption): caption for caption in story.captions}
         for frame, blob in enumerate(story.images):
             if (name := _digest(blob)) not in contents.pictures:
                 where = f"{dataset.path}: story {story.id!r}, image{frame}"
-                contents.pictures[name] = (count_tiles(open_image(blob, where), where), index, frame)
+                contents.pictures[name] = (
+                    count_tiles(open_image(blob, where), where),
+                    index,
+                    frame,
+                )
     return contents
 
 # %% ../nbs/11_full_scale.ipynb #e0ae1510
-def _row_shapes(model, collator, settings)->dict:
+def _row_shapes(model, collator, settings) -> dict:
     "Name -> shape of what is kept for one tile or caption."
     side = collator.frame_size // 2 ** (len(model.vae.config.block_out_channels) - 1)
     latent = (model.vae.config.latent_channels, side, side)
     shapes = dict(latent_mean=latent, latent_std=latent)
     if "vision" in settings:
         vision = model.history_encoder.vision.config
-        shapes |= dict(image_features=(1 + (vision.image_size // vision.patch_size) ** 2, vision.hidden_size))
-    if "text_encoder" in settings: shapes |= dict(caption_states=(collator.max_length, model.text_encoder.config.hidden_size))
+        shapes |= dict(
+            image_features=(1 + (vision.image_size // vision.patch_size) ** 2, vision.hidden_size)
+        )
+    if "text_encoder" in settings:
+        shapes |= dict(caption_states=(collator.max_length, model.text_encoder.config.hidden_size))
     return shapes
 
+
 def cache_bytes(
-    shapes:dict,      # name -> shape of a row
-    n_tiles:int,      # different tiles
-    n_captions:int=0, # different captions
-    half:bool=False,
-)->int:               # bytes on disk, to within one part in a hundred
+    shapes: dict,  # name -> shape of a row
+    n_tiles: int,  # different tiles
+    n_captions: int = 0,  # different captions
+    half: bool = False,
+) -> int:  # bytes on disk, to within one part in a hundred
     "Size of a cache, before it is made."
     rows = {name: n_captions if name == "caption_states" else n_tiles for name in shapes}
-    return sum(rows[name] * int(np.prod(shape)) for name, shape in shapes.items()) * (2 if half else 4)
+    return sum(rows[name] * int(np.prod(shape)) for name, shape in shapes.items()) * (
+        2 if half else 4
+    )
+
 
 def check_disk(
-    folder,     # where something is going to be written
-    n_bytes:int, # how much
-    what:str,    # named in the error
+    folder,  # where something is going to be written
+    n_bytes: int,  # how much
+    what: str,  # named in the error
 ):
     "Raise OSError before anything is started if the disk has not enough room."
-    free, need = shutil.disk_usage(folder).free, int(1.01 * n_bytes) + 2 ** 20
+    free, need = shutil.disk_usage(folder).free, int(1.01 * n_bytes) + 2**20
     if free < need:
-        raise OSError(errno.ENOSPC, f"{what} needs {need / 1e9:.2f} GB in {folder}, and only {free / 1e9:.2f} GB are free. "
-                                    "Nothing was started. Half precision (half=True, on the command line --half) halves it; cache=False (--no-cache) trains without")
+        raise OSError(
+            errno.ENOSPC,
+            f"{what} needs {need / 1e9:.2f} GB in {folder}, and only {free / 1e9:.2f} GB are free. "
+            "Nothing was started. Half precision (half=True, on the command line --half) halves it; cache=False (--no-cache) trains without",
+        )
 
 # %% ../nbs/11_full_scale.ipynb #e5f2444e
 @torch.no_grad()
-def _tile_rows(model, collator, settings, tiles)->dict:
+def _tile_rows(model, collator, settings, tiles) -> dict:
     "What the frozen networks say about n tiles: name -> (n, ...)."
     device = next(model.parameters()).device
-    posterior = model.vae.encode(pixels(tiles, collator.frame_size).to(device, model.vae.dtype)).latent_dist
+    posterior = model.vae.encode(
+        pixels(tiles, collator.frame_size).to(device, model.vae.dtype)
+    ).latent_dist
     rows = dict(latent_mean=posterior.mean.contiguous(), latent_std=posterior.std.contiguous())
     if "vision" in settings:
-        seen = pixels(tiles, collator.history_size, collator.image_mean, collator.image_std).to(device, model.history_encoder.dtype)
-        if settings["reconstructed"]: seen = reconstructed_history(model.vae, rows["latent_mean"][None], seen[None])[0]
+        seen = pixels(tiles, collator.history_size, collator.image_mean, collator.image_std).to(
+            device, model.history_encoder.dtype
+        )
+        if settings["reconstructed"]:
+            seen = reconstructed_history(model.vae, rows["latent_mean"][None], seen[None])[0]
         rows |= dict(image_features=model.history_encoder.image_features(seen))
     return rows
 
+
 @torch.no_grad()
-def _caption_rows(model, collator, captions)->dict:
-    out = collator.caption_tokenizer(captions, padding="max_length", truncation=True, max_length=collator.max_length, return_tensors="pt").to(model.text_encoder.device)
-    return dict(caption_states=encode_captions(model.text_encoder, out.input_ids, out.attention_mask.bool()))
+def _caption_rows(model, collator, captions) -> dict:
+    out = collator.caption_tokenizer(
+        captions,
+        padding="max_length",
+        truncation=True,
+        max_length=collator.max_length,
+        return_tensors="pt",
+    ).to(model.text_encoder.device)
+    return dict(
+        caption_states=encode_captions(model.text_encoder, out.input_ids, out.attention_mask.bool())
+    )
+
 
 def _tiles_in_order(dataset, contents):
     "Every tile of every different picture, in the order of the cache."
     for tiles, index, frame in contents.pictures.values():
-        strip = next(strip for k, (strip, _) in enumerate(dataset._strips(dataset.stored(index))) if k == frame)
-        for tile in range(tiles): yield cut_tile(strip, tile)
+        strip = next(
+            strip
+            for k, (strip, _) in enumerate(dataset._strips(dataset.stored(index)))
+            if k == frame
+        )
+        for tile in range(tiles):
+            yield cut_tile(strip, tile)
 
-def _batched(things, size:int):
+
+def _batched(things, size: int):
     batch = []
     for thing in things:
         batch.append(thing)
-        if len(batch) == size: yield batch; batch = []
-    if batch: yield batch
+        if len(batch) == size:
+            yield batch
+            batch = []
+    if batch:
+        yield batch
 
 # %% ../nbs/11_full_scale.ipynb #3a2468ba
 def _write_rows(file, name, batches, start=0):
     "Write batches of rows one after the other."
     for rows in batches:
-        for key, value in rows.items(): file[key][start:start + len(value)] = value.float().cpu().numpy()
+        for key, value in rows.items():
+            file[key][start : start + len(value)] = value.float().cpu().numpy()
         start += len(next(iter(rows.values())))
         yield start
 
+
 def write_cache(
-    out,                # HDF5 file to write; appears only when it is complete
-    model,              # CausalStoryModel
-    dataset,            # StoryDataset
-    collator,           # StoryCollator
-    settings:dict,      # from `cache_settings`
-    batch_size:int=16,  # tiles at once
-    progress:bool=True,
-)->Path:                # `out`
+    out,  # HDF5 file to write; appears only when it is complete
+    model,  # CausalStoryModel
+    dataset,  # StoryDataset
+    collator,  # StoryCollator
+    settings: dict,  # from `cache_settings`
+    batch_size: int = 16,  # tiles at once
+    progress: bool = True,
+) -> Path:  # `out`
     "What the frozen networks say about every tile and caption, in constant memory. Raises OSError, before it starts, if the disk is too small."
-    out, contents, shapes = Path(out), scan_stories(dataset, progress), _row_shapes(model, collator, settings)
-    check_disk(out.parent, cache_bytes(shapes, contents.n_tiles, len(contents.captions), settings["half"]), f"the cache {out.name}")
+    out, contents, shapes = (
+        Path(out),
+        scan_stories(dataset, progress),
+        _row_shapes(model, collator, settings),
+    )
+    check_disk(
+        out.parent,
+        cache_bytes(shapes, contents.n_tiles, len(contents.captions), settings["half"]),
+        f"the cache {out.name}",
+    )
     with atomic_path(out) as partial, PatientFile(partial, "w+") as disk:
-        with h5py.File(disk, "w") as file, tqdm(total=contents.n_tiles, desc="encoding pictures", disable=not progress) as bar:
-            file.attrs.update(kind="causal-story features", settings=json.dumps(settings, sort_keys=True))
+        with (
+            h5py.File(disk, "w") as file,
+            tqdm(total=contents.n_tiles, desc="encoding pictures", disable=not progress) as bar,
+        ):
+            file.attrs.update(
+                kind="causal-story features", settings=json.dumps(settings, sort_keys=True)
+            )
             file["pictures"] = np.frombuffer(b"".join(contents.pictures), np.uint8).reshape(-1, 32)
-            file["tiles"] = np.array([tiles for tiles, _, _ in contents.pictures.values()], np.int64)
+            file["tiles"] = np.array(
+                [tiles for tiles, _, _ in contents.pictures.values()], np.int64
+            )
             file["captions"] = np.frombuffer(b"".join(contents.captions), np.uint8).reshape(-1, 32)
             for name, shape in shapes.items():
                 n_rows = len(contents.captions) if name == "caption_states" else contents.n_tiles
-                file.create_dataset(name, (n_rows, *shape), "float16" if settings["half"] else "float32")
-            steps = _write_rows(file, "tiles", (_tile_rows(model, collator, settings, tiles) for tiles in _batched(_tiles_in_order(dataset, contents), batch_size)))
-            for done in steps: disk.check(out); bar.update(done - bar.n)
+                file.create_dataset(
+                    name, (n_rows, *shape), "float16" if settings["half"] else "float32"
+                )
+            steps = _write_rows(
+                file,
+                "tiles",
+                (
+                    _tile_rows(model, collator, settings, tiles)
+                    for tiles in _batched(_tiles_in_order(dataset, contents), batch_size)
+                ),
+            )
+            for done in steps:
+                disk.check(out)
+                bar.update(done - bar.n)
             if "caption_states" in shapes:
-                steps = _write_rows(file, "captions", (_caption_rows(model, collator, texts) for texts in _batched(contents.captions.values(), batch_size)))
-                for done in steps: disk.check(out)
+                steps = _write_rows(
+                    file,
+                    "captions",
+                    (
+                        _caption_rows(model, collator, texts)
+                        for texts in _batched(contents.captions.values(), batch_size)
+                    ),
+                )
+                for done in steps:
+                    disk.check(out)
         disk.check(out)
     return out
 
 # %% ../nbs/11_full_scale.ipynb #48a5642e
 class FeatureCache:
     "An open cache. Rows are found by the bytes of a picture or the text of a caption. Raises ValueError, naming the file, for a stale or foreign one."
-    def __init__(self,
-        path,               # file that `write_cache` wrote
-        settings:dict=None, # what it must have been made with; None: whatever
+
+    def __init__(
+        self,
+        path,  # file that `write_cache` wrote
+        settings: dict = None,  # what it must have been made with; None: whatever
     ):
-        if not Path(path).is_file(): raise FileNotFoundError(f"{path}: there is no such cache; make it in one process, with `causal-story cache` or open_cache(...), before several train from it")
-        try: self.file = h5py.File(path, "r", locking=False)
-        except OSError as error: raise ValueError(f"{path}: cut short, or no HDF5 file; delete it, it will be made again ({error})") from error
+        if not Path(path).is_file():
+            raise FileNotFoundError(
+                f"{path}: there is no such cache; make it in one process, with `causal-story cache` or open_cache(...), before several train from it"
+            )
+        try:
+            self.file = h5py.File(path, "r", locking=False)
+        except OSError as error:
+            raise ValueError(
+                f"{path}: cut short, or no HDF5 file; delete it, it will be made again ({error})"
+            ) from error
         self.path = Path(path)
-        if self.file.attrs.get("kind") != "causal-story features": raise ValueError(f"{path}: not a cache of features")
+        if self.file.attrs.get("kind") != "causal-story features":
+            raise ValueError(f"{path}: not a cache of features")
         self.settings = json.loads(self.file.attrs["settings"])
-        changed = sorted(name for name in {*self.settings, *(settings or {})} if settings is not None and self.settings.get(name) != settings.get(name))
-        if changed: raise ValueError(f"{path}: made with other {', '.join(changed)} than this model and data have; delete it or name another file")
+        changed = sorted(
+            name
+            for name in {*self.settings, *(settings or {})}
+            if settings is not None and self.settings.get(name) != settings.get(name)
+        )
+        if changed:
+            raise ValueError(
+                f"{path}: made with other {', '.join(changed)} than this model and data have; delete it or name another file"
+            )
         tiles = self.file["tiles"][:]
-        self.pictures = {name.tobytes(): (int(first), int(n)) for name, first, n in zip(self.file["pictures"][:], np.cumsum(tiles) - tiles, tiles)}
+        self.pictures = {
+            name.tobytes(): (int(first), int(n))
+            for name, first, n in zip(self.file["pictures"][:], np.cumsum(tiles) - tiles, tiles)
+        }
         self.captions = {name.tobytes(): row for row, name in enumerate(self.file["captions"][:])}
 
-    def picture(self,
-        blob:bytes, # a picture as it lies in the data
-        where:str="this picture", # named in the error
-    ):              # (row of its first tile, tiles)
+    def picture(
+        self,
+        blob: bytes,  # a picture as it lies in the data
+        where: str = "this picture",  # named in the error
+    ):  # (row of its first tile, tiles)
         "Where a picture's tiles lie. Raises ValueError if the cache was made from data without it."
-        if (found := self.pictures.get(_digest(blob))) is None: raise ValueError(f"{self.path} does not know {where}: it was made from other data. Delete it, it will be made again")
+        if (found := self.pictures.get(_digest(blob))) is None:
+            raise ValueError(
+                f"{self.path} does not know {where}: it was made from other data. Delete it, it will be made again"
+            )
         return found
 
-    def caption(self, text:str)->int:
+    def caption(self, text: str) -> int:
         "Row of a caption. Raises ValueError if the cache was made from data without it."
-        if (row := self.captions.get(_digest(text))) is None: raise ValueError(f"{self.path} does not know the caption {text!r}: it was made from other data. Delete it, it will be made again")
+        if (row := self.captions.get(_digest(text))) is None:
+            raise ValueError(
+                f"{self.path} does not know the caption {text!r}: it was made from other data. Delete it, it will be made again"
+            )
         return row
 
-    def rows(self, name:str, numbers:list)->torch.Tensor: # (n, ...) float32
+    def rows(self, name: str, numbers: list) -> torch.Tensor:  # (n, ...) float32
         "Rows of one kind of feature."
         data = self.file[name]
         return torch.from_numpy(np.stack([data[number] for number in numbers]).astype(np.float32))
 
+
 def open_cache(
-    model,                    # CausalStoryModel
-    dataset,                  # StoryDataset
-    collator,                 # StoryCollator
-    half:bool=False,          # keep half precision
-    reconstructed:bool=False, # history frames as the autoencoder shows them
-    build:bool=True,          # make it if it is not there
-    **options,                # of `write_cache`: batch_size, progress
-)->FeatureCache:
+    model,  # CausalStoryModel
+    dataset,  # StoryDataset
+    collator,  # StoryCollator
+    half: bool = False,  # keep half precision
+    reconstructed: bool = False,  # history frames as the autoencoder shows them
+    build: bool = True,  # make it if it is not there
+    **options,  # of `write_cache`: batch_size, progress
+) -> FeatureCache:
     "The cache of this model and data, made now if need be. Raises what `write_cache` and `FeatureCache` raise."
     settings = cache_settings(model, dataset, collator, half, reconstructed)
     path = cache_path(dataset.path, settings)
-    if build and not path.exists(): write_cache(path, model, dataset, collator, settings, **options)
+    if build and not path.exists():
+        write_cache(path, model, dataset, collator, settings, **options)
     return FeatureCache(path, settings)
 
 # %% ../nbs/11_full_scale.ipynb #5f7ba906
 class StoryBatches:
     "batches(step) -> (task, batch) for `fit`, of one process; a list of such pieces if gradients are accumulated."
-    def __init__(self,
-        dataset,            # StoryDataset
-        collator,           # StoryCollator, of any task
-        config,             # TrainingConfig: batch size, seed, accumulation
-        tasks:tuple=("visualization", "continuation"), # taken in turn
-        cache=None,         # FeatureCache; None: from pictures
-        process:int=0,      # this process ...
-        n_processes:int=1,  # ... of so many
-        device="cpu",       # where the batch goes
+
+    def __init__(
+        self,
+        dataset,  # StoryDataset
+        collator,  # StoryCollator, of any task
+        config,  # TrainingConfig: batch size, seed, accumulation
+        tasks: tuple = ("visualization", "continuation"),  # taken in turn
+        cache=None,  # FeatureCache; None: from pictures
+        process: int = 0,  # this process ...
+        n_processes: int = 1,  # ... of so many
+        device="cpu",  # where the batch goes
     ):
         check_shares(config, n_processes)
         self.dataset, self.config, self.tasks, self.cache = dataset, config, tasks, cache
         self.process, self.n_processes, self.device = process, n_processes, device
         self.collators = {task: copy.copy(collator) for task in tasks}
-        for task, one in self.collators.items(): one.task = task
+        for task, one in self.collators.items():
+            one.task = task
 
-    def __call__(self, step:int):
+    def __call__(self, step: int):
         config, task = self.config, self.tasks[step % len(self.tasks)]
-        pairs = batch_indices(step, len(self.dataset), config.batch_size, config.seed, self.process, self.n_processes)
-        pieces = [self._piece(pairs[k::config.gradient_accumulation_steps], task) for k in range(config.gradient_accumulation_steps)]
+        pairs = batch_indices(
+            step, len(self.dataset), config.batch_size, config.seed, self.process, self.n_processes
+        )
+        pieces = [
+            self._piece(pairs[k :: config.gradient_accumulation_steps], task)
+            for k in range(config.gradient_accumulation_steps)
+        ]
         frames = sum(batch["frame_valid"].sum() for batch in pieces)
-        pieces = [(task, batch | dict(frames_in_step=frames, pieces=len(pieces))) for batch in pieces]
+        pieces = [
+            (task, batch | dict(frames_in_step=frames, pieces=len(pieces))) for batch in pieces
+        ]
         return pieces[0] if len(pieces) == 1 else pieces
 
-    def stream(self, first:int, last:int):
+    def stream(self, first: int, last: int):
         "Batches of the steps first ... last-1; the next one is read while a step computes."
         with ThreadPoolExecutor(1) as pool:
             coming = pool.submit(self, first) if first < last else None
             for step in range(first, last):
-                batch, coming = coming.result(), pool.submit(self, step + 1) if step + 1 < last else None
+                batch, coming = (
+                    coming.result(),
+                    pool.submit(self, step + 1) if step + 1 < last else None,
+                )
                 yield batch
 
-    def _piece(self, pairs, task)->dict:
+    def _piece(self, pairs, task) -> dict:
         keys = [(self.config.seed, epoch, sample) for epoch, sample in pairs]
         batch = self._pictures(pairs, task) if self.cache is None else self._features(pairs, task)
-        return {name: value.to(self.device) if torch.is_tensor(value) else value for name, value in batch.items()} | dict(keys=keys)
+        return {
+            name: value.to(self.device) if torch.is_tensor(value) else value
+            for name, value in batch.items()
+        } | dict(keys=keys)
 
-    def _pictures(self, pairs, task)->dict:
+    def _pictures(self, pairs, task) -> dict:
         items = []
         for epoch, sample in pairs:
             self.dataset.set_epoch(epoch)
             items.append(self.dataset[sample])
         return self.collators[task](items)
 
-    def _features(self, pairs, task)->dict:
+    def _features(self, pairs, task) -> dict:
         return cached_story_batch(self.dataset, self.collators[task], self.cache, pairs)
 
 # %% ../nbs/11_full_scale.ipynb #102978b2
-def _padded(rows, n_columns:int):
+def _padded(rows, n_columns: int):
     "Lists of unequal length as (B, n, ...), zeros where a list has ended."
     out = torch.zeros(len(rows), n_columns, *rows[0].shape[1:])
-    for b, row in enumerate(rows): out[b, :min(len(row), n_columns)] = row[:n_columns]
+    for b, row in enumerate(rows):
+        out[b, : min(len(row), n_columns)] = row[:n_columns]
     return out
 
+
 def cached_story_batch(
-    dataset,            # StoryDataset
-    collator,           # StoryCollator of the task
-    cache:FeatureCache,
-    pairs,              # (epoch, story) of every row
-)->dict:                # like the collator's batch, features in place of pictures where the cache has them
+    dataset,  # StoryDataset
+    collator,  # StoryCollator of the task
+    cache: FeatureCache,
+    pairs,  # (epoch, story) of every row
+) -> dict:  # like the collator's batch, features in place of pictures where the cache has them
     "A batch from the cache: for each frame the tile that a training from pictures would draw."
     layouts, tiles, seen = [], [], []
     for epoch, sample in pairs:
         story, chosen = dataset.stored(sample), []
         for frame, blob in enumerate(story.images):
             first, n_tiles = cache.picture(blob, f"image{frame} of story {story.id!r}")
-            chosen.append(first + (choose_tile(n_tiles, dataset.seed, epoch, sample, frame) if dataset.train else 0))
+            chosen.append(
+                first
+                + (choose_tile(n_tiles, dataset.seed, epoch, sample, frame) if dataset.train else 0)
+            )
         layout = split_task(story.captions, chosen, collator.task, f"story {story.id!r}")
-        layouts.append(layout); tiles.append(layout.frames); seen.append(layout.history_frames)
+        layouts.append(layout)
+        tiles.append(layout.frames)
+        seen.append(layout.history_frames)
     V, F, ids = max(map(len, tiles)), max(map(len, seen)), [str(sample) for _, sample in pairs]
-    caption_ids, caption_mask = collator._tokens(collator.caption_tokenizer, [layout.captions for layout in layouts], ids)
-    history_ids, history_mask = collator._tokens(collator.history_tokenizer, [layout.history_captions for layout in layouts], ids)
+    caption_ids, caption_mask = collator._tokens(
+        collator.caption_tokenizer, [layout.captions for layout in layouts], ids
+    )
+    history_ids, history_mask = collator._tokens(
+        collator.history_tokenizer, [layout.history_captions for layout in layouts], ids
+    )
     frame_valid = torch.tensor([[k < len(row) for k in range(V)] for row in tiles])
     history_valid = torch.tensor([[k < len(row) for k in range(F)] for row in seen])
-    batch = dict(caption_ids=caption_ids, caption_mask=caption_mask, frame_valid=frame_valid, history_ids=history_ids, history_mask=history_mask,
-                 history_valid=history_valid, **{name: _padded([cache.rows(name, row) for row in tiles], V) for name in ("latent_mean", "latent_std")})
-    if "vision" in cache.settings: # the last frame is nobody's history: its features are not even read
-        batch["image_features"] = _padded([cache.rows("image_features", row) for row in [row[:max(1, F - 1)] for row in seen]], max(0, F - 1))
-    else: batch["history_frames"] = _history_pictures(dataset, collator, pairs)
+    batch = dict(
+        caption_ids=caption_ids,
+        caption_mask=caption_mask,
+        frame_valid=frame_valid,
+        history_ids=history_ids,
+        history_mask=history_mask,
+        history_valid=history_valid,
+        **{
+            name: _padded([cache.rows(name, row) for row in tiles], V)
+            for name in ("latent_mean", "latent_std")
+        },
+    )
+    if (
+        "vision" in cache.settings
+    ):  # the last frame is nobody's history: its features are not even read
+        batch["image_features"] = _padded(
+            [cache.rows("image_features", row) for row in [row[: max(1, F - 1)] for row in seen]],
+            max(0, F - 1),
+        )
+    else:
+        batch["history_frames"] = _history_pictures(dataset, collator, pairs)
     if "text_encoder" in cache.settings:
-        batch["caption_states"] = _padded([cache.rows("caption_states", [cache.caption(caption) for caption in layout.captions]) for layout in layouts], V)
+        batch["caption_states"] = _padded(
+            [
+                cache.rows(
+                    "caption_states", [cache.caption(caption) for caption in layout.captions]
+                )
+                for layout in layouts
+            ],
+            V,
+        )
     return batch
 
-def _history_pictures(dataset, collator, pairs)->torch.Tensor: # (B, F, 3, h, w)
+
+def _history_pictures(dataset, collator, pairs) -> torch.Tensor:  # (B, F, 3, h, w)
     rows = []
     for epoch, sample in pairs:
         dataset.set_epoch(epoch)
-        rows.append(pixels(dataset.story(sample).frames, collator.history_size, collator.image_mean, collator.image_std))
+        rows.append(
+            pixels(
+                dataset.story(sample).frames,
+                collator.history_size,
+                collator.image_mean,
+                collator.image_std,
+            )
+        )
     return _padded(rows, max(map(len, rows)))
 
 # %% ../nbs/11_full_scale.ipynb #c2dbb07f
 def shared_loss(
-    accelerator,             # accelerate.Accelerator
-    policy:str,              # history policy
-    window:int|None,         # of local and weighted
-    context_layer:bool,      # False: AR-LDM's context
-):                           # loss(model, batch, step) for `fit`
+    accelerator,  # accelerate.Accelerator
+    policy: str,  # history policy
+    window: int | None,  # of local and weighted
+    context_layer: bool,  # False: AR-LDM's context
+):  # loss(model, batch, step) for `fit`
     "Mean error over all frames of the global batch, whoever computes them."
+
     def loss(model, batch, step):
         task, stories = batch
         value = story_loss(model, stories, policy, window, task, context_layer=context_layer)
         frames, everyone = stories["frame_valid"].sum(), stories["frames_in_step"]
-        if accelerator.num_processes > 1: everyone = accelerator.reduce(everyone.clone(), "sum")
+        if accelerator.num_processes > 1:
+            everyone = accelerator.reduce(everyone.clone(), "sum")
         return value * (frames * stories["pieces"] * accelerator.num_processes / everyone)
+
     return loss
 
 # %% ../nbs/11_full_scale.ipynb #63e6dcda
 def train_full_scale(
-    pipe:CausalStoryPipeline,  # changed in place
-    data,                      # HDF5 file with a split "train"
-    config,                    # TrainingConfig; batch_size counts the stories of all processes
-    folder=None,               # run folder; an interrupted run there is continued
-    out=None,                  # folder for the trained pipeline, written by the first process
-    preset="causal-story",     # what trains
-    cache:bool=True,           # keep what frozen parts say, beside the data
-    half:bool=False,           # keep it in half precision
-    checkpointing:bool=False,  # less memory, a third more computing
-    new_words:bool=True,       # whether word tables train
-    tasks:tuple=("visualization", "continuation"),
-    accelerator=None,          # accelerate.Accelerator; made here if None
-    progress:bool=True,
-    **options,                 # of `fit`
-):                             # TrainingResult
+    pipe: CausalStoryPipeline,  # changed in place
+    data,  # HDF5 file with a split "train"
+    config,  # TrainingConfig; batch_size counts the stories of all processes
+    folder=None,  # run folder; an interrupted run there is continued
+    out=None,  # folder for the trained pipeline, written by the first process
+    preset="causal-story",  # what trains
+    cache: bool = True,  # keep what frozen parts say, beside the data
+    half: bool = False,  # keep it in half precision
+    checkpointing: bool = False,  # less memory, a third more computing
+    new_words: bool = True,  # whether word tables train
+    tasks: tuple = ("visualization", "continuation"),
+    accelerator=None,  # accelerate.Accelerator; made here if None
+    progress: bool = True,
+    **options,  # of `fit`
+):  # TrainingResult
     "Train a named model on one process or many; `pipe` then has the averaged weights, if there is an average. Raises FileNotFoundError under several processes if the cache is not there yet."
     accelerator = accelerator or make_accelerator(config)
-    dataset, collator = StoryDataset(data, "train", train=True, seed=config.seed), story_collator(pipe)
+    dataset, collator = (
+        StoryDataset(data, "train", train=True, seed=config.seed),
+        story_collator(pipe),
+    )
     check_shares(config, accelerator.num_processes)
     model = prepare_preset(pipe.as_model(), preset, new_words, checkpointing).to(accelerator.device)
-    kept = open_cache(model.eval(), dataset, collator, half, build=accelerator.num_processes == 1, progress=progress) if cache else None
-    batches = StoryBatches(dataset, collator, config, tasks, kept, accelerator.process_index, accelerator.num_processes, accelerator.device)
-    loss = shared_loss(accelerator, pipe.config.history_policy, pipe.config.window, pipe.config.context_layer)
+    kept = (
+        open_cache(
+            model.eval(),
+            dataset,
+            collator,
+            half,
+            build=accelerator.num_processes == 1,
+            progress=progress,
+        )
+        if cache
+        else None
+    )
+    batches = StoryBatches(
+        dataset,
+        collator,
+        config,
+        tasks,
+        kept,
+        accelerator.process_index,
+        accelerator.num_processes,
+        accelerator.device,
+    )
+    loss = shared_loss(
+        accelerator, pipe.config.history_policy, pipe.config.window, pipe.config.context_layer
+    )
     result = fit(model, loss, batches, config, folder, accelerator, progress=progress, **options)
     result.use_ema(model).eval()
-    if out and accelerator.is_main_process: pipe.save_whole(out)
+    if out and accelerator.is_main_process:
+        pipe.save_whole(out)
     accelerator.wait_for_everyone()
     return result
 
+
 def story_collator(
-    pipe:CausalStoryPipeline,
-    task:str="visualization",
-)->StoryCollator:
+    pipe: CausalStoryPipeline,
+    task: str = "visualization",
+) -> StoryCollator:
     "Batches of the sizes that a pipeline's parts were made for."
-    return StoryCollator(pipe.tokenizer, pipe.history_tokenizer, pipe.unet.config.sample_size * 2 ** (len(pipe.vae.config.block_out_channels) - 1),
-                         pipe.history_encoder.config["vision_config"]["image_size"], pipe.max_length, task)
+    return StoryCollator(
+        pipe.tokenizer,
+        pipe.history_tokenizer,
+        pipe.unet.config.sample_size * 2 ** (len(pipe.vae.config.block_out_channels) - 1),
+        pipe.history_encoder.config["vision_config"]["image_size"],
+        pipe.max_length,
+        task,
+    )
 
 # %% ../nbs/11_full_scale.ipynb #df3e540d
 def draw_stories(
-    pipe:CausalStoryPipeline,
-    dataset,                   # StoryDataset
-    out,                       # folder; story 17 becomes 00000017.png: its drawn frames, one below the other
-    task:str="visualization",
-    indices=None,              # which stories; None: all
-    process:int=0,             # this process ...
-    n_processes:int=1,         # ... of so many
-    seed:int=0,                # of the noise
-    progress:bool=True,
-    **options,                 # of the pipeline's call
-)->list:                       # the stories that this call has drawn
+    pipe: CausalStoryPipeline,
+    dataset,  # StoryDataset
+    out,  # folder; story 17 becomes 00000017.png: its drawn frames, one below the other
+    task: str = "visualization",
+    indices=None,  # which stories; None: all
+    process: int = 0,  # this process ...
+    n_processes: int = 1,  # ... of so many
+    seed: int = 0,  # of the noise
+    progress: bool = True,
+    **options,  # of the pipeline's call
+) -> list:  # the stories that this call has drawn
     "Draw this process's share of the stories that are not in `out` yet."
     out, given = Path(out), int(task == "continuation")
     indices = list(range(len(dataset)) if indices is None else indices)[process::n_processes]
     missing = [index for index in indices if not (out / f"{index:08d}.png").exists()]
     for index in tqdm(missing, desc="drawing stories", unit="story", disable=not progress):
         story = dataset.story(index, tile=0)
-        source = dict(source_image=story.frames[0], source_caption=story.captions[0]) if given else {}
-        frames = pipe(story.captions[given:], task, generator=sample_generator(seed, "draw", index), **source, **options).frames[0]
-        with atomic_path(out / f"{index:08d}.png") as partial: stack_tiles(frames).save(partial, "PNG")
+        source = (
+            dict(source_image=story.frames[0], source_caption=story.captions[0]) if given else {}
+        )
+        frames = pipe(
+            story.captions[given:],
+            task,
+            generator=sample_generator(seed, "draw", index),
+            **source,
+            **options,
+        ).frames[0]
+        with atomic_path(out / f"{index:08d}.png") as partial:
+            stack_tiles(frames).save(partial, "PNG")
     return missing
 
 # %% ../nbs/11_full_scale.ipynb #75f9b49c
 def full_size_parts(
-    max_length:int=91,  # S
-)->dict:                # unet, vae, text_encoder, history_encoder: shapes without content, float32
+    max_length: int = 91,  # S
+) -> dict:  # unet, vae, text_encoder, history_encoder: shapes without content, float32
     "Stable Diffusion 1.5 and BLIP-large on the meta device."
-    heads = dict(num_hidden_layers=12, num_attention_heads=12, hidden_size=768, intermediate_size=3072)
-    vision = dict(num_hidden_layers=24, num_attention_heads=16, hidden_size=1024, intermediate_size=4096, image_size=224, patch_size=16)
+    heads = dict(
+        num_hidden_layers=12, num_attention_heads=12, hidden_size=768, intermediate_size=3072
+    )
+    vision = dict(
+        num_hidden_layers=24,
+        num_attention_heads=16,
+        hidden_size=1024,
+        intermediate_size=4096,
+        image_size=224,
+        patch_size=16,
+    )
     text = BlipTextConfig(**heads, vocab_size=30524, encoder_hidden_size=1024, is_decoder=True)
     with torch.device("meta"):
-        vae = AutoencoderKL(block_out_channels=(128, 256, 512, 512), layers_per_block=2, latent_channels=4, sample_size=512,
-                            down_block_types=("DownEncoderBlock2D",) * 4, up_block_types=("UpDecoderBlock2D",) * 4)
-        return dict(unet=UNet2DConditionModel(**STABLE_DIFFUSION_15), vae=vae,
-                    text_encoder=CLIPTextModel(CLIPTextConfig(**heads, vocab_size=49408, max_position_embeddings=max_length)),
-                    history_encoder=HistoryEncoder(BlipVisionConfig(**vision).to_diff_dict(), text.to_diff_dict(), 30523, 30522))
+        vae = AutoencoderKL(
+            block_out_channels=(128, 256, 512, 512),
+            layers_per_block=2,
+            latent_channels=4,
+            sample_size=512,
+            down_block_types=("DownEncoderBlock2D",) * 4,
+            up_block_types=("UpDecoderBlock2D",) * 4,
+        )
+        return dict(
+            unet=UNet2DConditionModel(**STABLE_DIFFUSION_15),
+            vae=vae,
+            text_encoder=CLIPTextModel(
+                CLIPTextConfig(**heads, vocab_size=49408, max_position_embeddings=max_length)
+            ),
+            history_encoder=HistoryEncoder(
+                BlipVisionConfig(**vision).to_diff_dict(), text.to_diff_dict(), 30523, 30522
+            ),
+        )
+
 
 def full_size_model(
-    parts:dict,            # from `full_size_parts`; put into the model, and set to train or not
-    preset="causal-story", # name in FULL_SCALE, or a Preset
-    max_length:int=91,     # S
-    new_words:bool=True,   # as in `prepare_preset`
-):                         # CausalStoryModel on the meta device, prepared by `prepare_preset`
+    parts: dict,  # from `full_size_parts`; put into the model, and set to train or not
+    preset="causal-story",  # name in FULL_SCALE, or a Preset
+    max_length: int = 91,  # S
+    new_words: bool = True,  # as in `prepare_preset`
+):  # CausalStoryModel on the meta device, prepared by `prepare_preset`
     "What `prepare_preset` would train at full size. Without content: it can be counted, not run on real tensors."
     preset, empty = find_preset(preset), torch.zeros(max_length, dtype=torch.long, device="meta")
     with torch.device("meta"):
         context = _new_context(parts["unet"].config.cross_attention_dim, preset)
-        model = CausalStoryModel(**parts, story_context=context, scheduler=DDPMScheduler(), null_caption_ids=empty, null_history_ids=empty)
+        model = CausalStoryModel(
+            **parts,
+            story_context=context,
+            scheduler=DDPMScheduler(),
+            null_caption_ids=empty,
+            null_history_ids=empty,
+        )
         return prepare_preset(model, preset, new_words)
+
 
 class FlopCount(TorchDispatchMode):
     "Adds up PyTorch's own FLOP formulas while it is active: `FlopCounterMode` without its table of modules, three times as fast."
+
     def __init__(self):
         super().__init__()
         self.flops = 0
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         out, formula = func(*args, **(kwargs or {})), flop_registry.get(func._overloadpacket)
-        if formula: self.flops += formula(*args, **(kwargs or {}), out_val=out)
+        if formula:
+            self.flops += formula(*args, **(kwargs or {}), out_val=out)
         return out
 
+
 def tflop(
-    function, # called once, on meta tensors
-)->float:     # 10**12 floating-point operations
+    function,  # called once, on meta tensors
+) -> float:  # 10**12 floating-point operations
     "Operations of the matrix products and convolutions in a call (a multiplication and an addition count as two)."
-    with FlopCount() as counter: function()
+    with FlopCount() as counter:
+        function()
     return counter.flops / 1e12
 
 # %% ../nbs/11_full_scale.ipynb #dcfb4ad0
-def _runs_on_meta(model, n_tokens:int, max_length:int)->dict:
+def _runs_on_meta(model, n_tokens: int, max_length: int) -> dict:
     "Functions that compute, for one frame, what each part computes of it."
-    unet, clip, blip, vae, on = model.unet, model.text_encoder, model.history_encoder, model.vae, dict(device="meta")
+    unet, clip, blip, vae, on = (
+        model.unet,
+        model.text_encoder,
+        model.history_encoder,
+        model.vae,
+        dict(device="meta"),
+    )
     side, seen, story = unet.config.sample_size, blip.vision.config, model.story_context
-    pixels, patches = side * 2 ** (len(vae.config.block_out_channels) - 1), (seen.image_size // seen.patch_size) ** 2
-    ids, visible = torch.zeros(1, max_length, dtype=torch.long, **on), torch.ones(1, n_tokens, dtype=torch.bool, **on)
+    pixels, patches = (
+        side * 2 ** (len(vae.config.block_out_channels) - 1),
+        (seen.image_size // seen.patch_size) ** 2,
+    )
+    ids, visible = (
+        torch.zeros(1, max_length, dtype=torch.long, **on),
+        torch.ones(1, n_tokens, dtype=torch.bool, **on),
+    )
     context = torch.zeros(1, n_tokens, unet.config.cross_attention_dim, requires_grad=True, **on)
-    features = torch.zeros(1, 1 + patches, seen.hidden_size, requires_grad=not what_is_frozen(model)["image_features"], **on)
+    features = torch.zeros(
+        1,
+        1 + patches,
+        seen.hidden_size,
+        requires_grad=not what_is_frozen(model)["image_features"],
+        **on,
+    )
+
     def look_around():
         hidden = context
-        for layer in story.layers: hidden = layer(hidden, visible)
+        for layer in story.layers:
+            hidden = layer(hidden, visible)
         return story.projection(hidden) if len(story.layers) else hidden
-    return {"U-Net": lambda: unet(torch.zeros(1, unet.config.in_channels, side, side, **on), torch.zeros(1, **on), context).sample,
-            "captions": lambda: clip(ids).last_hidden_state, "history": lambda: blip(None, ids, image_features=features),
-            "pictures": lambda: blip.vision(torch.zeros(1, 3, seen.image_size, seen.image_size, **on)).last_hidden_state,
-            "autoencoder": lambda: vae.encode(torch.zeros(1, 3, pixels, pixels, **on)).latent_dist.mean, "story layer": look_around}
+
+    return {
+        "U-Net": lambda: (
+            unet(
+                torch.zeros(1, unet.config.in_channels, side, side, **on),
+                torch.zeros(1, **on),
+                context,
+            ).sample
+        ),
+        "captions": lambda: clip(ids).last_hidden_state,
+        "history": lambda: blip(None, ids, image_features=features),
+        "pictures": lambda: (
+            blip.vision(torch.zeros(1, 3, seen.image_size, seen.image_size, **on)).last_hidden_state
+        ),
+        "autoencoder": lambda: vae.encode(torch.zeros(1, 3, pixels, pixels, **on)).latent_dist.mean,
+        "story layer": look_around,
+    }
+
 
 def _line(cost):
     "(what a U-Net call on one frame costs without any context, what each token of context adds)"
     few, many = cost(100), cost(600)
     return few - 100 * (many - few) / 500, (many - few) / 500
 
-def _tokens_read(n_frames:int, max_length:int, seen:int, drop:float)->float:
+
+def _tokens_read(n_frames: int, max_length: int, seen: int, drop: float) -> float:
     "Context tokens that the U-Net reads in a step on one story, in the groups that training makes; the mean over who is without condition."
     total = 0.0
     for dropped in product((False, True), repeat=n_frames):
-        lengths = torch.tensor([(1 + i) * (max_length if lost else seen) for i, lost in enumerate(dropped)])
+        lengths = torch.tensor(
+            [(1 + i) * (max_length if lost else seen) for i, lost in enumerate(dropped)]
+        )
         mask = torch.arange(n_frames * max_length) < lengths[:, None]
         groups = Conditioning(torch.zeros(1, *mask.shape, 1), mask[None]).groups()
-        total += drop ** sum(dropped) * (1 - drop) ** (n_frames - sum(dropped)) * sum(tokens[..., 0].numel() for _, tokens, *_ in groups)
+        total += (
+            drop ** sum(dropped)
+            * (1 - drop) ** (n_frames - sum(dropped))
+            * sum(tokens[..., 0].numel() for _, tokens, *_ in groups)
+        )
     return total
 
+
 def training_tflop(
-    parts:dict,            # from `full_size_parts`, or yours on the meta device
-    preset="causal-story", # what trains
-    n_frames:int=5,        # V
-    max_length:int=91,     # S
-    seen:int|None=None,    # tokens of a caption that are no padding, where the rest is left out; None: nothing is left out, ever
-    cached:bool=False,     # latents and image features come from a cache
-    new_words:bool=True,   # word tables train; else caption states come from the cache as well
-    drop:float=0.1,        # share of frames drawn without condition (if nothing is left out, the empty one is computed in every step)
-)->dict:                   # part -> TFLOP, forward and backward, of one story
+    parts: dict,  # from `full_size_parts`, or yours on the meta device
+    preset="causal-story",  # what trains
+    n_frames: int = 5,  # V
+    max_length: int = 91,  # S
+    seen: int
+    | None = None,  # tokens of a caption that are no padding, where the rest is left out; None: nothing is left out, ever
+    cached: bool = False,  # latents and image features come from a cache
+    new_words: bool = True,  # word tables train; else caption states come from the cache as well
+    drop: float = 0.1,  # share of frames drawn without condition (if nothing is left out, the empty one is computed in every step)
+) -> dict:  # part -> TFLOP, forward and backward, of one story
     "What a training step computes for one story in visualization, counted on the meta device."
     preset, told = find_preset(preset), not cached or new_words
     blocks, lost = (n_frames, 1) if seen is None else (n_frames - 1, drop)
     model, null = full_size_model(parts, preset, max_length, new_words), 1 - (1 - lost) ** n_frames
+
     def cost(part, n_tokens=1, length=max_length):
         run = _runs_on_meta(model, n_tokens, length)[part]
         return tflop(lambda: (out := run()).requires_grad and out.sum().backward())
-    tokens = n_frames * (1 + blocks) * max_length if seen is None else _tokens_read(n_frames, max_length, seen, drop)
+
+    tokens = (
+        n_frames * (1 + blocks) * max_length
+        if seen is None
+        else _tokens_read(n_frames, max_length, seen, drop)
+    )
     base, token = _line(lambda n: cost("U-Net", n))
-    def read(part, times): return times * cost(part, length=seen or max_length) + null * cost(part) # the empty caption is read to its end
-    return {"U-Net": n_frames * base + tokens * token, "captions": read("captions", n_frames) if told else 0.0, "history": read("history", blocks),
-            "pictures": (blocks * (not cached) + null) * cost("pictures"), "autoencoder": n_frames * cost("autoencoder") if not cached else 0.0,
-            "story layer": n_frames * (cost("story layer", (1 + blocks) * (seen or max_length)) + lost * cost("story layer", (1 + blocks) * max_length))}
+
+    def read(part, times):
+        return times * cost(part, length=seen or max_length) + null * cost(
+            part
+        )  # the empty caption is read to its end
+
+    return {
+        "U-Net": n_frames * base + tokens * token,
+        "captions": read("captions", n_frames) if told else 0.0,
+        "history": read("history", blocks),
+        "pictures": (blocks * (not cached) + null) * cost("pictures"),
+        "autoencoder": n_frames * cost("autoencoder") if not cached else 0.0,
+        "story layer": n_frames
+        * (
+            cost("story layer", (1 + blocks) * (seen or max_length))
+            + lost * cost("story layer", (1 + blocks) * max_length)
+        ),
+    }
 
 # %% ../nbs/11_full_scale.ipynb #1f2f0db9
 @torch.no_grad()
 def sampling_costs(
-    parts:dict,          # from `full_size_parts`
-    max_length:int=91,   # S
-)->dict:                 # TFLOP: "base" of a U-Net call on one frame, "attend" and "project" of a context token, "decode" of a frame, "block" and "caption" read
+    parts: dict,  # from `full_size_parts`
+    max_length: int = 91,  # S
+) -> dict:  # TFLOP: "base" of a U-Net call on one frame, "attend" and "project" of a context token, "decode" of a frame, "block" and "caption" read
     "What drawing is made of, counted on the meta device; `project` (keys and values of a token) from the widths of the layers."
     model = full_size_model(parts, "ar-ldm", max_length)
     base, token = _line(lambda n: tflop(_runs_on_meta(model, n, max_length)["U-Net"]))
     runs, side = _runs_on_meta(model, 1, max_length), parts["unet"].config.sample_size
-    decode = tflop(lambda: parts["vae"].decode(torch.zeros(1, parts["unet"].config.in_channels, side, side, device="meta")))
-    layers = [layer for site in cross_attention_sites(parts["unet"]).values() for layer in (site.to_k, site.to_v)]
+    decode = tflop(
+        lambda: parts["vae"].decode(
+            torch.zeros(1, parts["unet"].config.in_channels, side, side, device="meta")
+        )
+    )
+    layers = [
+        layer
+        for site in cross_attention_sites(parts["unet"]).values()
+        for layer in (site.to_k, site.to_v)
+    ]
     project = sum(2 * layer.in_features * layer.out_features for layer in layers) / 1e12
-    return dict(base=base, attend=token - project, project=project, decode=decode, block=tflop(runs["history"]) + tflop(runs["pictures"]), caption=tflop(runs["captions"]))
+    return dict(
+        base=base,
+        attend=token - project,
+        project=project,
+        decode=decode,
+        block=tflop(runs["history"]) + tflop(runs["pictures"]),
+        caption=tflop(runs["captions"]),
+    )
+
 
 def sampling_tflop(
-    costs:dict,          # from `sampling_costs`
-    steps:int,           # of the solver
-    n_frames:int=5,      # V
-    max_length:int=91,   # S
-    seen:int|None=None,  # tokens of a caption that are no padding, where unseen tokens are left out and keys and values kept; None: the plain loop
-    guided:int|None=None,# steps with guidance; None: all
-)->dict:                 # part -> TFLOP of one story
+    costs: dict,  # from `sampling_costs`
+    steps: int,  # of the solver
+    n_frames: int = 5,  # V
+    max_length: int = 91,  # S
+    seen: int
+    | None = None,  # tokens of a caption that are no padding, where unseen tokens are left out and keys and values kept; None: the plain loop
+    guided: int | None = None,  # steps with guidance; None: all
+) -> dict:  # part -> TFLOP of one story
     "What drawing a story computes. In the empty condition padding is visible, so it is shorter only by the blocks that lie ahead."
-    everything, guided = [(1 + n_frames) * max_length] * n_frames, steps if guided is None else guided
+    everything, guided = (
+        [(1 + n_frames) * max_length] * n_frames,
+        steps if guided is None else guided,
+    )
     told = everything if seen is None else [(1 + i) * seen for i in range(n_frames)]
     empty = everything if seen is None else [(1 + i) * max_length for i in range(n_frames)]
-    def calls(tokens, times): return sum(times * (costs["base"] + costs["attend"] * n) + (times if seen is None else min(times, 1)) * costs["project"] * n for n in tokens)
-    return {"U-Net": calls(told, steps) + calls(empty, guided), "autoencoder": n_frames * costs["decode"],
-            "reading": n_frames * costs["block"] + (n_frames + 1) * costs["caption"]}
+
+    def calls(tokens, times):
+        return sum(
+            times * (costs["base"] + costs["attend"] * n)
+            + (times if seen is None else min(times, 1)) * costs["project"] * n
+            for n in tokens
+        )
+
+    return {
+        "U-Net": calls(told, steps) + calls(empty, guided),
+        "autoencoder": n_frames * costs["decode"],
+        "reading": n_frames * costs["block"] + (n_frames + 1) * costs["caption"],
+    }
 
 # %% ../nbs/11_full_scale.ipynb #a1b85724
-def _unique_bytes(tensors, known)->int:
+def _unique_bytes(tensors, known) -> int:
     "Bytes of the storages behind tensors, each counted once, those of `known` not at all."
     storages = {t.untyped_storage()._cdata: t.untyped_storage() for t in tensors}
     return sum(storage.nbytes() for name, storage in storages.items() if name not in known)
 
+
 def saved_bytes(
-    run,          # computes something from meta tensors
-    modules=(),   # whose weights are not activations
-    unet=None,    # count this U-Net with gradient checkpointing
-)->int:
+    run,  # computes something from meta tensors
+    modules=(),  # whose weights are not activations
+    unet=None,  # count this U-Net with gradient checkpointing
+) -> int:
     "Bytes that must be remembered between forward and backward; with checkpointing: all block inputs and the largest block."
     known = {t.untyped_storage()._cdata for module in modules for t in module.state_dict().values()}
     saved, inputs, largest = [], [], [0]
-    def remember(into): return torch.autograd.graph.saved_tensors_hooks(lambda t: into.append(t) or t, lambda t: t)
+
+    def remember(into):
+        return torch.autograd.graph.saved_tensors_hooks(lambda t: into.append(t) or t, lambda t: t)
+
     def block(function, *arguments):
         inside = []
         inputs.extend(a for a in arguments if torch.is_tensor(a))
-        with remember(inside): out = function(*arguments)
+        with remember(inside):
+            out = function(*arguments)
         largest[0] = max(largest[0], _unique_bytes(inside, known))
         return out
-    if unet is not None: unet.enable_gradient_checkpointing(block)
+
+    if unet is not None:
+        unet.enable_gradient_checkpointing(block)
     try:
-        with remember(saved): out = run()
+        with remember(saved):
+            out = run()
     finally:
-        if unet is not None: unet.disable_gradient_checkpointing()
+        if unet is not None:
+            unet.disable_gradient_checkpointing()
     return _unique_bytes([*saved, *inputs, out], known) + largest[0]
 
+
 def training_memory(
-    parts:dict,               # from `full_size_parts`
+    parts: dict,  # from `full_size_parts`
     preset="causal-story",
-    n_frames:int=5,           # V, of one story
-    max_length:int=91,        # S
-    seen:int|None=None,       # as in `training_tflop`
-    checkpointing:bool=False,
-    half:bool=True,           # activations in bf16; weights stay in float32, as Accelerate's mixed precision has them
-    ema:bool=True,
-)->dict:                      # part -> GB (10**9 bytes)
+    n_frames: int = 5,  # V, of one story
+    max_length: int = 91,  # S
+    seen: int | None = None,  # as in `training_tflop`
+    checkpointing: bool = False,
+    half: bool = True,  # activations in bf16; weights stay in float32, as Accelerate's mixed precision has them
+    ema: bool = True,
+) -> dict:  # part -> GB (10**9 bytes)
     "An estimate of GPU memory for one story a step with cached latents: what stays and what a step remembers, captions read to their full length. Without the allocator's waste."
     preset, blocks = find_preset(preset), n_frames if seen is None else n_frames - 1
     model = full_size_model(parts, preset, max_length)
     trained, everything = (sum(numbers) for numbers in zip(*trained_by_part(model).values()))
-    runs, times = _runs_on_meta(model, (1 + blocks) * (seen or max_length), max_length), {"captions": n_frames, "history": blocks, "story layer": n_frames}
-    if "history_vision" in preset.parts: times["pictures"] = blocks
-    remembered = n_frames * saved_bytes(runs["U-Net"], [model], model.unet if checkpointing else None)
+    runs, times = (
+        _runs_on_meta(model, (1 + blocks) * (seen or max_length), max_length),
+        {"captions": n_frames, "history": blocks, "story layer": n_frames},
+    )
+    if "history_vision" in preset.parts:
+        times["pictures"] = blocks
+    remembered = n_frames * saved_bytes(
+        runs["U-Net"], [model], model.unet if checkpointing else None
+    )
     remembered += sum(n * saved_bytes(runs[name], [model]) for name, n in times.items())
-    return dict(weights=4e-9 * everything, gradients=4e-9 * trained, adamw=8e-9 * trained, ema=4e-9 * trained * ema, activations=(0.5 if half else 1) * 1e-9 * remembered)
+    return dict(
+        weights=4e-9 * everything,
+        gradients=4e-9 * trained,
+        adamw=8e-9 * trained,
+        ema=4e-9 * trained * ema,
+        activations=(0.5 if half else 1) * 1e-9 * remembered,
+    )
 
 # %% ../nbs/11_full_scale.ipynb #07a98c6f
 def matrix_rate(
     device="cpu",
     dtype=torch.float32,
-    size:int=1024,      # rows and columns
-    repeats:int=12,
-)->float:               # 10**12 operations a second
+    size: int = 1024,  # rows and columns
+    repeats: int = 12,
+) -> float:  # 10**12 operations a second
     "The best of several products of square matrices on this machine, as it is now."
     a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
-    return 2 * size ** 3 / 1e12 / min(_seconds(lambda: a @ b, device) for _ in range(repeats))
+    return 2 * size**3 / 1e12 / min(_seconds(lambda: a @ b, device) for _ in range(repeats))
+
 
 def measured(
-    function,           # called 1 + repeats + 1 times
+    function,  # called 1 + repeats + 1 times
     device="cpu",
-    repeats:int=3,
-)->tuple:               # (10**12 operations of a call, seconds: the median)
+    repeats: int = 3,
+) -> tuple:  # (10**12 operations of a call, seconds: the median)
     "Operations and time of a call."
-    function()          # whatever happens only once
+    function()  # whatever happens only once
     times = sorted(_seconds(function, device) for _ in range(repeats))
-    with sdpa_kernel(SDPBackend.MATH): return tflop(function), times[len(times) // 2]   # as products: PyTorch has no formula for a CPU's fused attention
+    with sdpa_kernel(SDPBackend.MATH):
+        return tflop(function), times[
+            len(times) // 2
+        ]  # as products: PyTorch has no formula for a CPU's fused attention
+
 
 def _seconds(function, device):
     wait = torch.cuda.synchronize if torch.device(device).type == "cuda" else lambda: None
-    wait(); began = time.perf_counter()
-    function(); wait()
+    wait()
+    began = time.perf_counter()
+    function()
+    wait()
     return time.perf_counter() - began

@@ -26,37 +26,44 @@ CHARACTERS = tuple(PRONOUNS)
 SPLITS = ("train", "val", "test")
 
 # %% ../nbs/00_storyworld.ipynb #cf8bff45
-def _check(field:str, # name used in the error
-           value, # what the caller gave
-           allowed:tuple, # what is allowed
-          ):
+def _check(
+    field: str,  # name used in the error
+    value,  # what the caller gave
+    allowed: tuple,  # what is allowed
+):
     "Raise a ValueError that names the field and the allowed values."
-    if value not in allowed: raise ValueError(f"{field} is {value!r}; allowed: {', '.join(map(str, allowed))}")
+    if value not in allowed:
+        raise ValueError(f"{field} is {value!r}; allowed: {', '.join(map(str, allowed))}")
 
 # %% ../nbs/00_storyworld.ipynb #d0a43c25
 @dataclass(frozen=True)
 class Actor:
     "One character in one frame: always with exactly one action, one prop and one scarf."
-    name:str # one of `CHARACTERS`
-    action:str # one of `ACTIONS`
-    prop:str # one of `PROPS`
-    scarf:str # one of `SCARVES`
+
+    name: str  # one of `CHARACTERS`
+    action: str  # one of `ACTIONS`
+    prop: str  # one of `PROPS`
+    scarf: str  # one of `SCARVES`
 
     def __post_init__(self):
-        for field, allowed in dict(name=CHARACTERS, action=ACTIONS, prop=PROPS, scarf=SCARVES).items():
+        for field, allowed in dict(
+            name=CHARACTERS, action=ACTIONS, prop=PROPS, scarf=SCARVES
+        ).items():
             _check(f"Actor.{field}", getattr(self, field), allowed)
 
 # %% ../nbs/00_storyworld.ipynb #0ddad4b8
 @dataclass(frozen=True)
 class Scene:
     "Everything one frame shows."
-    setting:str # one of `SETTINGS`
-    actors:tuple[Actor, ...] # one or two, left to right
+
+    setting: str  # one of `SETTINGS`
+    actors: tuple[Actor, ...]  # one or two, left to right
 
     def __post_init__(self):
         _check("Scene.setting", self.setting, SETTINGS)
         object.__setattr__(self, "actors", tuple(self.actors))
-        if not all(isinstance(a, Actor) for a in self.actors): raise TypeError("Scene.actors must hold `Actor`s")
+        if not all(isinstance(a, Actor) for a in self.actors):
+            raise TypeError("Scene.actors must hold `Actor`s")
         names = [a.name for a in self.actors]
         if len(names) not in (1, 2) or len(set(names)) != len(names):
             raise ValueError(f"Scene.actors must be one or two different characters, not {names}")
@@ -70,49 +77,73 @@ _CIRCLE = [(math.cos(2 * math.pi * k / 24), math.sin(2 * math.pi * k / 24)) for 
 # %% ../nbs/00_storyworld.ipynb #89093c2e
 class Pen:
     "Draws outlined shapes in its own coordinates: origin, scale and angle are those of a character or of the frame."
-    def __init__(self, draw:ImageDraw.ImageDraw, # the canvas
-                 line:float, # outline width in canvas pixels
-                 x:float=0, y:float=0, # origin in canvas pixels
-                 scale:float=1, # canvas pixels a unit
-                 angle:float=0, # degrees, clockwise on the screen
-                ):
+
+    def __init__(
+        self,
+        draw: ImageDraw.ImageDraw,  # the canvas
+        line: float,  # outline width in canvas pixels
+        x: float = 0,
+        y: float = 0,  # origin in canvas pixels
+        scale: float = 1,  # canvas pixels a unit
+        angle: float = 0,  # degrees, clockwise on the screen
+    ):
         self.draw, self.line, self.x, self.y, self.scale = draw, line, x, y, scale
-        self.cos, self.sin = scale * math.cos(math.radians(angle)), scale * math.sin(math.radians(angle))
+        self.cos, self.sin = (
+            scale * math.cos(math.radians(angle)),
+            scale * math.sin(math.radians(angle)),
+        )
 
     def points(self, points):
         "Own coordinates to canvas pixels."
-        return [(self.x + self.cos * x - self.sin * y, self.y + self.sin * x + self.cos * y) for x, y in points]
+        return [
+            (self.x + self.cos * x - self.sin * y, self.y + self.sin * x + self.cos * y)
+            for x, y in points
+        ]
 
     def ellipse(self, x, y, rx, ry, fill, ink=True, tilt=0):
         "Centre, half axes, colour; `tilt` in degrees."
-        c, s, border = math.cos(math.radians(tilt)), math.sin(math.radians(tilt)), self.line / self.scale
-        for grow, colour in ((border, INK), (0, fill))[0 if ink else 1:]:
+        c, s, border = (
+            math.cos(math.radians(tilt)),
+            math.sin(math.radians(tilt)),
+            self.line / self.scale,
+        )
+        for grow, colour in ((border, INK), (0, fill))[0 if ink else 1 :]:
             a, b = rx + grow, ry + grow
-            rim = self.points([(x + a * u * c - b * v * s, y + a * u * s + b * v * c) for u, v in _CIRCLE])
+            rim = self.points(
+                [(x + a * u * c - b * v * s, y + a * u * s + b * v * c) for u, v in _CIRCLE]
+            )
             self.draw.polygon(rim, fill=colour)
 
     def polygon(self, points, fill, ink=True):
         "A filled shape given by its corners."
         points = self.points(points)
-        if ink: self._line(points + points[:2], 2 * self.line, INK)
+        if ink:
+            self._line(points + points[:2], 2 * self.line, INK)
         self.draw.polygon(points, fill=fill)
 
     def stroke(self, points, width, fill, ink=True):
         "A thick line with round ends: limbs, trunks, whiskers."
         points, width = self.points(points), width * self.scale
-        if ink: self._line(points, width + 2 * self.line, INK)
+        if ink:
+            self._line(points, width + 2 * self.line, INK)
         self._line(points, width, fill)
 
     def _line(self, points, width, fill):
         self.draw.line(points, fill=fill, width=max(1, round(width)), joint="curve")
-        r = max(0, width / 2 - .5)
-        for x, y in (points[0], points[-1]): self.draw.ellipse((x - r, y - r, x + r, y + r), fill=fill)
+        r = max(0, width / 2 - 0.5)
+        for x, y in (points[0], points[-1]):
+            self.draw.ellipse((x - r, y - r, x + r, y + r), fill=fill)
 
 # %% ../nbs/00_storyworld.ipynb #f326d5cb
 def _curve(x, y, rx, ry, start, stop, n=9):
     "Points of an arc of an ellipse, angles in degrees, clockwise on the screen from 3 o'clock."
-    return [(x + rx * math.cos(math.radians(start + (stop - start) * k / (n - 1))),
-             y + ry * math.sin(math.radians(start + (stop - start) * k / (n - 1)))) for k in range(n)]
+    return [
+        (
+            x + rx * math.cos(math.radians(start + (stop - start) * k / (n - 1))),
+            y + ry * math.sin(math.radians(start + (stop - start) * k / (n - 1))),
+        )
+        for k in range(n)
+    ]
 
 # %% ../nbs/00_storyworld.ipynb #6094f4d6
 def _gradient(draw, top, bottom, y0, y1, size):
@@ -120,137 +151,243 @@ def _gradient(draw, top, bottom, y0, y1, size):
     first, last = round(y0 * size), round(y1 * size)
     for row in range(first, last):
         t = (row - first) / max(1, last - first - 1)
-        draw.line((0, row, size, row), fill=tuple(round(a + (b - a) * t) for a, b in zip(top, bottom)))
+        draw.line(
+            (0, row, size, row), fill=tuple(round(a + (b - a) * t) for a, b in zip(top, bottom))
+        )
 
 # %% ../nbs/00_storyworld.ipynb #ff720a91
 def _cloud(pen, x, y, colour=WHITE):
-    for dx, dy, r in ((-.07, .012, .045), (0, -.012, .065), (.075, .014, .042)): pen.ellipse(x + dx, y + dy, r * 1.15, r, colour, ink=False)
+    for dx, dy, r in ((-0.07, 0.012, 0.045), (0, -0.012, 0.065), (0.075, 0.014, 0.042)):
+        pen.ellipse(x + dx, y + dy, r * 1.15, r, colour, ink=False)
 
 # %% ../nbs/00_storyworld.ipynb #9796a18a
 def _beach(pen, draw, size, rng):
-    _gradient(draw, (120, 205, 250), (205, 240, 255), 0, .5, size)
-    sun = rng.uniform(.66, .8), rng.uniform(.13, .19)
-    pen.ellipse(*sun, .125, .125, (255, 240, 170), ink=False)
-    pen.ellipse(*sun, .09, .09, (255, 214, 70), ink=False)
-    _cloud(pen, rng.uniform(.42, .54), rng.uniform(.1, .2))
-    _gradient(draw, (40, 165, 205), (95, 215, 220), .46, .66, size)
-    for y, x in ((.51, rng.uniform(.3, .5)), (.56, rng.uniform(.6, .8))): pen.stroke([(x, y), (x + .12, y)], .012, (205, 245, 245), ink=False)
-    _gradient(draw, (248, 222, 165), (240, 203, 138), .66, 1, size)
-    pen.ellipse(.5, .655, .62, .03, (248, 222, 165), ink=False)
-    trunk = [(.06, .8), (.085, .62), (.09, .45), (.13, .27)]
-    pen.stroke(trunk, .045, (164, 112, 70), ink=False)
-    for angle, leaf in ((20, .13), (-25, .12), (155, .13), (205, .12), (75, .1)):
+    _gradient(draw, (120, 205, 250), (205, 240, 255), 0, 0.5, size)
+    sun = rng.uniform(0.66, 0.8), rng.uniform(0.13, 0.19)
+    pen.ellipse(*sun, 0.125, 0.125, (255, 240, 170), ink=False)
+    pen.ellipse(*sun, 0.09, 0.09, (255, 214, 70), ink=False)
+    _cloud(pen, rng.uniform(0.42, 0.54), rng.uniform(0.1, 0.2))
+    _gradient(draw, (40, 165, 205), (95, 215, 220), 0.46, 0.66, size)
+    for y, x in ((0.51, rng.uniform(0.3, 0.5)), (0.56, rng.uniform(0.6, 0.8))):
+        pen.stroke([(x, y), (x + 0.12, y)], 0.012, (205, 245, 245), ink=False)
+    _gradient(draw, (248, 222, 165), (240, 203, 138), 0.66, 1, size)
+    pen.ellipse(0.5, 0.655, 0.62, 0.03, (248, 222, 165), ink=False)
+    trunk = [(0.06, 0.8), (0.085, 0.62), (0.09, 0.45), (0.13, 0.27)]
+    pen.stroke(trunk, 0.045, (164, 112, 70), ink=False)
+    for angle, leaf in ((20, 0.13), (-25, 0.12), (155, 0.13), (205, 0.12), (75, 0.1)):
         dx, dy = math.cos(math.radians(angle)), math.sin(math.radians(angle))
-        pen.ellipse(.13 + dx * leaf * .8, .26 + dy * leaf * .8, leaf, .036, (62, 160, 92), ink=False, tilt=angle)
-    pen.ellipse(.115, .29, .022, .022, (120, 78, 50), ink=False)
-    pen.ellipse(.15, .295, .022, .022, (120, 78, 50), ink=False)
+        pen.ellipse(
+            0.13 + dx * leaf * 0.8,
+            0.26 + dy * leaf * 0.8,
+            leaf,
+            0.036,
+            (62, 160, 92),
+            ink=False,
+            tilt=angle,
+        )
+    pen.ellipse(0.115, 0.29, 0.022, 0.022, (120, 78, 50), ink=False)
+    pen.ellipse(0.15, 0.295, 0.022, 0.022, (120, 78, 50), ink=False)
 
 # %% ../nbs/00_storyworld.ipynb #db8d3e95
 def _forest(pen, draw, size, rng):
-    _gradient(draw, (205, 240, 214), (232, 248, 205), 0, .7, size)
-    shift = rng.uniform(-.03, .03)
-    for x in (.02, .22, .42, .63, .84, 1.02):
-        pen.ellipse(x - shift, .4, .15, .2, (160, 212, 165), ink=False)
-    _gradient(draw, (112, 186, 96), (84, 160, 84), .66, 1, size)
-    for x, base, r, tint in ((.11, .72, .17, 0), (.9, .73, .18, 8), (.33, .68, .12, 14), (.68, .68, .125, 6)):
+    _gradient(draw, (205, 240, 214), (232, 248, 205), 0, 0.7, size)
+    shift = rng.uniform(-0.03, 0.03)
+    for x in (0.02, 0.22, 0.42, 0.63, 0.84, 1.02):
+        pen.ellipse(x - shift, 0.4, 0.15, 0.2, (160, 212, 165), ink=False)
+    _gradient(draw, (112, 186, 96), (84, 160, 84), 0.66, 1, size)
+    for x, base, r, tint in (
+        (0.11, 0.72, 0.17, 0),
+        (0.9, 0.73, 0.18, 8),
+        (0.33, 0.68, 0.12, 14),
+        (0.68, 0.68, 0.125, 6),
+    ):
         x += shift
-        pen.stroke([(x, base), (x, base - .2)], .05, (126, 84, 58), ink=False)
+        pen.stroke([(x, base), (x, base - 0.2)], 0.05, (126, 84, 58), ink=False)
         leaf = (44 + tint, 128 + tint, 82)
-        for dx, dy in ((-.55, -.1), (.55, -.1), (0, -.75), (0, 0)):
-            pen.ellipse(x + dx * r * .8, base - .33 + dy * r, r * .72, r * .68, leaf, ink=False)
-        pen.ellipse(x - r * .25, base - .33 - r * .7, r * .36, r * .3, (84 + tint, 168, 104), ink=False)
-    for x, y in ((.06, .93), (.95, .9)):
-        pen.stroke([(x, y), (x, y - .035)], .03, (250, 240, 225), ink=False)
-        pen.ellipse(x, y - .05, .042, .026, (226, 110, 120), ink=False)
+        for dx, dy in ((-0.55, -0.1), (0.55, -0.1), (0, -0.75), (0, 0)):
+            pen.ellipse(x + dx * r * 0.8, base - 0.33 + dy * r, r * 0.72, r * 0.68, leaf, ink=False)
+        pen.ellipse(
+            x - r * 0.25, base - 0.33 - r * 0.7, r * 0.36, r * 0.3, (84 + tint, 168, 104), ink=False
+        )
+    for x, y in ((0.06, 0.93), (0.95, 0.9)):
+        pen.stroke([(x, y), (x, y - 0.035)], 0.03, (250, 240, 225), ink=False)
+        pen.ellipse(x, y - 0.05, 0.042, 0.026, (226, 110, 120), ink=False)
 
 # %% ../nbs/00_storyworld.ipynb #e6c018d8
 def _home(pen, draw, size, rng):
-    _gradient(draw, (255, 222, 188), (252, 208, 172), 0, .68, size)
-    for x in (.1, .3, .5, .7, .9): pen.stroke([(x, 0), (x, .68)], .02, (250, 198, 160), ink=False)
-    _gradient(draw, (178, 122, 84), (160, 104, 70), .68, 1, size)
-    pen.polygon([(0, .665), (1, .665), (1, .695), (0, .695)], (250, 240, 228), ink=False)
-    x = .3 + rng.uniform(-.03, .03)
-    pen.polygon([(x - .19, .1), (x + .19, .1), (x + .19, .45), (x - .19, .45)], (250, 246, 238), ink=False)
-    pen.polygon([(x - .155, .135), (x + .155, .135), (x + .155, .415), (x - .155, .415)], (150, 214, 244), ink=False)
-    _cloud(pen, x + rng.uniform(-.02, .03), .24)
-    for bar in ([(x, .13), (x, .42)], [(x - .155, .275), (x + .155, .275)]): pen.stroke(bar, .02, (250, 246, 238), ink=False)
+    _gradient(draw, (255, 222, 188), (252, 208, 172), 0, 0.68, size)
+    for x in (0.1, 0.3, 0.5, 0.7, 0.9):
+        pen.stroke([(x, 0), (x, 0.68)], 0.02, (250, 198, 160), ink=False)
+    _gradient(draw, (178, 122, 84), (160, 104, 70), 0.68, 1, size)
+    pen.polygon([(0, 0.665), (1, 0.665), (1, 0.695), (0, 0.695)], (250, 240, 228), ink=False)
+    x = 0.3 + rng.uniform(-0.03, 0.03)
+    pen.polygon(
+        [(x - 0.19, 0.1), (x + 0.19, 0.1), (x + 0.19, 0.45), (x - 0.19, 0.45)],
+        (250, 246, 238),
+        ink=False,
+    )
+    pen.polygon(
+        [(x - 0.155, 0.135), (x + 0.155, 0.135), (x + 0.155, 0.415), (x - 0.155, 0.415)],
+        (150, 214, 244),
+        ink=False,
+    )
+    _cloud(pen, x + rng.uniform(-0.02, 0.03), 0.24)
+    for bar in ([(x, 0.13), (x, 0.42)], [(x - 0.155, 0.275), (x + 0.155, 0.275)]):
+        pen.stroke(bar, 0.02, (250, 246, 238), ink=False)
     for side in (-1, 1):
-        pen.polygon([(x + side * .24, .07), (x + side * .1, .07), (x + side * .17, .27), (x + side * .19, .47), (x + side * .25, .47)], (214, 120, 150), ink=False)
-    lamp = .86 + rng.uniform(-.02, .02)
-    pen.stroke([(lamp, .72), (lamp, .35)], .018, (120, 84, 66), ink=False)
-    pen.ellipse(lamp, .73, .06, .015, (120, 84, 66), ink=False)
-    pen.ellipse(lamp, .33, .16, .15, (255, 238, 196), ink=False)
-    pen.polygon([(lamp - .05, .22), (lamp + .05, .22), (lamp + .1, .37), (lamp - .1, .37)], (238, 150, 96), ink=False)
-    pen.ellipse(.5, .87, .42, .09, (196, 160, 214), ink=False)
-    pen.ellipse(.5, .87, .34, .068, (222, 196, 232), ink=False)
+        pen.polygon(
+            [
+                (x + side * 0.24, 0.07),
+                (x + side * 0.1, 0.07),
+                (x + side * 0.17, 0.27),
+                (x + side * 0.19, 0.47),
+                (x + side * 0.25, 0.47),
+            ],
+            (214, 120, 150),
+            ink=False,
+        )
+    lamp = 0.86 + rng.uniform(-0.02, 0.02)
+    pen.stroke([(lamp, 0.72), (lamp, 0.35)], 0.018, (120, 84, 66), ink=False)
+    pen.ellipse(lamp, 0.73, 0.06, 0.015, (120, 84, 66), ink=False)
+    pen.ellipse(lamp, 0.33, 0.16, 0.15, (255, 238, 196), ink=False)
+    pen.polygon(
+        [(lamp - 0.05, 0.22), (lamp + 0.05, 0.22), (lamp + 0.1, 0.37), (lamp - 0.1, 0.37)],
+        (238, 150, 96),
+        ink=False,
+    )
+    pen.ellipse(0.5, 0.87, 0.42, 0.09, (196, 160, 214), ink=False)
+    pen.ellipse(0.5, 0.87, 0.34, 0.068, (222, 196, 232), ink=False)
 
 # %% ../nbs/00_storyworld.ipynb #44093f43
 def _snow(pen, draw, size, rng):
-    _gradient(draw, (176, 196, 236), (226, 232, 250), 0, .7, size)
-    for x, top, half, tint in ((.2, .22, .34, (150, 160, 204)), (.82, .16, .38, (134, 146, 194)), (.52, .32, .26, (166, 176, 214))):
-        x += rng.uniform(-.025, .025)
-        pen.polygon([(x - half, .72), (x, top), (x + half, .72)], tint, ink=False)
-        pen.polygon([(x - half * .36, top + .19), (x, top), (x + half * .36, top + .19), (x + half * .14, top + .15), (x, top + .21), (x - half * .16, top + .15)], WHITE, ink=False)
-    _gradient(draw, (240, 246, 255), (212, 226, 246), .68, 1, size)
-    pen.ellipse(.2, .7, .4, .045, (240, 246, 255), ink=False)
-    pen.ellipse(.85, .7, .35, .04, (240, 246, 255), ink=False)
-    for x in (.07, .94):
-        pen.stroke([(x, .76), (x, .7)], .03, (120, 86, 66), ink=False)
+    _gradient(draw, (176, 196, 236), (226, 232, 250), 0, 0.7, size)
+    for x, top, half, tint in (
+        (0.2, 0.22, 0.34, (150, 160, 204)),
+        (0.82, 0.16, 0.38, (134, 146, 194)),
+        (0.52, 0.32, 0.26, (166, 176, 214)),
+    ):
+        x += rng.uniform(-0.025, 0.025)
+        pen.polygon([(x - half, 0.72), (x, top), (x + half, 0.72)], tint, ink=False)
+        pen.polygon(
+            [
+                (x - half * 0.36, top + 0.19),
+                (x, top),
+                (x + half * 0.36, top + 0.19),
+                (x + half * 0.14, top + 0.15),
+                (x, top + 0.21),
+                (x - half * 0.16, top + 0.15),
+            ],
+            WHITE,
+            ink=False,
+        )
+    _gradient(draw, (240, 246, 255), (212, 226, 246), 0.68, 1, size)
+    pen.ellipse(0.2, 0.7, 0.4, 0.045, (240, 246, 255), ink=False)
+    pen.ellipse(0.85, 0.7, 0.35, 0.04, (240, 246, 255), ink=False)
+    for x in (0.07, 0.94):
+        pen.stroke([(x, 0.76), (x, 0.7)], 0.03, (120, 86, 66), ink=False)
         for k in range(3):
-            y, half = .73 - .11 * k, .115 - .026 * k
-            pen.polygon([(x - half, y), (x, y - .17), (x + half, y)], (58, 122, 118), ink=False)
-            pen.polygon([(x - half * .5, y - .085), (x, y - .17), (x + half * .5, y - .085)], WHITE, ink=False)
+            y, half = 0.73 - 0.11 * k, 0.115 - 0.026 * k
+            pen.polygon([(x - half, y), (x, y - 0.17), (x + half, y)], (58, 122, 118), ink=False)
+            pen.polygon(
+                [(x - half * 0.5, y - 0.085), (x, y - 0.17), (x + half * 0.5, y - 0.085)],
+                WHITE,
+                ink=False,
+            )
     for k in range(12):
-        pen.ellipse((k * .37 + rng.uniform(0, .09)) % 1, .05 + (k * .23) % .58 + rng.uniform(0, .04), .014, .014, WHITE, ink=False)
+        pen.ellipse(
+            (k * 0.37 + rng.uniform(0, 0.09)) % 1,
+            0.05 + (k * 0.23) % 0.58 + rng.uniform(0, 0.04),
+            0.014,
+            0.014,
+            WHITE,
+            ink=False,
+        )
 
 # %% ../nbs/00_storyworld.ipynb #3f80817b
-_STARS = ((.06, .1), (.16, .3), (.24, .07), (.31, .2), (.42, .11), (.53, .05), (.58, .24), (.08, .5), (.28, .44), (.46, .38), (.93, .43), (.72, .42), (.95, .06), (.86, .56))
+_STARS = (
+    (0.06, 0.1),
+    (0.16, 0.3),
+    (0.24, 0.07),
+    (0.31, 0.2),
+    (0.42, 0.11),
+    (0.53, 0.05),
+    (0.58, 0.24),
+    (0.08, 0.5),
+    (0.28, 0.44),
+    (0.46, 0.38),
+    (0.93, 0.43),
+    (0.72, 0.42),
+    (0.95, 0.06),
+    (0.86, 0.56),
+)
 
 # %% ../nbs/00_storyworld.ipynb #206bf48a
 def _moon(pen, draw, size, rng):
-    _gradient(draw, (48, 44, 108), (106, 86, 166), 0, .9, size)
+    _gradient(draw, (48, 44, 108), (106, 86, 166), 0, 0.9, size)
     for k, (x, y) in enumerate(_STARS):
-        r = .009 + .005 * (k % 3)
-        pen.ellipse(x + rng.uniform(-.02, .02), y + rng.uniform(-.02, .02), r, r, (255, 246, 205), ink=False)
-    x, y = .8 + rng.uniform(-.04, .04), .2 + rng.uniform(-.03, .03)
-    pen.ellipse(x, y, .15, .15, (118, 112, 186), ink=False)
-    pen.ellipse(x, y, .125, .125, (78, 158, 226), ink=False)
-    pen.ellipse(x - .045, y - .035, .05, .038, (120, 200, 128), ink=False, tilt=20)
-    pen.ellipse(x + .045, y + .045, .045, .032, (120, 200, 128), ink=False, tilt=-30)
-    pen.ellipse(x + .02, y - .085, .05, .02, WHITE, ink=False)
-    pen.ellipse(.5, .96, .85, .3, (188, 186, 204), ink=False)
-    _gradient(draw, (184, 182, 200), (160, 158, 182), .84, 1, size)
-    for cx, cy, r in ((.12, .8, .075), (.88, .79, .085), (.5, .735, .06), (.3, .95, .09), (.76, .95, .08)):
-        cx += rng.uniform(-.02, .02)
-        pen.ellipse(cx, cy, r, r * .36, (138, 136, 164), ink=False)
-        pen.ellipse(cx, cy + .01, r * .84, r * .26, (160, 158, 184), ink=False)
+        r = 0.009 + 0.005 * (k % 3)
+        pen.ellipse(
+            x + rng.uniform(-0.02, 0.02),
+            y + rng.uniform(-0.02, 0.02),
+            r,
+            r,
+            (255, 246, 205),
+            ink=False,
+        )
+    x, y = 0.8 + rng.uniform(-0.04, 0.04), 0.2 + rng.uniform(-0.03, 0.03)
+    pen.ellipse(x, y, 0.15, 0.15, (118, 112, 186), ink=False)
+    pen.ellipse(x, y, 0.125, 0.125, (78, 158, 226), ink=False)
+    pen.ellipse(x - 0.045, y - 0.035, 0.05, 0.038, (120, 200, 128), ink=False, tilt=20)
+    pen.ellipse(x + 0.045, y + 0.045, 0.045, 0.032, (120, 200, 128), ink=False, tilt=-30)
+    pen.ellipse(x + 0.02, y - 0.085, 0.05, 0.02, WHITE, ink=False)
+    pen.ellipse(0.5, 0.96, 0.85, 0.3, (188, 186, 204), ink=False)
+    _gradient(draw, (184, 182, 200), (160, 158, 182), 0.84, 1, size)
+    for cx, cy, r in (
+        (0.12, 0.8, 0.075),
+        (0.88, 0.79, 0.085),
+        (0.5, 0.735, 0.06),
+        (0.3, 0.95, 0.09),
+        (0.76, 0.95, 0.08),
+    ):
+        cx += rng.uniform(-0.02, 0.02)
+        pen.ellipse(cx, cy, r, r * 0.36, (138, 136, 164), ink=False)
+        pen.ellipse(cx, cy + 0.01, r * 0.84, r * 0.26, (160, 158, 184), ink=False)
 
 # %% ../nbs/00_storyworld.ipynb #a182dcdc
 _BACKGROUNDS = dict(beach=_beach, forest=_forest, home=_home, snow=_snow, moon=_moon)
 
 # %% ../nbs/00_storyworld.ipynb #15be3e60
 @lru_cache(maxsize=96)
-def _background(setting:str, # one of `SETTINGS`
-                size:int, # pixels of the final picture
-                variant:int, # which small jitter
-               ) -> Image.Image:
+def _background(
+    setting: str,  # one of `SETTINGS`
+    size: int,  # pixels of the final picture
+    variant: int,  # which small jitter
+) -> Image.Image:
     "The empty setting, supersampled. Cached: callers draw on a copy."
     pixels = size * SUPERSAMPLING
     image = Image.new("RGB", (pixels, pixels))
     draw = ImageDraw.Draw(image)
-    _BACKGROUNDS[setting](Pen(draw, pixels * .011, scale=pixels), draw, pixels, random.Random(f"{setting} {variant}"))
+    _BACKGROUNDS[setting](
+        Pen(draw, pixels * 0.011, scale=pixels), draw, pixels, random.Random(f"{setting} {variant}")
+    )
     return image
 
 # %% ../nbs/00_storyworld.ipynb #864a3013
-def contact_sheet(images:list, # PIL images of one size
-                  columns:int=6, # pictures in a row
-                  scale:int=1, # enlarge by whole pixels, to see what is really there
-                  gap:int=4, # pixels between pictures
-                  colours:int=255, # in the palette: few colours keep a notebook small
-                 ) -> Image.Image: # one picture with a palette
+def contact_sheet(
+    images: list,  # PIL images of one size
+    columns: int = 6,  # pictures in a row
+    scale: int = 1,  # enlarge by whole pixels, to see what is really there
+    gap: int = 4,  # pixels between pictures
+    colours: int = 255,  # in the palette: few colours keep a notebook small
+) -> Image.Image:  # one picture with a palette
     "Pictures side by side on white. Raises ValueError if there are none."
-    if not images: raise ValueError("images is empty: there is nothing to show")
-    width, height, rows = images[0].width * scale, images[0].height * scale, -(-len(images) // columns)
+    if not images:
+        raise ValueError("images is empty: there is nothing to show")
+    width, height, rows = (
+        images[0].width * scale,
+        images[0].height * scale,
+        -(-len(images) // columns),
+    )
     columns = min(columns, len(images))
     sheet = Image.new("RGB", (columns * (width + gap) - gap, rows * (height + gap) - gap), WHITE)
     for k, image in enumerate(images):
@@ -262,27 +399,38 @@ def contact_sheet(images:list, # PIL images of one size
 @dataclass(frozen=True)
 class Look:
     "How one character is built; lengths in character heights."
-    fur:tuple # main colour
-    light:tuple # belly and muzzle
-    size:float # against the others
-    head:tuple # half width and half height of the head
-    body:tuple # half width and half height of the body
-    species:str # which ears, muzzle and tail
-    hat:str # which hat
+
+    fur: tuple  # main colour
+    light: tuple  # belly and muzzle
+    size: float  # against the others
+    head: tuple  # half width and half height of the head
+    body: tuple  # half width and half height of the body
+    species: str  # which ears, muzzle and tail
+    hat: str  # which hat
 
 # %% ../nbs/00_storyworld.ipynb #ed9ae256
 LOOKS = {
-    "Milo": Look((246, 142, 62), (255, 240, 222), 1.0, (.25, .2), (.14, .17), "fox", "captain"),
-    "Bruno": Look((158, 104, 72), (226, 186, 146), 1.08, (.26, .225), (.2, .19), "bear", "beanie"),
-    "Pip": Look((98, 100, 134), (250, 248, 250), .9, (.255, .235), (.21, .2), "penguin", "propeller"),
-    "Kiki": Look((176, 132, 222), (238, 222, 250), 1.02, (.235, .2), (.12, .18), "cat", "bow"),
-    "Luna": Look((250, 244, 246), (255, 214, 224), .98, (.225, .2), (.14, .17), "rabbit", "witch"),
-    "Zaza": Look((112, 214, 196), (220, 250, 232), .94, (.27, .19), (.17, .17), "frog", "straw"),
+    "Milo": Look((246, 142, 62), (255, 240, 222), 1.0, (0.25, 0.2), (0.14, 0.17), "fox", "captain"),
+    "Bruno": Look(
+        (158, 104, 72), (226, 186, 146), 1.08, (0.26, 0.225), (0.2, 0.19), "bear", "beanie"
+    ),
+    "Pip": Look(
+        (98, 100, 134), (250, 248, 250), 0.9, (0.255, 0.235), (0.21, 0.2), "penguin", "propeller"
+    ),
+    "Kiki": Look((176, 132, 222), (238, 222, 250), 1.02, (0.235, 0.2), (0.12, 0.18), "cat", "bow"),
+    "Luna": Look(
+        (250, 244, 246), (255, 214, 224), 0.98, (0.225, 0.2), (0.14, 0.17), "rabbit", "witch"
+    ),
+    "Zaza": Look(
+        (112, 214, 196), (220, 250, 232), 0.94, (0.27, 0.19), (0.17, 0.17), "frog", "straw"
+    ),
 }
 
 # %% ../nbs/00_storyworld.ipynb #0bd241db
-SCARF_COLOURS = dict(red=(226, 36, 44), blue=(36, 84, 226), green=(30, 154, 50), yellow=(255, 222, 30))
-_HEAD = -.585
+SCARF_COLOURS = dict(
+    red=(226, 36, 44), blue=(36, 84, 226), green=(30, 154, 50), yellow=(255, 222, 30)
+)
+_HEAD = -0.585
 
 # %% ../nbs/00_storyworld.ipynb #e602c51e
 def _ears(pen, look):
@@ -290,137 +438,218 @@ def _ears(pen, look):
     fur, (rx, ry) = look.fur, look.head
     for side in (-1, 1):
         if look.species in ("fox", "cat"):
-            wide, tip = (.3, .27) if look.species == "fox" else (.235, .33)
-            outer = [(side * rx * .97, _HEAD - .05), (side * wide, _HEAD - tip), (side * .05, _HEAD - ry * .9)]
+            wide, tip = (0.3, 0.27) if look.species == "fox" else (0.235, 0.33)
+            outer = [
+                (side * rx * 0.97, _HEAD - 0.05),
+                (side * wide, _HEAD - tip),
+                (side * 0.05, _HEAD - ry * 0.9),
+            ]
             pen.polygon(outer, fur)
             middle = [sum(c) / 3 for c in zip(*outer)]
             inner = (92, 62, 66) if look.species == "fox" else (250, 176, 206)
-            pen.polygon([tuple(m + (c - m) * .5 for c, m in zip(p, middle)) for p in outer], inner, ink=False)
+            pen.polygon(
+                [tuple(m + (c - m) * 0.5 for c, m in zip(p, middle)) for p in outer],
+                inner,
+                ink=False,
+            )
         if look.species == "bear":
-            pen.ellipse(side * .205, _HEAD - .165, .085, .085, fur)
-            pen.ellipse(side * .205, _HEAD - .165, .045, .045, look.light, ink=False)
-        if look.species == "frog": pen.ellipse(side * .145, _HEAD - .125, .09, .092, fur)
+            pen.ellipse(side * 0.205, _HEAD - 0.165, 0.085, 0.085, fur)
+            pen.ellipse(side * 0.205, _HEAD - 0.165, 0.045, 0.045, look.light, ink=False)
+        if look.species == "frog":
+            pen.ellipse(side * 0.145, _HEAD - 0.125, 0.09, 0.092, fur)
         if look.species == "rabbit":
-            pen.ellipse(side * .235, _HEAD - .25, .068, .17, fur, tilt=side * 32)
-            pen.ellipse(side * .235, _HEAD - .25, .03, .12, (252, 172, 194), ink=False, tilt=side * 32)
+            pen.ellipse(side * 0.235, _HEAD - 0.25, 0.068, 0.17, fur, tilt=side * 32)
+            pen.ellipse(
+                side * 0.235, _HEAD - 0.25, 0.03, 0.12, (252, 172, 194), ink=False, tilt=side * 32
+            )
 
 # %% ../nbs/00_storyworld.ipynb #f671fce2
 def _tail(pen, look):
     "What sticks out behind the body."
     if look.species == "fox":
-        pen.ellipse(-.25, -.17, .15, .075, look.fur, tilt=38)
-        pen.ellipse(-.325, -.235, .058, .048, look.light, ink=False, tilt=38)
-    if look.species == "cat": pen.stroke([(-.08, -.12), (-.22, -.1), (-.29, -.19), (-.26, -.3)], .05, look.fur)
-    if look.species == "rabbit": pen.ellipse(-.16, -.14, .065, .065, look.fur)
-    if look.species == "bear": pen.ellipse(-.2, -.14, .05, .05, look.fur)
+        pen.ellipse(-0.25, -0.17, 0.15, 0.075, look.fur, tilt=38)
+        pen.ellipse(-0.325, -0.235, 0.058, 0.048, look.light, ink=False, tilt=38)
+    if look.species == "cat":
+        pen.stroke([(-0.08, -0.12), (-0.22, -0.1), (-0.29, -0.19), (-0.26, -0.3)], 0.05, look.fur)
+    if look.species == "rabbit":
+        pen.ellipse(-0.16, -0.14, 0.065, 0.065, look.fur)
+    if look.species == "bear":
+        pen.ellipse(-0.2, -0.14, 0.05, 0.05, look.fur)
 
 # %% ../nbs/00_storyworld.ipynb #41bd3c12
 def _muzzle(pen, look):
     "The part of the face that tells the species."
-    nose, y = INK, _HEAD + .045
+    nose, y = INK, _HEAD + 0.045
     if look.species == "fox":
-        for side in (-1, 1): pen.ellipse(side * .1, _HEAD + .09, .115, .08, look.light, ink=False, tilt=-side * 14)
-        pen.ellipse(0, y, .036, .028, nose, ink=False)
-    if look.species == "bear":
-        pen.ellipse(0, _HEAD + .085, .125, .095, look.light, ink=False)
-        pen.ellipse(0, y - .005, .048, .034, nose, ink=False)
-    if look.species == "penguin":
-        for side in (-1, 1): pen.ellipse(side * .095, _HEAD + .02, .13, .15, look.light, ink=False)
-        pen.polygon([(-.06, y - .005), (.06, y - .005), (0, y + .07)], (250, 166, 52))
-    if look.species == "cat":
-        pen.polygon([(-.03, y - .015), (.03, y - .015), (0, y + .018)], (246, 120, 166), ink=False)
         for side in (-1, 1):
-            for dy in (.02, .06): pen.stroke([(side * .17, y + dy), (side * .265, y + dy * 1.6 - .015)], .012, INK, ink=False)
-    if look.species == "rabbit": pen.ellipse(0, y - .005, .03, .022, (246, 120, 150), ink=False)
-    if look.species == "frog": pen.ellipse(0, _HEAD + .11, .19, .07, look.light, ink=False)
+            pen.ellipse(
+                side * 0.1, _HEAD + 0.09, 0.115, 0.08, look.light, ink=False, tilt=-side * 14
+            )
+        pen.ellipse(0, y, 0.036, 0.028, nose, ink=False)
+    if look.species == "bear":
+        pen.ellipse(0, _HEAD + 0.085, 0.125, 0.095, look.light, ink=False)
+        pen.ellipse(0, y - 0.005, 0.048, 0.034, nose, ink=False)
+    if look.species == "penguin":
+        for side in (-1, 1):
+            pen.ellipse(side * 0.095, _HEAD + 0.02, 0.13, 0.15, look.light, ink=False)
+        pen.polygon([(-0.06, y - 0.005), (0.06, y - 0.005), (0, y + 0.07)], (250, 166, 52))
+    if look.species == "cat":
+        pen.polygon(
+            [(-0.03, y - 0.015), (0.03, y - 0.015), (0, y + 0.018)], (246, 120, 166), ink=False
+        )
+        for side in (-1, 1):
+            for dy in (0.02, 0.06):
+                pen.stroke(
+                    [(side * 0.17, y + dy), (side * 0.265, y + dy * 1.6 - 0.015)],
+                    0.012,
+                    INK,
+                    ink=False,
+                )
+    if look.species == "rabbit":
+        pen.ellipse(0, y - 0.005, 0.03, 0.022, (246, 120, 150), ink=False)
+    if look.species == "frog":
+        pen.ellipse(0, _HEAD + 0.11, 0.19, 0.07, look.light, ink=False)
 
 # %% ../nbs/00_storyworld.ipynb #3944f262
 def _eyes(pen, look, action):
     "Open and looking at the reader, or closed in sleep."
     frog = look.species == "frog"
-    x, y = (.135, _HEAD - .1) if frog else (.1, _HEAD - .03)
+    x, y = (0.135, _HEAD - 0.1) if frog else (0.1, _HEAD - 0.03)
     for side in (-1, 1):
-        if action == "sleeps": pen.stroke(_curve(side * x, y, .05, .042, 15, 165), .03, INK, ink=False)
+        if action == "sleeps":
+            pen.stroke(_curve(side * x, y, 0.05, 0.042, 15, 165), 0.03, INK, ink=False)
         else:
-            pen.ellipse(side * x, y, .064, .077, WHITE, ink=False)
-            pen.ellipse(side * x * .94, y + .008, .038, .054, INK, ink=False)
-            pen.ellipse(side * x * .94 + .014, y - .018, .017, .02, WHITE, ink=False)
+            pen.ellipse(side * x, y, 0.064, 0.077, WHITE, ink=False)
+            pen.ellipse(side * x * 0.94, y + 0.008, 0.038, 0.054, INK, ink=False)
+            pen.ellipse(side * x * 0.94 + 0.014, y - 0.018, 0.017, 0.02, WHITE, ink=False)
 
 # %% ../nbs/00_storyworld.ipynb #46108371
 def _mouth(pen, look, action):
     "A wide laugh for a jump, a smile for a wave, a small o in sleep; and rosy cheeks."
-    y = _HEAD + (.1 if look.species != "penguin" else .135)
-    for side in (-1, 1): pen.ellipse(side * look.head[0] * .68, _HEAD + .075, .046, .034, (250, 142, 148), ink=False)
-    if action == "sleeps": pen.ellipse(0, y + .015, .02, .016, INK, ink=False)
+    y = _HEAD + (0.1 if look.species != "penguin" else 0.135)
+    for side in (-1, 1):
+        pen.ellipse(
+            side * look.head[0] * 0.68, _HEAD + 0.075, 0.046, 0.034, (250, 142, 148), ink=False
+        )
+    if action == "sleeps":
+        pen.ellipse(0, y + 0.015, 0.02, 0.016, INK, ink=False)
     else:
-        width, depth = (.08, .075) if action == "jumps" else (.065, .055)
-        pen.polygon(_curve(0, y - .008, width, depth, 0, 180), (150, 40, 60), ink=look.species != "penguin")
-        pen.ellipse(0, y + depth * .55, width * .5, depth * .28, (250, 120, 130), ink=False)
+        width, depth = (0.08, 0.075) if action == "jumps" else (0.065, 0.055)
+        pen.polygon(
+            _curve(0, y - 0.008, width, depth, 0, 180), (150, 40, 60), ink=look.species != "penguin"
+        )
+        pen.ellipse(0, y + depth * 0.55, width * 0.5, depth * 0.28, (250, 120, 130), ink=False)
 
 # %% ../nbs/00_storyworld.ipynb #1cfda10d
 def _captain(pen, top):
-    pen.polygon([(-.2, top - .08), (-.13, top - .15), (.13, top - .15), (.2, top - .08), (.15, top + .03), (-.15, top + .03)], WHITE)
-    pen.polygon([(-.16, top - .01), (.16, top - .01), (.18, top + .05), (-.18, top + .05)], (64, 62, 98))
-    pen.ellipse(0, top - .06, .032, .032, (246, 166, 60), ink=False)
+    pen.polygon(
+        [
+            (-0.2, top - 0.08),
+            (-0.13, top - 0.15),
+            (0.13, top - 0.15),
+            (0.2, top - 0.08),
+            (0.15, top + 0.03),
+            (-0.15, top + 0.03),
+        ],
+        WHITE,
+    )
+    pen.polygon(
+        [(-0.16, top - 0.01), (0.16, top - 0.01), (0.18, top + 0.05), (-0.18, top + 0.05)],
+        (64, 62, 98),
+    )
+    pen.ellipse(0, top - 0.06, 0.032, 0.032, (246, 166, 60), ink=False)
 
 # %% ../nbs/00_storyworld.ipynb #15b93996
 def _beanie(pen, top):
-    pen.polygon(_curve(0, top + .07, .2, .2, 180, 360, 13), (190, 158, 240))
-    pen.polygon([(-.21, top + .035), (.21, top + .035), (.21, top + .1), (-.21, top + .1)], (240, 228, 252))
-    pen.ellipse(0, top - .15, .06, .06, (240, 228, 252))
+    pen.polygon(_curve(0, top + 0.07, 0.2, 0.2, 180, 360, 13), (190, 158, 240))
+    pen.polygon(
+        [(-0.21, top + 0.035), (0.21, top + 0.035), (0.21, top + 0.1), (-0.21, top + 0.1)],
+        (240, 228, 252),
+    )
+    pen.ellipse(0, top - 0.15, 0.06, 0.06, (240, 228, 252))
 
 # %% ../nbs/00_storyworld.ipynb #38da35b3
 def _propeller(pen, top):
-    pen.polygon(_curve(0, top + .06, .17, .14, 180, 360, 13), (250, 150, 56))
-    pen.polygon([(-.05, top + .06), (-.035, top - .07), (.035, top - .07), (.05, top + .06)], (255, 236, 206), ink=False)
-    pen.stroke([(0, top - .08), (0, top - .13)], .02, INK, ink=False)
-    for side in (-1, 1): pen.ellipse(side * .085, top - .14, .085, .035, (255, 126, 176), tilt=-side * 12)
+    pen.polygon(_curve(0, top + 0.06, 0.17, 0.14, 180, 360, 13), (250, 150, 56))
+    pen.polygon(
+        [(-0.05, top + 0.06), (-0.035, top - 0.07), (0.035, top - 0.07), (0.05, top + 0.06)],
+        (255, 236, 206),
+        ink=False,
+    )
+    pen.stroke([(0, top - 0.08), (0, top - 0.13)], 0.02, INK, ink=False)
+    for side in (-1, 1):
+        pen.ellipse(side * 0.085, top - 0.14, 0.085, 0.035, (255, 126, 176), tilt=-side * 12)
 
 # %% ../nbs/00_storyworld.ipynb #3aec6ce1
 def _bow(pen, top):
     for side in (-1, 1):
-        wing = [(0, 0), (side * .14, -.11), (side * .17, 0), (side * .14, .1)]
-        pen.polygon([(x + .07, y + top - .02 + x * .35) for x, y in wing], (255, 104, 168))
-    pen.ellipse(.07, top - .02, .045, .05, (255, 166, 206))
+        wing = [(0, 0), (side * 0.14, -0.11), (side * 0.17, 0), (side * 0.14, 0.1)]
+        pen.polygon([(x + 0.07, y + top - 0.02 + x * 0.35) for x, y in wing], (255, 104, 168))
+    pen.ellipse(0.07, top - 0.02, 0.045, 0.05, (255, 166, 206))
 
 # %% ../nbs/00_storyworld.ipynb #f353c962
 def _witch(pen, top):
-    pen.polygon([(-.12, top + .03), (-.02, top - .2), (.06, top - .24), (.05, top - .17), (.12, top + .03)], (84, 62, 132))
-    pen.ellipse(0, top + .04, .19, .042, (84, 62, 132))
-    pen.polygon([(-.12, top + .02), (-.105, top - .025), (.105, top - .025), (.12, top + .02)], (250, 168, 84), ink=False)
-    pen.ellipse(.012, top - .09, .024, .024, (255, 240, 190), ink=False)
+    pen.polygon(
+        [
+            (-0.12, top + 0.03),
+            (-0.02, top - 0.2),
+            (0.06, top - 0.24),
+            (0.05, top - 0.17),
+            (0.12, top + 0.03),
+        ],
+        (84, 62, 132),
+    )
+    pen.ellipse(0, top + 0.04, 0.19, 0.042, (84, 62, 132))
+    pen.polygon(
+        [(-0.12, top + 0.02), (-0.105, top - 0.025), (0.105, top - 0.025), (0.12, top + 0.02)],
+        (250, 168, 84),
+        ink=False,
+    )
+    pen.ellipse(0.012, top - 0.09, 0.024, 0.024, (255, 240, 190), ink=False)
 
 # %% ../nbs/00_storyworld.ipynb #8bb7766c
 def _straw(pen, top):
-    pen.ellipse(0, top - .02, .215, .04, (226, 184, 128))
-    pen.polygon(_curve(0, top - .025, .13, .15, 180, 360, 13), (236, 200, 148))
-    pen.polygon([(-.13, top - .025), (-.125, top - .075), (.125, top - .075), (.13, top - .025)], (232, 92, 160), ink=False)
+    pen.ellipse(0, top - 0.02, 0.215, 0.04, (226, 184, 128))
+    pen.polygon(_curve(0, top - 0.025, 0.13, 0.15, 180, 360, 13), (236, 200, 148))
+    pen.polygon(
+        [(-0.13, top - 0.025), (-0.125, top - 0.075), (0.125, top - 0.075), (0.13, top - 0.025)],
+        (232, 92, 160),
+        ink=False,
+    )
 
 # %% ../nbs/00_storyworld.ipynb #ac7088ba
-_HATS = dict(captain=_captain, beanie=_beanie, propeller=_propeller, bow=_bow, witch=_witch, straw=_straw)
+_HATS = dict(
+    captain=_captain, beanie=_beanie, propeller=_propeller, bow=_bow, witch=_witch, straw=_straw
+)
 
 # %% ../nbs/00_storyworld.ipynb #624a27f1
 def _limbs(pen, look, action):
     "Feet and arms: the silhouette that tells the action."
     rx, feet = look.body[0], (250, 166, 52) if look.species == "penguin" else look.fur
-    spread = dict(jumps=.2, waves=.09, sleeps=.08)[action]
+    spread = dict(jumps=0.2, waves=0.09, sleeps=0.08)[action]
     for side in (-1, 1):
-        foot = (side * spread, -.06 if action == "jumps" else -.03)
-        pen.stroke([(side * rx * .5, -.16), foot], .085, look.fur)
-        pen.ellipse(foot[0] + side * .015, foot[1], .075, .045, feet)
-    hands = dict(jumps=((-.36, -.7), (.36, -.6)), waves=((-.37, -.76), (.32, -.24)), sleeps=((-.1, -.2), (.16, -.2)))[action]
+        foot = (side * spread, -0.06 if action == "jumps" else -0.03)
+        pen.stroke([(side * rx * 0.5, -0.16), foot], 0.085, look.fur)
+        pen.ellipse(foot[0] + side * 0.015, foot[1], 0.075, 0.045, feet)
+    hands = dict(
+        jumps=((-0.36, -0.7), (0.36, -0.6)),
+        waves=((-0.37, -0.76), (0.32, -0.24)),
+        sleeps=((-0.1, -0.2), (0.16, -0.2)),
+    )[action]
     for side, (x, y) in zip((-1, 1), hands):
-        shoulder = (side * rx * .75, -.33)
-        elbow = ((shoulder[0] + x) / 2 + side * .035, (shoulder[1] + y) / 2 + .02)
-        pen.stroke([shoulder, elbow, (x, y)], .08, look.fur)
-        pen.ellipse(x, y, .05, .05, look.fur)
+        shoulder = (side * rx * 0.75, -0.33)
+        elbow = ((shoulder[0] + x) / 2 + side * 0.035, (shoulder[1] + y) / 2 + 0.02)
+        pen.stroke([shoulder, elbow, (x, y)], 0.08, look.fur)
+        pen.ellipse(x, y, 0.05, 0.05, look.fur)
 
 # %% ../nbs/00_storyworld.ipynb #81acbf7d
 def _scarf(pen, look, colour):
     "A broad band and a hanging end, in no colour that anything else on a character has."
-    width = max(.175, look.body[0] + .025)
-    pen.polygon([(.03, -.34), (.135, -.34), (.175, -.125), (.06, -.105)], colour)
-    pen.polygon(_curve(0, -.38, width, .032, 180, 360) + _curve(0, -.34, width, .055, 0, 180), colour)
+    width = max(0.175, look.body[0] + 0.025)
+    pen.polygon([(0.03, -0.34), (0.135, -0.34), (0.175, -0.125), (0.06, -0.105)], colour)
+    pen.polygon(
+        _curve(0, -0.38, width, 0.032, 180, 360) + _curve(0, -0.34, width, 0.055, 0, 180), colour
+    )
 
 # %% ../nbs/00_storyworld.ipynb #0851c5fe
 def _figure(pen, actor):
@@ -428,8 +657,8 @@ def _figure(pen, actor):
     look = LOOKS[actor.name]
     _tail(pen, look)
     _limbs(pen, look, actor.action)
-    pen.ellipse(0, -.08 - look.body[1] + .02, *look.body, look.fur)
-    pen.ellipse(0, -.2, look.body[0] * .66, look.body[1] * .66, look.light, ink=False)
+    pen.ellipse(0, -0.08 - look.body[1] + 0.02, *look.body, look.fur)
+    pen.ellipse(0, -0.2, look.body[0] * 0.66, look.body[1] * 0.66, look.light, ink=False)
     _ears(pen, look)
     pen.ellipse(0, _HEAD, *look.head, look.fur)
     _muzzle(pen, look)
@@ -440,32 +669,49 @@ def _figure(pen, actor):
 
 # %% ../nbs/00_storyworld.ipynb #03e85897
 def _ball(pen):
-    pen.ellipse(0, 0, .16, .16, WHITE)
+    pen.ellipse(0, 0, 0.16, 0.16, WHITE)
     for start, colour in ((-60, (244, 84, 110)), (60, (64, 190, 214)), (180, (250, 190, 60))):
-        pen.polygon([(0, -.02)] + _curve(0, 0, .16, .16, start, start + 60, 6), colour, ink=False)
-    pen.ellipse(0, -.02, .035, .035, WHITE, ink=False)
+        pen.polygon(
+            [(0, -0.02)] + _curve(0, 0, 0.16, 0.16, start, start + 60, 6), colour, ink=False
+        )
+    pen.ellipse(0, -0.02, 0.035, 0.035, WHITE, ink=False)
 
 # %% ../nbs/00_storyworld.ipynb #8bcb3868
 def _book(pen):
-    pen.polygon([(-.2, -.13), (0, -.09), (.2, -.13), (.2, .13), (0, .17), (-.2, .13)], (126, 62, 190))
+    pen.polygon(
+        [(-0.2, -0.13), (0, -0.09), (0.2, -0.13), (0.2, 0.13), (0, 0.17), (-0.2, 0.13)],
+        (126, 62, 190),
+    )
     for side in (-1, 1):
-        page = [(side * .015, -.06), (side * .165, -.095), (side * .165, .085), (side * .015, .12)]
+        page = [
+            (side * 0.015, -0.06),
+            (side * 0.165, -0.095),
+            (side * 0.165, 0.085),
+            (side * 0.015, 0.12),
+        ]
         pen.polygon(page, (255, 252, 240), ink=False)
-        for y in (-.025, .035): pen.stroke([(side * .05, y + .005), (side * .13, y - .012)], .018, (190, 180, 200), ink=False)
+        for y in (-0.025, 0.035):
+            pen.stroke(
+                [(side * 0.05, y + 0.005), (side * 0.13, y - 0.012)],
+                0.018,
+                (190, 180, 200),
+                ink=False,
+            )
 
 # %% ../nbs/00_storyworld.ipynb #25e8748d
 def _balloon(pen):
-    pen.stroke([(0, 0), (.03, -.1), (.02, -.2)], .018, INK, ink=False)
-    pen.polygon([(-.01, -.19), (.05, -.19), (.02, -.23)], (255, 92, 170))
-    pen.ellipse(.02, -.38, .145, .17, (255, 92, 170))
-    pen.ellipse(-.03, -.45, .035, .055, (255, 196, 226), ink=False, tilt=25)
+    pen.stroke([(0, 0), (0.03, -0.1), (0.02, -0.2)], 0.018, INK, ink=False)
+    pen.polygon([(-0.01, -0.19), (0.05, -0.19), (0.02, -0.23)], (255, 92, 170))
+    pen.ellipse(0.02, -0.38, 0.145, 0.17, (255, 92, 170))
+    pen.ellipse(-0.03, -0.45, 0.035, 0.055, (255, 196, 226), ink=False, tilt=25)
 
 # %% ../nbs/00_storyworld.ipynb #3061983b
 def _umbrella(pen):
-    pen.stroke([(.03, -.4), (0, .02), (.03, .08), (.07, .05)], .026, (110, 72, 58))
-    rim = [(-.185, -.235), (-.08, -.215), (.025, -.205), (.13, -.19), (.235, -.165)]
-    pen.polygon(_curve(.025, -.2, .212, .235, 9, -170, 13) + rim, (255, 138, 40))
-    for k in (0, 2): pen.polygon([rim[k], rim[k + 1], (.055, -.425)], (20, 160, 160), ink=False)
+    pen.stroke([(0.03, -0.4), (0, 0.02), (0.03, 0.08), (0.07, 0.05)], 0.026, (110, 72, 58))
+    rim = [(-0.185, -0.235), (-0.08, -0.215), (0.025, -0.205), (0.13, -0.19), (0.235, -0.165)]
+    pen.polygon(_curve(0.025, -0.2, 0.212, 0.235, 9, -170, 13) + rim, (255, 138, 40))
+    for k in (0, 2):
+        pen.polygon([rim[k], rim[k + 1], (0.055, -0.425)], (20, 160, 160), ink=False)
 
 # %% ../nbs/00_storyworld.ipynb #18221f59
 _DRAW_PROP = dict(ball=_ball, book=_book, balloon=_balloon, umbrella=_umbrella)
@@ -473,11 +719,17 @@ _DRAW_PROP = dict(ball=_ball, book=_book, balloon=_balloon, umbrella=_umbrella)
 # %% ../nbs/00_storyworld.ipynb #886e9422
 def _signs(pen, action):
     "The cartoonist's signs: lines under a jump, lines around a waving hand, Zzz."
-    if action == "jumps": lines = [[(x, .06), (x, .06 + dy)] for x, dy in ((-.2, .09), (0, .13), (.2, .09))]
-    if action == "waves": lines = [_curve(-.37, -.76, r, r, 195, 275, 5) for r in (.095, .16)]
+    if action == "jumps":
+        lines = [[(x, 0.06), (x, 0.06 + dy)] for x, dy in ((-0.2, 0.09), (0, 0.13), (0.2, 0.09))]
+    if action == "waves":
+        lines = [_curve(-0.37, -0.76, r, r, 195, 275, 5) for r in (0.095, 0.16)]
     if action == "sleeps":
-        lines = [[(x, y), (x + w, y), (x, y + w), (x + w, y + w)] for x, y, w in ((-.06, -.7, .12), (.12, -.92, .17))]
-    for line in lines: pen.stroke(line, .036, WHITE)
+        lines = [
+            [(x, y), (x + w, y), (x, y + w), (x + w, y + w)]
+            for x, y, w in ((-0.06, -0.7, 0.12), (0.12, -0.92, 0.17))
+        ]
+    for line in lines:
+        pen.stroke(line, 0.036, WHITE)
 
 # %% ../nbs/00_storyworld.ipynb #0c161b44
 def _draw_actor(draw, actor, x, ground, height, line):
@@ -485,178 +737,238 @@ def _draw_actor(draw, actor, x, ground, height, line):
     look = LOOKS[actor.name]
     unit = height * look.size
     stand = Pen(draw, line, x, ground, unit)
-    shadow = dict(jumps=(.2, .035), waves=(.26, .04), sleeps=(.46, .05))[actor.action]
+    shadow = dict(jumps=(0.2, 0.035), waves=(0.26, 0.04), sleeps=(0.46, 0.05))[actor.action]
     stand.ellipse(0, 0, *shadow, (104, 84, 112), ink=False)
     if actor.action == "sleeps":
-        _figure(Pen(draw, line, x + .37 * unit, ground - .19 * unit, unit * .88, -86), actor)
-        hand = (.33, -.13)
+        _figure(Pen(draw, line, x + 0.37 * unit, ground - 0.19 * unit, unit * 0.88, -86), actor)
+        hand = (0.33, -0.13)
     else:
-        lift = .21 if actor.action == "jumps" else 0
+        lift = 0.21 if actor.action == "jumps" else 0
         stand = Pen(draw, line, x, ground - lift * unit, unit)
         _figure(stand, actor)
-        hand = (.35, -.6) if actor.action == "jumps" else (.34, -.24)
+        hand = (0.35, -0.6) if actor.action == "jumps" else (0.34, -0.24)
     _signs(stand, actor.action)
     _DRAW_PROP[actor.prop](Pen(draw, line, *stand.points([hand])[0], height))
 
 # %% ../nbs/00_storyworld.ipynb #d1e12198
-def render(scene:Scene, # what to draw
-           size:int=64, # side of the square picture in pixels, at least 16
-           seed:int=0, # small jitter: positions, sun, clouds, stars
-          ) -> Image.Image: # RGB, (size, size)
+def render(
+    scene: Scene,  # what to draw
+    size: int = 64,  # side of the square picture in pixels, at least 16
+    seed: int = 0,  # small jitter: positions, sun, clouds, stars
+) -> Image.Image:  # RGB, (size, size)
     "Draw a scene four times too large and shrink it. Raises ValueError if `size` is below 16. Our choice."
-    if size < 16: raise ValueError(f"size is {size}; a picture needs at least 16 pixels")
+    if size < 16:
+        raise ValueError(f"size is {size}; a picture needs at least 16 pixels")
     rng, pixels = random.Random(seed), size * SUPERSAMPLING
     paint = _background if size <= 128 else _background.__wrapped__
     image = paint(scene.setting, size, rng.randrange(8)).copy()
     draw, alone = ImageDraw.Draw(image), len(scene.actors) == 1
-    for actor, x in zip(scene.actors, (.485,) if alone else (.245, .74)):
-        shift = .03 if alone else .012
-        x, ground = x + rng.uniform(-shift, shift), .91 + rng.uniform(-.02, .02)
-        height, line = (.6, .011) if alone else (.45, .0085)
+    for actor, x in zip(scene.actors, (0.485,) if alone else (0.245, 0.74)):
+        shift = 0.03 if alone else 0.012
+        x, ground = x + rng.uniform(-shift, shift), 0.91 + rng.uniform(-0.02, 0.02)
+        height, line = (0.6, 0.011) if alone else (0.45, 0.0085)
         _draw_actor(draw, actor, x * pixels, ground * pixels, height * pixels, line * pixels)
     return image.resize((size, size), Image.Resampling.LANCZOS)
 
 # %% ../nbs/00_storyworld.ipynb #7ae38dfe
-def colour_pixels(image:Image.Image, # RGB
-                  colour:tuple, # red, green, blue
-                  tolerance:int=90, # sum of the three differences
-                 ) -> int:
+def colour_pixels(
+    image: Image.Image,  # RGB
+    colour: tuple,  # red, green, blue
+    tolerance: int = 90,  # sum of the three differences
+) -> int:
     "How many pixels of a picture are close to a colour."
     pixels = iter(image.tobytes())
-    return sum(sum(abs(a - b) for a, b in zip(pixel, colour)) < tolerance for pixel in zip(pixels, pixels, pixels))
+    return sum(
+        sum(abs(a - b) for a, b in zip(pixel, colour)) < tolerance
+        for pixel in zip(pixels, pixels, pixels)
+    )
 
 # %% ../nbs/00_storyworld.ipynb #dbfd8057
-def held_out(scene:Scene, # any scene
-            ) -> bool: # does it show a combination reserved for the test split?
+def held_out(
+    scene: Scene,  # any scene
+) -> bool:  # does it show a combination reserved for the test split?
     "One (character, setting, prop) triple in seven never occurs in training: a fixed rule over their positions. Our choice."
     setting = SETTINGS.index(scene.setting)
-    return any((CHARACTERS.index(a.name) + 2 * setting + 3 * PROPS.index(a.prop)) % 7 == 0 for a in scene.actors)
+    return any(
+        (CHARACTERS.index(a.name) + 2 * setting + 3 * PROPS.index(a.prop)) % 7 == 0
+        for a in scene.actors
+    )
 
 # %% ../nbs/00_storyworld.ipynb #20eefaa4
-def random_scene(rng:random.Random, # source of every choice
-                 split:str="train", # "train" and "val" never show a held-out triple, "test" always does
-                 n_actors:int|None=None, # 1 or 2; None draws it
-                ) -> Scene:
+def random_scene(
+    rng: random.Random,  # source of every choice
+    split: str = "train",  # "train" and "val" never show a held-out triple, "test" always does
+    n_actors: int | None = None,  # 1 or 2; None draws it
+) -> Scene:
     "A scene of the split, every attribute drawn evenly. Raises ValueError on an unknown split or number of actors."
     _check("split", split, SPLITS)
     _check("n_actors", n_actors, (None, 1, 2))
     while True:
         names = rng.sample(CHARACTERS, n_actors or rng.choice((1, 2)))
-        scene = Scene(rng.choice(SETTINGS), tuple(Actor(n, rng.choice(ACTIONS), rng.choice(PROPS), rng.choice(SCARVES)) for n in names))
-        if held_out(scene) == (split == "test"): return scene
+        scene = Scene(
+            rng.choice(SETTINGS),
+            tuple(
+                Actor(n, rng.choice(ACTIONS), rng.choice(PROPS), rng.choice(SCARVES)) for n in names
+            ),
+        )
+        if held_out(scene) == (split == "test"):
+            return scene
 
 # %% ../nbs/00_storyworld.ipynb #d09cd5a1
-PLACES = dict(beach="at the beach", forest="in the forest", home="at home", snow="in the snow", moon="on the moon")
-WAYS = dict(beach="to the beach", forest="to the forest", home="home", snow="to the snow", moon="to the moon")
+PLACES = dict(
+    beach="at the beach",
+    forest="in the forest",
+    home="at home",
+    snow="in the snow",
+    moon="on the moon",
+)
+WAYS = dict(
+    beach="to the beach",
+    forest="to the forest",
+    home="home",
+    snow="to the snow",
+    moon="to the moon",
+)
 PLAIN = dict(jumps="jump", waves="wave", sleeps="sleep")
 DOING = dict(jumps="jumping", waves="waving", sleeps="sleeping")
 FORMS = dict(he=dict(he="he", him="him", his="his"), she=dict(he="she", him="her", his="her"))
 
 # %% ../nbs/00_storyworld.ipynb #7eb97580
-def _with_article(noun): return f"{'an' if noun[0] in 'aeiou' else 'a'} {noun}"
+def _with_article(noun):
+    return f"{'an' if noun[0] in 'aeiou' else 'a'} {noun}"
 
 # %% ../nbs/00_storyworld.ipynb #0eafb10d
 _FIELD, _OPTIONAL = re.compile(r"{(\w+)}"), re.compile(r"\[([^\[\]]*)\]")
 
 # %% ../nbs/00_storyworld.ipynb #e69a4657
-def write(templates:tuple, # each with {fields}; a part in [brackets] is left out when one of its fields is not given
-          words:dict, # field -> text
-          rng:random.Random, # chooses among the templates whose fields outside brackets are all given
-         ) -> tuple: # the caption, the set of fields it uses
+def write(
+    templates: tuple,  # each with {fields}; a part in [brackets] is left out when one of its fields is not given
+    words: dict,  # field -> text
+    rng: random.Random,  # chooses among the templates whose fields outside brackets are all given
+) -> tuple:  # the caption, the set of fields it uses
     "Write a caption by one template; raises ValueError if every template needs a field that is not given. Our choice."
     usable = [t for t in templates if set(_FIELD.findall(_OPTIONAL.sub("", t))) <= words.keys()]
-    if not usable: raise ValueError(f"no template can do with the fields {', '.join(sorted(words))}: put the others in [brackets]")
-    template = _OPTIONAL.sub(lambda part: part[1] if set(_FIELD.findall(part[1])) <= words.keys() else "", rng.choice(usable))
+    if not usable:
+        raise ValueError(
+            f"no template can do with the fields {', '.join(sorted(words))}: put the others in [brackets]"
+        )
+    template = _OPTIONAL.sub(
+        lambda part: part[1] if set(_FIELD.findall(part[1])) <= words.keys() else "",
+        rng.choice(usable),
+    )
     text = template.format(**words)
-    return re.sub(r"(^|[.!] )([a-z])", lambda m: m[1] + m[2].upper(), text), set(_FIELD.findall(template))
+    return re.sub(r"(^|[.!] )([a-z])", lambda m: m[1] + m[2].upper(), text), set(
+        _FIELD.findall(template)
+    )
 
 # %% ../nbs/00_storyworld.ipynb #ad7d86b6
 def _actor_words(actor, say=("prop", "scarf"), tag=""):
     "What templates may say of one actor: field -> text. Fields of the second actor of a pair end in a tag."
-    words = dict(name=actor.name, does=actor.action, doing=DOING[actor.action], **FORMS[PRONOUNS[actor.name]])
-    if "prop" in say: words["prop"] = _with_article(actor.prop)
-    if "scarf" in say: words |= dict(scarf=_with_article(actor.scarf) + " scarf", colour=actor.scarf)
+    words = dict(
+        name=actor.name, does=actor.action, doing=DOING[actor.action], **FORMS[PRONOUNS[actor.name]]
+    )
+    if "prop" in say:
+        words["prop"] = _with_article(actor.prop)
+    if "scarf" in say:
+        words |= dict(scarf=_with_article(actor.scarf) + " scarf", colour=actor.scarf)
     return {key + tag: text for key, text in words.items()}
 
 # %% ../nbs/00_storyworld.ipynb #fc835d6f
-def _place_words(setting, say=("setting",)): return dict(place=PLACES[setting], way=WAYS[setting]) if "setting" in say else {}
+def _place_words(setting, say=("setting",)):
+    return dict(place=PLACES[setting], way=WAYS[setting]) if "setting" in say else {}
 
 # %% ../nbs/00_storyworld.ipynb #d2d13719
 def _pair_words(actors, say=("prop", "scarf")):
     "Words for two actors; pronouns only where they tell the two apart, `do` only where both do the same."
     one, two = actors
     words = _actor_words(one, say, "1") | _actor_words(two, say, "2")
-    if PRONOUNS[one.name] == PRONOUNS[two.name]: words = {k: v for k, v in words.items() if k[:-1] not in FORMS["he"]}
-    if one.action == two.action: words |= dict(do=PLAIN[one.action])
+    if PRONOUNS[one.name] == PRONOUNS[two.name]:
+        words = {k: v for k, v in words.items() if k[:-1] not in FORMS["he"]}
+    if one.action == two.action:
+        words |= dict(do=PLAIN[one.action])
     return words
 
 # %% ../nbs/00_storyworld.ipynb #081c4ff7
-SOLO = dict(train=(
-    "{name}[ is {place} and] {does}[, holding {prop}][, in {scarf}].",
-    "{name} {does}[ {place}][ with {prop}][, wearing {scarf}].",
-    "[{place} ]{name} {does}[ in {scarf}][, holding {prop}].",
-    "{name}[, wearing {scarf},] {does}[ {place}][, holding {prop}].",
-    "{name} {does}[ {place}].[ {he} holds {prop}.][ {he} wears {scarf}.]",
-    "{name} {does}[ {place}].[ {his} scarf is {colour}.][ {he} has {prop}.]",
-    "[{place} ]{name} is {doing}[ in {scarf}][ with {prop}].",
-    "Look, {name} {does}[ {place}][, holding {prop}][, wearing {scarf}].",
-    "{name}[ goes {way} and] {does}[ with {prop}][, in {scarf}].",
-    "{name}[ picks up {prop} and] {does}[ {place}][, wearing {scarf}].",
-    "Meanwhile {name} {does}[ {place}][ with {prop}][, in {scarf}].",
-    "[{place} ]{name}[ finds {prop}. {he}] {does}[ in {scarf}].",
-    "Now {name}[ has {prop} and] {does}[ {place}][, in {scarf}].",
-    "[Wearing {scarf}, ]{name} {does}[ {place}][ with {prop}].",
-    "[Holding {prop}, ]{name} {does}[ {place}][ in {scarf}].",
-    "[{place}, ][wearing {scarf}, ]{name} {does}[, holding {prop}].",
-    "Now {name} is {doing}[ {place}][ and wears {scarf}][ and has {prop}].",
-    "{name} {does}[ {place}][, wears {scarf}][ and holds {prop}].",
-    "{name}[ in {scarf}][ finds {prop} and] {does}[ {place}].",
-    "Meanwhile {name}[ holds {prop} and] {does}[ {place}][, wearing {scarf}].",
-), test=(
-    "[In {scarf}, ]{name}[ is {place} and] {does}[ with {prop}].",
-    "[With {prop}, ]{name} {does}[ {place}].[ {he} wears {scarf}.]",
-    "{name}[ wears {scarf} and] {does}[ {place}][, holding {prop}].",
-    "Look, [{place} ]{name} is {doing}[, holding {prop}][, wearing {scarf}].",
-    "[{place} ]{name} {does}.[ {he} has {prop}.][ {his} scarf is {colour}.]",
-))
+SOLO = dict(
+    train=(
+        "{name}[ is {place} and] {does}[, holding {prop}][, in {scarf}].",
+        "{name} {does}[ {place}][ with {prop}][, wearing {scarf}].",
+        "[{place} ]{name} {does}[ in {scarf}][, holding {prop}].",
+        "{name}[, wearing {scarf},] {does}[ {place}][, holding {prop}].",
+        "{name} {does}[ {place}].[ {he} holds {prop}.][ {he} wears {scarf}.]",
+        "{name} {does}[ {place}].[ {his} scarf is {colour}.][ {he} has {prop}.]",
+        "[{place} ]{name} is {doing}[ in {scarf}][ with {prop}].",
+        "Look, {name} {does}[ {place}][, holding {prop}][, wearing {scarf}].",
+        "{name}[ goes {way} and] {does}[ with {prop}][, in {scarf}].",
+        "{name}[ picks up {prop} and] {does}[ {place}][, wearing {scarf}].",
+        "Meanwhile {name} {does}[ {place}][ with {prop}][, in {scarf}].",
+        "[{place} ]{name}[ finds {prop}. {he}] {does}[ in {scarf}].",
+        "Now {name}[ has {prop} and] {does}[ {place}][, in {scarf}].",
+        "[Wearing {scarf}, ]{name} {does}[ {place}][ with {prop}].",
+        "[Holding {prop}, ]{name} {does}[ {place}][ in {scarf}].",
+        "[{place}, ][wearing {scarf}, ]{name} {does}[, holding {prop}].",
+        "Now {name} is {doing}[ {place}][ and wears {scarf}][ and has {prop}].",
+        "{name} {does}[ {place}][, wears {scarf}][ and holds {prop}].",
+        "{name}[ in {scarf}][ finds {prop} and] {does}[ {place}].",
+        "Meanwhile {name}[ holds {prop} and] {does}[ {place}][, wearing {scarf}].",
+    ),
+    test=(
+        "[In {scarf}, ]{name}[ is {place} and] {does}[ with {prop}].",
+        "[With {prop}, ]{name} {does}[ {place}].[ {he} wears {scarf}.]",
+        "{name}[ wears {scarf} and] {does}[ {place}][, holding {prop}].",
+        "Look, [{place} ]{name} is {doing}[, holding {prop}][, wearing {scarf}].",
+        "[{place} ]{name} {does}.[ {he} has {prop}.][ {his} scarf is {colour}.]",
+    ),
+)
 
 # %% ../nbs/00_storyworld.ipynb #078ac2ee
-PAIR = dict(train=(
-    "[{place} ]{name1}[ in {scarf1}] {does1}[ with {prop1}] and {name2}[ in {scarf2}] {does2}[ with {prop2}].",
-    "{name1} {does1}[ {place}][ in {scarf1}][, holding {prop1}]. {name2} {does2}[ in {scarf2}][, holding {prop2}].",
-    "{name1}[ in {scarf1}] {does1}[ {place}][ with {prop1}] while {name2}[ in {scarf2}] {does2}[ with {prop2}].",
-    "{name1} and {name2} {do}[ {place}].[ {name1} has {prop1}.][ {name1} wears {scarf1}.][ {name2} has {prop2}.][ {name2} wears {scarf2}.]",
-    "{name1} and {name2} are {place}. {he1} {does1}[ with {prop1}][, in {scarf1}]. {he2} {does2}[ with {prop2}][, in {scarf2}].",
-    "{name1} joins {name2}[ {place}]. {he1} {does1}[ in {scarf1}][ with {prop1}] and {he2} {does2}[ in {scarf2}][ with {prop2}].",
-    "{name2} is {place}[ with {prop2}][, in {scarf2}]. {name1}[, wearing {scarf1},] joins {him2}[ with {prop1}]. They both {do}.",
-    "{name1}[, wearing {scarf1},] and {name2}[, wearing {scarf2},][ go {way} and] {do}.[ {name1} holds {prop1} and {name2} holds {prop2}.]",
-    "Meanwhile {name1}[ in {scarf1}] {does1}[ {place}][, holding {prop1},] and {name2}[ in {scarf2}] {does2}[ with {prop2}].",
-    "{name1} is {doing1}[ {place}][ in {scarf1}][, holding {prop1},] and {name2} is {doing2}[ in {scarf2}][, holding {prop2}].",
-    "[{place} ]{name1} is {doing1}[ with {prop1}].[ {name1} wears {scarf1}.] {name2} is {doing2}[ with {prop2}].[ {name2} wears {scarf2}.]",
-    "[Wearing {scarf1}, ]{name1} {does1}[ {place}][ with {prop1}], and {name2} {does2}[ in {scarf2}][ with {prop2}].",
-    "Look, {name1}[ with {prop1}][ in {scarf1}] and {name2}[ with {prop2}][ in {scarf2}] {do}[ {place}].",
-    "{name1} {does1}[ {place}][ with {prop1}][, wearing {scarf1},] while {name2} {does2}[ with {prop2}][, wearing {scarf2}].",
-    "{name1}[ holds {prop1} and] {does1}[ {place}][, wearing {scarf1}]. {name2}[ holds {prop2} and] {does2}[, wearing {scarf2}].",
-    "[{place} ]{name1}[ has {prop1} and] {does1}[ in {scarf1}]. Meanwhile {name2}[ has {prop2} and] {does2}[ in {scarf2}].",
-), test=(
-    "[{place} ]{name1} is {doing1}[ with {prop1}][ in {scarf1}] while {name2} is {doing2}[ with {prop2}][ in {scarf2}].",
-    "Look, {name1}[ in {scarf1}] {does1}[, holding {prop1},] and {name2}[ in {scarf2}] {does2}[, holding {prop2},][ {place}].",
-    "{name1}[ wears {scarf1} and] {does1}[ {place}][ with {prop1}]. {name2}[ wears {scarf2} and] {does2}[ with {prop2}].",
-    "{name1} and {name2} are {place}. {name1} {does1}[ with {prop1}][ in {scarf1}] and {name2} {does2}[ with {prop2}][ in {scarf2}].",
-))
+PAIR = dict(
+    train=(
+        "[{place} ]{name1}[ in {scarf1}] {does1}[ with {prop1}] and {name2}[ in {scarf2}] {does2}[ with {prop2}].",
+        "{name1} {does1}[ {place}][ in {scarf1}][, holding {prop1}]. {name2} {does2}[ in {scarf2}][, holding {prop2}].",
+        "{name1}[ in {scarf1}] {does1}[ {place}][ with {prop1}] while {name2}[ in {scarf2}] {does2}[ with {prop2}].",
+        "{name1} and {name2} {do}[ {place}].[ {name1} has {prop1}.][ {name1} wears {scarf1}.][ {name2} has {prop2}.][ {name2} wears {scarf2}.]",
+        "{name1} and {name2} are {place}. {he1} {does1}[ with {prop1}][, in {scarf1}]. {he2} {does2}[ with {prop2}][, in {scarf2}].",
+        "{name1} joins {name2}[ {place}]. {he1} {does1}[ in {scarf1}][ with {prop1}] and {he2} {does2}[ in {scarf2}][ with {prop2}].",
+        "{name2} is {place}[ with {prop2}][, in {scarf2}]. {name1}[, wearing {scarf1},] joins {him2}[ with {prop1}]. They both {do}.",
+        "{name1}[, wearing {scarf1},] and {name2}[, wearing {scarf2},][ go {way} and] {do}.[ {name1} holds {prop1} and {name2} holds {prop2}.]",
+        "Meanwhile {name1}[ in {scarf1}] {does1}[ {place}][, holding {prop1},] and {name2}[ in {scarf2}] {does2}[ with {prop2}].",
+        "{name1} is {doing1}[ {place}][ in {scarf1}][, holding {prop1},] and {name2} is {doing2}[ in {scarf2}][, holding {prop2}].",
+        "[{place} ]{name1} is {doing1}[ with {prop1}].[ {name1} wears {scarf1}.] {name2} is {doing2}[ with {prop2}].[ {name2} wears {scarf2}.]",
+        "[Wearing {scarf1}, ]{name1} {does1}[ {place}][ with {prop1}], and {name2} {does2}[ in {scarf2}][ with {prop2}].",
+        "Look, {name1}[ with {prop1}][ in {scarf1}] and {name2}[ with {prop2}][ in {scarf2}] {do}[ {place}].",
+        "{name1} {does1}[ {place}][ with {prop1}][, wearing {scarf1},] while {name2} {does2}[ with {prop2}][, wearing {scarf2}].",
+        "{name1}[ holds {prop1} and] {does1}[ {place}][, wearing {scarf1}]. {name2}[ holds {prop2} and] {does2}[, wearing {scarf2}].",
+        "[{place} ]{name1}[ has {prop1} and] {does1}[ in {scarf1}]. Meanwhile {name2}[ has {prop2} and] {does2}[ in {scarf2}].",
+    ),
+    test=(
+        "[{place} ]{name1} is {doing1}[ with {prop1}][ in {scarf1}] while {name2} is {doing2}[ with {prop2}][ in {scarf2}].",
+        "Look, {name1}[ in {scarf1}] {does1}[, holding {prop1},] and {name2}[ in {scarf2}] {does2}[, holding {prop2},][ {place}].",
+        "{name1}[ wears {scarf1} and] {does1}[ {place}][ with {prop1}]. {name2}[ wears {scarf2} and] {does2}[ with {prop2}].",
+        "{name1} and {name2} are {place}. {name1} {does1}[ with {prop1}][ in {scarf1}] and {name2} {does2}[ with {prop2}][ in {scarf2}].",
+    ),
+)
 
 # %% ../nbs/00_storyworld.ipynb #822f0f65
-def describe(scene:Scene, # what to tell
-             rng:random.Random, # chooses the template
-             split:str="train", # "test" uses templates that training never shows, made of the same words
-             say:tuple=("setting", "prop", "scarf"), # which attributes to mention besides names and actions
-             templates:tuple|None=None, # wordings of your own instead of the split's, as in `SOLO` or `PAIR`
-            ) -> str:
+def describe(
+    scene: Scene,  # what to tell
+    rng: random.Random,  # chooses the template
+    split: str = "train",  # "test" uses templates that training never shows, made of the same words
+    say: tuple = (
+        "setting",
+        "prop",
+        "scarf",
+    ),  # which attributes to mention besides names and actions
+    templates: tuple
+    | None = None,  # wordings of your own instead of the split's, as in `SOLO` or `PAIR`
+) -> str:
     "An explicit caption of a scene; raises ValueError on an unknown split or attribute."
     _check("split", split, SPLITS)
-    for attribute in say: _check("say", attribute, ("setting", "prop", "scarf"))
+    for attribute in say:
+        _check("say", attribute, ("setting", "prop", "scarf"))
     alone = len(scene.actors) == 1
-    if templates is None: templates = (SOLO if alone else PAIR)["test" if split == "test" else "train"]
+    if templates is None:
+        templates = (SOLO if alone else PAIR)["test" if split == "test" else "train"]
     words = _actor_words(scene.actors[0], say) if alone else _pair_words(scene.actors, say)
     return write(templates, words | _place_words(scene.setting, say), rng)[0]
 
@@ -664,44 +976,54 @@ def describe(scene:Scene, # what to tell
 @dataclass(frozen=True)
 class Fact:
     "One attribute of one frame, and where a reader of the story can know it from."
-    frame:int # which frame shows it
-    attribute:str # "setting", "character", "prop", "scarf" or "action"
-    actor:int|None # index in the frame's actors; None for the setting
-    value:str # what is true
-    stated:bool # the frame's own caption says it
-    sources:tuple[int, ...] # earlier frames each of which alone tells it; () if stated or unknowable
-    said:bool # the caption of one of the sources says it in words
+
+    frame: int  # which frame shows it
+    attribute: str  # "setting", "character", "prop", "scarf" or "action"
+    actor: int | None  # index in the frame's actors; None for the setting
+    value: str  # what is true
+    stated: bool  # the frame's own caption says it
+    sources: tuple[
+        int, ...
+    ]  # earlier frames each of which alone tells it; () if stated or unknowable
+    said: bool  # the caption of one of the sources says it in words
 
 # %% ../nbs/00_storyworld.ipynb #f4f47f01
 @dataclass(frozen=True)
 class Told:
     "One frame as the narrator knows it."
-    caption:str
-    scene:Scene
-    stated:frozenset # (attribute, character or None) that the caption says
-    moved:frozenset # characters that arrive in this frame
-    picked:frozenset # characters that change their prop in this frame
+
+    caption: str
+    scene: Scene
+    stated: frozenset  # (attribute, character or None) that the caption says
+    moved: frozenset  # characters that arrive in this frame
+    picked: frozenset  # characters that change their prop in this frame
 
 # %% ../nbs/00_storyworld.ipynb #ee484fc2
-def telling_frames(told:list, # `Told` frames of the story so far
-                   frame:int, # the frame asked about
-                   name:str, # a character in it
-                   changed:str|None=None, # "moved", "picked", or None for what never changes
-                  ) -> set: # earlier frames that show this character in the same condition
+def telling_frames(
+    told: list,  # `Told` frames of the story so far
+    frame: int,  # the frame asked about
+    name: str,  # a character in it
+    changed: str | None = None,  # "moved", "picked", or None for what never changes
+) -> set:  # earlier frames that show this character in the same condition
     "The sources: earlier frames showing the character, none of them before its last change. Our choice."
-    since = max((k for k in range(frame + 1) if changed and name in getattr(told[k], changed)), default=0)
+    since = max(
+        (k for k in range(frame + 1) if changed and name in getattr(told[k], changed)), default=0
+    )
     return {k for k in range(since, frame) if name in [a.name for a in told[k].scene.actors]}
 
 # %% ../nbs/00_storyworld.ipynb #44e092da
-def facts_of(told:list, # `Told` frames
-            ) -> list: # `Fact`s, frame by frame
+def facts_of(
+    told: list,  # `Told` frames
+) -> list:  # `Fact`s, frame by frame
     "Every attribute of every frame, with its sources."
     facts = []
+
     def add(frame, attribute, actor, name, value, sources):
         stated = (attribute, name) in told[frame].stated
         sources = () if stated else tuple(sorted(sources))
         said = any((attribute, name) in told[k].stated for k in sources)
         facts.append(Fact(frame, attribute, actor, value, stated, sources, said))
+
     for k, frame in enumerate(told):
         places = (telling_frames(told, k, a.name, "moved") for a in frame.scene.actors)
         add(k, "setting", None, None, frame.scene.setting, set().union(*places))
@@ -715,58 +1037,144 @@ def facts_of(told:list, # `Told` frames
 # %% ../nbs/00_storyworld.ipynb #23249869
 TELL = dict(
     intro=dict(
-        train=("{name} is {place} and {does}[, holding {prop}][, in {scarf}].", "{place} {name} {does}[ in {scarf}][, holding {prop}].",
-               "{name} {does} {place}[ with {prop}][, wearing {scarf}].", "{name} is {place}[ with {prop}]. {he} {does}[ in {scarf}].",
-               "[Wearing {scarf}, ]{name} is {place} and {does}[ with {prop}].", "[Holding {prop}, ]{name} is {place}[ in {scarf}]. {he} {does}."),
-        test=SOLO["test"]),
+        train=(
+            "{name} is {place} and {does}[, holding {prop}][, in {scarf}].",
+            "{place} {name} {does}[ in {scarf}][, holding {prop}].",
+            "{name} {does} {place}[ with {prop}][, wearing {scarf}].",
+            "{name} is {place}[ with {prop}]. {he} {does}[ in {scarf}].",
+            "[Wearing {scarf}, ]{name} is {place} and {does}[ with {prop}].",
+            "[Holding {prop}, ]{name} is {place}[ in {scarf}]. {he} {does}.",
+        ),
+        test=SOLO["test"],
+    ),
     stay=dict(
-        train=("{he} {does}.", "Then {he} {does}.", "Now {he} {does}.", "{he} is {doing}.", "{name} {does}."),
-        test=("And {he} {does}.", "Now {he} is {doing}.", "And now {he} {does}.", "Then {name} {does}.")),
+        train=(
+            "{he} {does}.",
+            "Then {he} {does}.",
+            "Now {he} {does}.",
+            "{he} is {doing}.",
+            "{name} {does}.",
+        ),
+        test=(
+            "And {he} {does}.",
+            "Now {he} is {doing}.",
+            "And now {he} {does}.",
+            "Then {name} {does}.",
+        ),
+    ),
     move=dict(
-        train=("{he} goes {way} and {does}.", "Then {he} goes {way}. {he} {does}.", "{name} goes {way} and {does}.", "Now {he} is {place} and {does}."),
-        test=("Now {he} goes {way} and {does}.", "{he} goes {way}. Now {he} {does}.", "And now {he} {does} {place}.")),
+        train=(
+            "{he} goes {way} and {does}.",
+            "Then {he} goes {way}. {he} {does}.",
+            "{name} goes {way} and {does}.",
+            "Now {he} is {place} and {does}.",
+        ),
+        test=(
+            "Now {he} goes {way} and {does}.",
+            "{he} goes {way}. Now {he} {does}.",
+            "And now {he} {does} {place}.",
+        ),
+    ),
     pick=dict(
-        train=("{he} picks up {prop} and {does}.", "{he} finds {prop}. {he} {does}.", "Now {he} has {prop} and {does}.", "{name} picks up {prop} and {does}."),
-        test=("Then {he} finds {prop} and {does}.", "{he} picks up {prop}. Now {he} {does}.", "And now {he} {does} with {prop}.")),
+        train=(
+            "{he} picks up {prop} and {does}.",
+            "{he} finds {prop}. {he} {does}.",
+            "Now {he} has {prop} and {does}.",
+            "{name} picks up {prop} and {does}.",
+        ),
+        test=(
+            "Then {he} finds {prop} and {does}.",
+            "{he} picks up {prop}. Now {he} {does}.",
+            "And now {he} {does} with {prop}.",
+        ),
+    ),
     elsewhere=dict(
-        train=("Meanwhile {name} {does} {place}[ with {prop}][, in {scarf}].", "Meanwhile {name} is {place} and {does}[, holding {prop}][, wearing {scarf}].",
-               "Meanwhile {place} {name} {does}[ in {scarf}][, holding {prop}]."),
-        test=("Meanwhile {name} is {doing} {place}[, holding {prop}][, in {scarf}].", "Meanwhile[, in {scarf}], {name} is {place}. {he} {does}[ with {prop}].")),
+        train=(
+            "Meanwhile {name} {does} {place}[ with {prop}][, in {scarf}].",
+            "Meanwhile {name} is {place} and {does}[, holding {prop}][, wearing {scarf}].",
+            "Meanwhile {place} {name} {does}[ in {scarf}][, holding {prop}].",
+        ),
+        test=(
+            "Meanwhile {name} is {doing} {place}[, holding {prop}][, in {scarf}].",
+            "Meanwhile[, in {scarf}], {name} is {place}. {he} {does}[ with {prop}].",
+        ),
+    ),
     meanwhile=dict(
         train=("Meanwhile {he} {does}.", "Meanwhile {name} {does}.", "Meanwhile {he} is {doing}."),
-        test=("And meanwhile {he} {does}.", "Meanwhile {name} is {doing}.")),
+        test=("And meanwhile {he} {does}.", "Meanwhile {name} is {doing}."),
+    ),
     meanwhile_pick=dict(
-        train=("Meanwhile {he} picks up {prop} and {does}.", "Meanwhile {name} finds {prop} and {does}."),
-        test=("Meanwhile {he} finds {prop}. {he} {does}.", "And meanwhile {name} picks up {prop} and {does}.")),
+        train=(
+            "Meanwhile {he} picks up {prop} and {does}.",
+            "Meanwhile {name} finds {prop} and {does}.",
+        ),
+        test=(
+            "Meanwhile {he} finds {prop}. {he} {does}.",
+            "And meanwhile {name} picks up {prop} and {does}.",
+        ),
+    ),
 )
 
 # %% ../nbs/00_storyworld.ipynb #ce666bb4
 TELL_PAIR = dict(
     arrive=dict(
-        train=("{name1} joins {him2}[ with {prop1}][, in {scarf1}]. They {do}.",
-               "{name1} joins {him2}[ with {prop1}][, wearing {scarf1}]. {he1} {does1} and {he2} {does2}.",
-               "Then {name1}[ in {scarf1}] joins {him2}[, holding {prop1}]. They both {do}."),
-        test=("Now {name1} joins {him2}[ with {prop1}][, in {scarf1}]. They {do}.",
-              "Then {name1}[, wearing {scarf1},] joins {him2}[, holding {prop1}]. {he1} {does1} while {he2} {does2}.")),
+        train=(
+            "{name1} joins {him2}[ with {prop1}][, in {scarf1}]. They {do}.",
+            "{name1} joins {him2}[ with {prop1}][, wearing {scarf1}]. {he1} {does1} and {he2} {does2}.",
+            "Then {name1}[ in {scarf1}] joins {him2}[, holding {prop1}]. They both {do}.",
+        ),
+        test=(
+            "Now {name1} joins {him2}[ with {prop1}][, in {scarf1}]. They {do}.",
+            "Then {name1}[, wearing {scarf1},] joins {him2}[, holding {prop1}]. {he1} {does1} while {he2} {does2}.",
+        ),
+    ),
     join=dict(
-        train=("{he1} joins {him2}. They {do}.", "{he1} joins {him2}. {he1} {does1} and {he2} {does2}.", "{name1} joins {him2}. They both {do}.",
-               "Then {he1} joins {name2}. They {do}.", "{name1} joins {him2}. {he1} {does1} and {he2} {does2}."),
-        test=("Now {he1} joins {him2}. They both {do}.", "Then {name1} joins {him2}. {he1} {does1} while {he2} {does2}.")),
+        train=(
+            "{he1} joins {him2}. They {do}.",
+            "{he1} joins {him2}. {he1} {does1} and {he2} {does2}.",
+            "{name1} joins {him2}. They both {do}.",
+            "Then {he1} joins {name2}. They {do}.",
+            "{name1} joins {him2}. {he1} {does1} and {he2} {does2}.",
+        ),
+        test=(
+            "Now {he1} joins {him2}. They both {do}.",
+            "Then {name1} joins {him2}. {he1} {does1} while {he2} {does2}.",
+        ),
+    ),
     together=dict(
-        train=("They {do}.", "They both {do}.", "{he1} {does1} and {he2} {does2}.", "Now they {do}.", "{he1} {does1} while {he2} {does2}."),
-        test=("Then they {do}.", "And now they both {do}.", "Now {he1} {does1} and {he2} {does2}.")),
+        train=(
+            "They {do}.",
+            "They both {do}.",
+            "{he1} {does1} and {he2} {does2}.",
+            "Now they {do}.",
+            "{he1} {does1} while {he2} {does2}.",
+        ),
+        test=("Then they {do}.", "And now they both {do}.", "Now {he1} {does1} and {he2} {does2}."),
+    ),
     travel=dict(
-        train=("They go {way} and {do}.", "They go {way}. {he1} {does1} and {he2} {does2}.", "Then they go {way}. They {do}."),
-        test=("Now they go {way} and {do}.", "Then they go {way}. {he1} {does1} while {he2} {does2}.")),
+        train=(
+            "They go {way} and {do}.",
+            "They go {way}. {he1} {does1} and {he2} {does2}.",
+            "Then they go {way}. They {do}.",
+        ),
+        test=(
+            "Now they go {way} and {do}.",
+            "Then they go {way}. {he1} {does1} while {he2} {does2}.",
+        ),
+    ),
 )
 
 # %% ../nbs/00_storyworld.ipynb #e38d88c5
-_STATES = dict(name="character", prop="prop", scarf="scarf", colour="scarf", does="action", doing="action")
+_STATES = dict(
+    name="character", prop="prop", scarf="scarf", colour="scarf", does="action", doing="action"
+)
+
 
 def _stated(used, names):
     "Turn the fields a caption used into (attribute, character) pairs."
     stated = {("setting", None)} if used & {"place", "way"} else set()
-    if "do" in used: stated |= {("action", n) for n in names}
+    if "do" in used:
+        stated |= {("action", n) for n in names}
     for k, name in enumerate(names):
         tag = str(k + 1) if len(names) == 2 else ""
         stated |= {(attribute, name) for field, attribute in _STATES.items() if field + tag in used}
@@ -775,15 +1183,24 @@ def _stated(used, names):
 # %% ../nbs/00_storyworld.ipynb #277d931b
 class Narrator:
     "Invents one story: remembers where everybody is and what they hold, and writes a caption for each change."
-    def __init__(self, rng:random.Random, # source of every choice
-                 split:str, # one of `SPLITS`
-                ):
+
+    def __init__(
+        self,
+        rng: random.Random,  # source of every choice
+        split: str,  # one of `SPLITS`
+    ):
         self.rng, self.templates = rng, "test" if split == "test" else "train"
-        self.hero, self.friend = [rng.choice([n for n in CHARACTERS if PRONOUNS[n] == p]) for p in rng.sample(("he", "she"), 2)]
+        self.hero, self.friend = [
+            rng.choice([n for n in CHARACTERS if PRONOUNS[n] == p])
+            for p in rng.sample(("he", "she"), 2)
+        ]
         self.names = self.hero, self.friend
-        self.place, self.prop = dict(zip(self.names, rng.sample(SETTINGS, 2))), dict(zip(self.names, rng.sample(PROPS, 2)))
+        self.place, self.prop = (
+            dict(zip(self.names, rng.sample(SETTINGS, 2))),
+            dict(zip(self.names, rng.sample(PROPS, 2))),
+        )
         self.scarf = dict(zip(self.names, rng.sample(SCARVES, 2)))
-        self.action, self.scarves_said = {}, rng.random() < .5
+        self.action, self.scarves_said = {}, rng.random() < 0.5
         self.met, self.shown, self.told = {self.hero}, (), []
 
     def another(self, values, *old):
@@ -792,25 +1209,32 @@ class Narrator:
 
     def introduction(self):
         "What the first caption of a character mentions besides the setting."
-        return tuple(["prop"] * (self.rng.random() < .8) + ["scarf"] * self.scarves_said)
+        return tuple(["prop"] * (self.rng.random() < 0.8) + ["scarf"] * self.scarves_said)
 
     def tell(self, templates, words, names, moved=(), picked=()):
         "Add a frame that shows these characters as they are now."
         caption, used = write(templates[self.templates], words, self.rng)
         actors = tuple(Actor(n, self.action[n], self.prop[n], self.scarf[n]) for n in names)
         scene = Scene(self.place[names[0]], actors)
-        self.told.append(Told(caption, scene, _stated(used, names), frozenset(moved), frozenset(picked)))
+        self.told.append(
+            Told(caption, scene, _stated(used, names), frozenset(moved), frozenset(picked))
+        )
         self.shown = tuple(names)
 
 # %% ../nbs/00_storyworld.ipynb #c40b899e
 def _tell_one(narrator, name, event, first=False):
     "A frame with one character."
-    if event == "meanwhile" and narrator.shown == (name,): event = "stay"
+    if event == "meanwhile" and narrator.shown == (name,):
+        event = "stay"
     narrator.action[name] = narrator.another(ACTIONS, narrator.action.get(name))
-    if event == "move": narrator.place[name] = narrator.another(SETTINGS, *narrator.place.values())
-    if "pick" in event: narrator.prop[name] = narrator.another(PROPS, narrator.prop[name])
+    if event == "move":
+        narrator.place[name] = narrator.another(SETTINGS, *narrator.place.values())
+    if "pick" in event:
+        narrator.prop[name] = narrator.another(PROPS, narrator.prop[name])
     actor = Actor(name, narrator.action[name], narrator.prop[name], narrator.scarf[name])
-    words = _actor_words(actor, narrator.introduction() if first else ("prop",)) | _place_words(narrator.place[name])
+    words = _actor_words(actor, narrator.introduction() if first else ("prop",)) | _place_words(
+        narrator.place[name]
+    )
     moved, picked = (name,) if event == "move" else (), (name,) if "pick" in event else ()
     narrator.tell(TELL[event], words, (name,), moved, picked)
 
@@ -819,18 +1243,23 @@ def _tell_two(narrator, names, event, first=False):
     "A frame with both; in an arrival the first one comes to where the second one is."
     place, action = narrator.place, narrator.action
     arrives = names[:1] if event in ("join", "arrive") else ()
-    if arrives: place[names[0]] = place[names[1]]
-    if event == "travel": place[names[0]] = place[names[1]] = narrator.another(SETTINGS, place[names[0]])
-    same = narrator.another(ACTIONS, action.get(names[1])) if narrator.rng.random() < .6 else None
-    for n in names: action[n] = same or narrator.another(ACTIONS, action.get(n))
+    if arrives:
+        place[names[0]] = place[names[1]]
+    if event == "travel":
+        place[names[0]] = place[names[1]] = narrator.another(SETTINGS, place[names[0]])
+    same = narrator.another(ACTIONS, action.get(names[1])) if narrator.rng.random() < 0.6 else None
+    for n in names:
+        action[n] = same or narrator.another(ACTIONS, action.get(n))
     one, two = (Actor(n, action[n], narrator.prop[n], narrator.scarf[n]) for n in names)
     words = _pair_words((one, two), ()) | _place_words(place[names[0]])
-    if first: words |= _actor_words(one, narrator.introduction(), "1")
-    if "do" in words: words = {k: v for k, v in words.items() if k[:-1] not in ("does", "doing")}
+    if first:
+        words |= _actor_words(one, narrator.introduction(), "1")
+    if "do" in words:
+        words = {k: v for k, v in words.items() if k[:-1] not in ("does", "doing")}
     narrator.tell(TELL_PAIR[event], words, names, arrives or (names if event == "travel" else ()))
 
 # %% ../nbs/00_storyworld.ipynb #91182d87
-_NEXT = dict( # who was shown last: what may come next, and how often
+_NEXT = dict(  # who was shown last: what may come next, and how often
     alone=dict(stay=11, move=6, pick=5, elsewhere=67, arrive=11),
     hero=dict(stay=10, move=6, pick=5, meanwhile=50, meanwhile_pick=10, join=19),
     friend=dict(back=48, back_move=9, back_pick=8, join=18, visit=8, meanwhile=9),
@@ -841,73 +1270,115 @@ _NEXT = dict( # who was shown last: what may come next, and how often
 def _continue(narrator):
     "Choose and tell the next frame."
     hero, friend = narrator.names
-    situation = "both" if len(narrator.shown) == 2 else "alone" if friend not in narrator.met else "hero" if narrator.shown == (hero,) else "friend"
+    situation = (
+        "both"
+        if len(narrator.shown) == 2
+        else "alone"
+        if friend not in narrator.met
+        else "hero"
+        if narrator.shown == (hero,)
+        else "friend"
+    )
     event = narrator.rng.choices(list(_NEXT[situation]), list(_NEXT[situation].values()))[0]
-    if event in ("elsewhere", "arrive"): narrator.met.add(friend)
-    if event in ("together", "travel"): _tell_two(narrator, narrator.shown, event)
-    elif event in ("arrive", "join"): _tell_two(narrator, (friend, hero), event, event == "arrive")
-    elif event == "visit": _tell_two(narrator, (hero, friend), "join")
-    elif event == "part": _tell_one(narrator, narrator.rng.choice(narrator.names), "move")
-    elif event.startswith("back"): _tell_one(narrator, hero, event[5:] or "stay")
-    else: _tell_one(narrator, friend if event in ("elsewhere", "meanwhile", "meanwhile_pick") else hero, event, event == "elsewhere")
+    if event in ("elsewhere", "arrive"):
+        narrator.met.add(friend)
+    if event in ("together", "travel"):
+        _tell_two(narrator, narrator.shown, event)
+    elif event in ("arrive", "join"):
+        _tell_two(narrator, (friend, hero), event, event == "arrive")
+    elif event == "visit":
+        _tell_two(narrator, (hero, friend), "join")
+    elif event == "part":
+        _tell_one(narrator, narrator.rng.choice(narrator.names), "move")
+    elif event.startswith("back"):
+        _tell_one(narrator, hero, event[5:] or "stay")
+    else:
+        _tell_one(
+            narrator,
+            friend if event in ("elsewhere", "meanwhile", "meanwhile_pick") else hero,
+            event,
+            event == "elsewhere",
+        )
 
 # %% ../nbs/00_storyworld.ipynb #08970d18
 @dataclass
 class Story:
     "Captions, the scenes they tell, and the truth about who can be known from where."
-    captions:list[str] # one a frame
-    scenes:list[Scene] # one a frame
-    seed:int # where it came from
-    facts:list[Fact] # frame by frame
 
-    def frames(self,
-               size:int=64, # pixels
-               take:int=0, # another take is the same story with other small jitter
-              ) -> list: # PIL images
+    captions: list[str]  # one a frame
+    scenes: list[Scene]  # one a frame
+    seed: int  # where it came from
+    facts: list[Fact]  # frame by frame
+
+    def frames(
+        self,
+        size: int = 64,  # pixels
+        take: int = 0,  # another take is the same story with other small jitter
+    ) -> list:  # PIL images
         "Draw the story."
-        seeds = (random.Random(f"{self.seed} {k} {take}").getrandbits(32) for k in range(len(self.scenes)))
+        seeds = (
+            random.Random(f"{self.seed} {k} {take}").getrandbits(32)
+            for k in range(len(self.scenes))
+        )
         return [render(scene, size, seed) for scene, seed in zip(self.scenes, seeds)]
 
-    def truth(self) -> dict: # what JSON can hold
+    def truth(self) -> dict:  # what JSON can hold
         "Scenes and facts as plain containers, version 1."
         plain = lambda x: {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(x).items()}
-        return dict(version=1, seed=self.seed, scenes=[plain(s) for s in self.scenes], facts=[plain(f) for f in self.facts])
+        return dict(
+            version=1,
+            seed=self.seed,
+            scenes=[plain(s) for s in self.scenes],
+            facts=[plain(f) for f in self.facts],
+        )
 
     @classmethod
-    def from_truth(cls,
-                   truth:dict, # as `truth()` gave it
-                   captions:list|tuple=(), # the truth holds none; give them to get an equal story
-                  ):
+    def from_truth(
+        cls,
+        truth: dict,  # as `truth()` gave it
+        captions: list | tuple = (),  # the truth holds none; give them to get an equal story
+    ):
         "The inverse of `truth`. Raises ValueError on another version or a missing part."
-        if truth.get("version") != 1: raise ValueError(f"truth has version {truth.get('version')!r}; this code reads version 1")
+        if truth.get("version") != 1:
+            raise ValueError(
+                f"truth has version {truth.get('version')!r}; this code reads version 1"
+            )
         for part in ("seed", "scenes", "facts"):
-            if part not in truth: raise ValueError(f"truth has no {part!r}")
-        scenes = [Scene(s["setting"], tuple(Actor(**a) for a in s["actors"])) for s in truth["scenes"]]
+            if part not in truth:
+                raise ValueError(f"truth has no {part!r}")
+        scenes = [
+            Scene(s["setting"], tuple(Actor(**a) for a in s["actors"])) for s in truth["scenes"]
+        ]
         facts = [Fact(**{**f, "sources": tuple(f["sources"])}) for f in truth["facts"]]
         return cls(list(captions), scenes, truth["seed"], facts)
 
 # %% ../nbs/00_storyworld.ipynb #89315ff4
-def make_story(seed:int, # the same seed and split always give the same story
-               split:str="train", # "train", "val", or "test", where a held-out triple is shown
-               n_frames:int=5, # 3 to 8
-              ) -> Story:
+def make_story(
+    seed: int,  # the same seed and split always give the same story
+    split: str = "train",  # "train", "val", or "test", where a held-out triple is shown
+    n_frames: int = 5,  # 3 to 8
+) -> Story:
     "Invent a story. Raises ValueError on an unknown split or a length outside 3 to 8. Our choice."
     _check("split", split, SPLITS)
     _check("n_frames", n_frames, tuple(range(3, 9)))
     for attempt in range(1000):
         narrator = Narrator(random.Random(f"{seed} {split} {n_frames} {attempt}"), split)
         _tell_one(narrator, narrator.hero, "intro", first=True)
-        while len(narrator.told) < n_frames: _continue(narrator)
+        while len(narrator.told) < n_frames:
+            _continue(narrator)
         scenes = [frame.scene for frame in narrator.told]
         if any(map(held_out, scenes)) == (split == "test"):
-            return Story([frame.caption for frame in narrator.told], scenes, seed, facts_of(narrator.told))
+            return Story(
+                [frame.caption for frame in narrator.told], scenes, seed, facts_of(narrator.told)
+            )
 
 # %% ../nbs/00_storyworld.ipynb #a9a78339
-def make_stories(n:int, # how many
-                 split:str="train", # which split
-                 seed:int=0, # another seed gives other stories
-                 n_frames:int=5, # 3 to 8
-                ) -> list:
+def make_stories(
+    n: int,  # how many
+    split: str = "train",  # which split
+    seed: int = 0,  # another seed gives other stories
+    n_frames: int = 5,  # 3 to 8
+) -> list:
     "Many stories: numbers seed * 1,000,000 onwards."
     return [make_story(seed * 1_000_000 + k, split, n_frames) for k in range(n)]
 
@@ -915,24 +1386,41 @@ def make_stories(n:int, # how many
 def _truth_fields(story):
     "(row, column) -> fact, and the names of the rows: the setting, then name, scarf and prop of each character."
     names = list(dict.fromkeys(a.name for scene in story.scenes for a in scene.actors))
-    rows = ["setting"] + [f"{name}: {attribute}" for name in names for attribute in ("character", "scarf", "prop")]
+    rows = ["setting"] + [
+        f"{name}: {attribute}" for name in names for attribute in ("character", "scarf", "prop")
+    ]
+
     def row(fact):
-        if fact.attribute == "setting": return 0
+        if fact.attribute == "setting":
+            return 0
         return rows.index(f"{story.scenes[fact.frame].actors[fact.actor].name}: {fact.attribute}")
+
     fields = {(row(f), f.frame): f for f in story.facts if f.attribute != "action"}
     return fields, [r.replace(": character", ": who") for r in rows]
 
 # %% ../nbs/00_storyworld.ipynb #4874b569
-def draw_truth(story:Story, # any story
-               size:int=164, # pixels of the frames
-              ) -> Image.Image: # one picture with a palette
+def draw_truth(
+    story: Story,  # any story
+    size: int = 164,  # pixels of the frames
+) -> Image.Image:  # one picture with a palette
     "Frames and captions; below them which fact is stated where, and which earlier frames tell the others. Needs matplotlib."
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
+
     (fields, rows), n = _truth_fields(story), len(story.scenes)
-    figure = Figure(figsize=(1.8 * n + 1, 2.75 + .45 * len(rows)), dpi=size / 1.64)
+    figure = Figure(figsize=(1.8 * n + 1, 2.75 + 0.45 * len(rows)), dpi=size / 1.64)
     canvas = FigureCanvasAgg(figure)
-    grid = figure.add_gridspec(2, n, height_ratios=(2.3, .45 * len(rows)), hspace=.03, wspace=.05, left=1 / (1.8 * n + 1), right=.995, top=.87, bottom=.01)
+    grid = figure.add_gridspec(
+        2,
+        n,
+        height_ratios=(2.3, 0.45 * len(rows)),
+        hspace=0.03,
+        wspace=0.05,
+        left=1 / (1.8 * n + 1),
+        right=0.995,
+        top=0.87,
+        bottom=0.01,
+    )
     for k, (frame, caption) in enumerate(zip(story.frames(size), story.captions)):
         ax = figure.add_subplot(grid[0, k])
         ax.imshow(frame)
@@ -940,24 +1428,52 @@ def draw_truth(story:Story, # any story
         ax.set_xlabel(f"frame {k}", fontsize=9)
         ax.set(xticks=[], yticks=[])
     ax = figure.add_subplot(grid[1, :])
-    ax.set(xlim=(-.5, n - .5), ylim=(len(rows) - .45, -.75), xticks=[], yticks=range(len(rows)))
+    ax.set(xlim=(-0.5, n - 0.5), ylim=(len(rows) - 0.45, -0.75), xticks=[], yticks=range(len(rows)))
     ax.set_yticklabels(rows, fontsize=9)
     ax.tick_params(length=0)
     ax.spines[:].set_visible(False)
-    for (row, frame), fact in fields.items(): _plot_fact(ax, row, fact)
+    for (row, frame), fact in fields.items():
+        _plot_fact(ax, row, fact)
     canvas.draw()
-    picture = Image.frombuffer("RGBA", canvas.get_width_height(), canvas.buffer_rgba(), "raw", "RGBA", 0, 1).convert("RGB")
+    picture = Image.frombuffer(
+        "RGBA", canvas.get_width_height(), canvas.buffer_rgba(), "raw", "RGBA", 0, 1
+    ).convert("RGB")
     return picture.quantize(255, Image.Quantize.MAXCOVERAGE, kmeans=2, dither=Image.Dither.NONE)
 
 # %% ../nbs/00_storyworld.ipynb #3c82653d
 def _plot_fact(ax, row, fact):
     "One field of the table, with arcs from its sources."
     known = bool(fact.stated or fact.sources)
-    style = dict(boxstyle="round,pad=.32", fc="#4a3f6b" if fact.stated else "white", ec="#4a3f6b" if known else "#aaa", ls="-" if known else "--")
-    ax.text(fact.frame, row, fact.value if known else f"{fact.value} ?", ha="center", va="center", fontsize=9, zorder=3,
-            color="white" if fact.stated else "#222" if known else "#999", bbox=style)
+    style = dict(
+        boxstyle="round,pad=.32",
+        fc="#4a3f6b" if fact.stated else "white",
+        ec="#4a3f6b" if known else "#aaa",
+        ls="-" if known else "--",
+    )
+    ax.text(
+        fact.frame,
+        row,
+        fact.value if known else f"{fact.value} ?",
+        ha="center",
+        va="center",
+        fontsize=9,
+        zorder=3,
+        color="white" if fact.stated else "#222" if known else "#999",
+        bbox=style,
+    )
     for source in fact.sources:
         nearest = source == max(fact.sources)
-        ax.annotate("", (fact.frame - .17, row - .17), (source + .17, row - .17), zorder=2 if nearest else 1, arrowprops=dict(
-            arrowstyle="-|>", lw=1.8 if nearest else .9, color="#e07a1f" if nearest else "#f0c9a0", shrinkA=0, shrinkB=2,
-            connectionstyle=f"arc3,rad={-.28 / (fact.frame - source) ** .9:.2f}"))
+        ax.annotate(
+            "",
+            (fact.frame - 0.17, row - 0.17),
+            (source + 0.17, row - 0.17),
+            zorder=2 if nearest else 1,
+            arrowprops=dict(
+                arrowstyle="-|>",
+                lw=1.8 if nearest else 0.9,
+                color="#e07a1f" if nearest else "#f0c9a0",
+                shrinkA=0,
+                shrinkB=2,
+                connectionstyle=f"arc3,rad={-0.28 / (fact.frame - source) ** 0.9:.2f}",
+            ),
+        )

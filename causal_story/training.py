@@ -30,19 +30,22 @@ from .model import latent_posterior, sample_generator, story_loss
 
 # %% ../nbs/08_training.ipynb #59c5958d
 def batch_indices(
-    step:int,          # optimizer step, from 0
-    n_samples:int,     # samples in the data
-    batch_size:int,    # global batch: samples a step, over all processes
-    seed:int=0,        # orders the epochs
-    process:int=0,     # this process ...
-    n_processes:int=1, # ... of so many
-)->list:               # (epoch, sample) pairs of this process at this step
+    step: int,  # optimizer step, from 0
+    n_samples: int,  # samples in the data
+    batch_size: int,  # global batch: samples a step, over all processes
+    seed: int = 0,  # orders the epochs
+    process: int = 0,  # this process ...
+    n_processes: int = 1,  # ... of so many
+) -> list:  # (epoch, sample) pairs of this process at this step
     "Which samples a step sees. An epoch is a fresh permutation; a batch may span two epochs, so no sample is ever left out."
     start, pairs, order, order_of = step * batch_size, [], None, None
     for position in range(start + process, start + batch_size, n_processes):
         epoch, place = divmod(position, n_samples)
         if order_of != epoch:
-            order_of, order = epoch, torch.randperm(n_samples, generator=sample_generator(seed, epoch, "order"))
+            order_of, order = (
+                epoch,
+                torch.randperm(n_samples, generator=sample_generator(seed, epoch, "order")),
+            )
         pairs.append((epoch, int(order[place])))
     return pairs
 
@@ -50,135 +53,180 @@ def batch_indices(
 @dataclass
 class TrainingConfig:
     "Settings of one run. Defaults suit the miniature (the paper's released configuration: AdamW, lr 1e-5, weight decay 1e-4, warm-up of one epoch, then cosine). Raises ValueError for values out of range."
-    steps:int=400                       # optimizer steps
-    batch_size:int=8                    # stories (or samples) a step, over all processes
-    learning_rate:float=1e-3            # peak
-    warmup_steps:int=40                 # linear warm-up
-    final_lr:float=0.02                 # share of the peak that is left at the end of the cosine
-    weight_decay:float=1e-4             # AdamW
-    betas:tuple=(0.9, 0.99)             # AdamW
-    max_grad_norm:float=1.0             # gradient clipping
-    gradient_accumulation_steps:int=1   # backward passes a step
-    ema_decay:float=0.0                 # 0 = no moving average
-    seed:int=0                          # orders data, draws noise, timesteps, dropout
-    checkpoint_every:int=200            # steps; 0 = never
-    keep_checkpoints:int=2              # older ones are removed
-    mixed_precision:str="no"            # "no", "fp16", "bf16"
+
+    steps: int = 400  # optimizer steps
+    batch_size: int = 8  # stories (or samples) a step, over all processes
+    learning_rate: float = 1e-3  # peak
+    warmup_steps: int = 40  # linear warm-up
+    final_lr: float = 0.02  # share of the peak that is left at the end of the cosine
+    weight_decay: float = 1e-4  # AdamW
+    betas: tuple = (0.9, 0.99)  # AdamW
+    max_grad_norm: float = 1.0  # gradient clipping
+    gradient_accumulation_steps: int = 1  # backward passes a step
+    ema_decay: float = 0.0  # 0 = no moving average
+    seed: int = 0  # orders data, draws noise, timesteps, dropout
+    checkpoint_every: int = 200  # steps; 0 = never
+    keep_checkpoints: int = 2  # older ones are removed
+    mixed_precision: str = "no"  # "no", "fp16", "bf16"
 
     def __post_init__(self):
         for name in ("steps", "batch_size", "gradient_accumulation_steps"):
-            if getattr(self, name) < 1: raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
-        if not 0 <= self.ema_decay < 1: raise ValueError(f"ema_decay must lie in [0, 1), got {self.ema_decay}")
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if not 0 <= self.ema_decay < 1:
+            raise ValueError(f"ema_decay must lie in [0, 1), got {self.ema_decay}")
         if self.mixed_precision not in ("no", "fp16", "bf16"):
-            raise ValueError(f"mixed_precision must be 'no', 'fp16' or 'bf16', got {self.mixed_precision!r}")
+            raise ValueError(
+                f"mixed_precision must be 'no', 'fp16' or 'bf16', got {self.mixed_precision!r}"
+            )
         self.betas = tuple(self.betas)
 
 # %% ../nbs/08_training.ipynb #68cef921
 def learning_rate_factor(
-    step:int,               # from 0
-    config:TrainingConfig,  # steps n, warmup_steps w, final_lr f
-)->float:                   # factor on the peak learning rate
+    step: int,  # from 0
+    config: TrainingConfig,  # steps n, warmup_steps w, final_lr f
+) -> float:  # factor on the peak learning rate
     "Linear warm-up, then cosine, as the released configuration has it."
     warm = min(1.0, (step + 1) / max(1, config.warmup_steps))
     u = max(0.0, (step - config.warmup_steps) / max(1, config.steps - config.warmup_steps))
-    return warm * (config.final_lr + (1 - config.final_lr) * 0.5 * (1 + math.cos(math.pi * min(1.0, u))))
+    return warm * (
+        config.final_lr + (1 - config.final_lr) * 0.5 * (1 + math.cos(math.pi * min(1.0, u)))
+    )
 
 # %% ../nbs/08_training.ipynb #13f55fbc
 def save_checkpoint(
-    folder,           # the run's folder; the checkpoint becomes folder/step-XXXXXXXX
-    step:int,         # optimizer steps done
-    tensors:dict,     # name -> tensor
-    record:dict,      # anything JSON can hold
-    keep:int=2,       # newest checkpoints that stay
-)->Path:              # the checkpoint
+    folder,  # the run's folder; the checkpoint becomes folder/step-XXXXXXXX
+    step: int,  # optimizer steps done
+    tensors: dict,  # name -> tensor
+    record: dict,  # anything JSON can hold
+    keep: int = 2,  # newest checkpoints that stay
+) -> Path:  # the checkpoint
     "Write a checkpoint atomically, then remove those older than the newest `keep`. A failed write leaves the earlier ones whole."
     folder = Path(folder)
     final, temporary = folder / f"step-{step:08d}", folder / f".tmp-step-{step:08d}"
     shutil.rmtree(temporary, ignore_errors=True)
     try:
         temporary.mkdir(parents=True)
-        save_file({name: t.detach().cpu().contiguous().clone() for name, t in tensors.items()}, temporary / "state.safetensors")
+        save_file(
+            {name: t.detach().cpu().contiguous().clone() for name, t in tensors.items()},
+            temporary / "state.safetensors",
+        )
         (temporary / "state.json").write_text(json.dumps({"step": step, **record}))
-        for file in temporary.iterdir(): _to_disk(file)
+        for file in temporary.iterdir():
+            _to_disk(file)
         shutil.rmtree(final, ignore_errors=True)
         os.replace(temporary, final)
         _to_disk(folder)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
-    for old in list_checkpoints(folder)[:-max(1, keep)]: shutil.rmtree(old)
+    for old in list_checkpoints(folder)[: -max(1, keep)]:
+        shutil.rmtree(old)
     return final
+
 
 def _to_disk(path):
     "Wait until a file's bytes, or a folder's names, are on the disk and not only on their way: a rename may overtake them when the power fails."
-    if Path(path).is_dir() and os.name == "nt": return   # Windows opens no folders
+    if Path(path).is_dir() and os.name == "nt":
+        return  # Windows opens no folders
     handle = os.open(path, os.O_RDONLY if Path(path).is_dir() else os.O_RDWR)
-    try: os.fsync(handle)
+    try:
+        os.fsync(handle)
     except OSError:
-        if not Path(path).is_dir(): raise   # some network disks know no such thing for folders
-    finally: os.close(handle)
+        if not Path(path).is_dir():
+            raise  # some network disks know no such thing for folders
+    finally:
+        os.close(handle)
 
-def list_checkpoints(folder)->list: # oldest first
+
+def list_checkpoints(folder) -> list:  # oldest first
     "The whole checkpoints of a run."
     return sorted(p for p in Path(folder).glob("step-*") if (p / "state.json").exists())
 
+
 def load_checkpoint(
     path,  # a step-XXXXXXXX folder
-):         # (tensors, record)
+):  # (tensors, record)
     "Read a checkpoint. Raises ValueError that names the folder if a file in it is damaged."
     try:
-        return load_file(Path(path) / "state.safetensors"), json.loads((Path(path) / "state.json").read_text())
+        return load_file(Path(path) / "state.safetensors"), json.loads(
+            (Path(path) / "state.json").read_text()
+        )
     except Exception as error:
-        raise ValueError(f"checkpoint {path} cannot be read ({error}); remove this folder to resume from an earlier one") from error
+        raise ValueError(
+            f"checkpoint {path} cannot be read ({error}); remove this folder to resume from an earlier one"
+        ) from error
 
 # %% ../nbs/08_training.ipynb #b6f2348e
-def _trained(model:nn.Module)->dict:
+def _trained(model: nn.Module) -> dict:
     return {name: p for name, p in model.named_parameters() if p.requires_grad}
 
+
 def optimizer_tensors(
-    optimizer:torch.optim.Optimizer, # AdamW
-    parameters:dict,                 # name -> parameter
-)->dict:                             # "optimizer/NAME/KEY" -> tensor
+    optimizer: torch.optim.Optimizer,  # AdamW
+    parameters: dict,  # name -> parameter
+) -> dict:  # "optimizer/NAME/KEY" -> tensor
     "AdamW's state by parameter name."
-    return {f"optimizer/{name}/{key}": value for name, p in parameters.items()
-            for key, value in optimizer.state.get(p, {}).items()}
+    return {
+        f"optimizer/{name}/{key}": value
+        for name, p in parameters.items()
+        for key, value in optimizer.state.get(p, {}).items()
+    }
+
 
 def restore_optimizer(
-    optimizer:torch.optim.Optimizer, # changed in place
-    parameters:dict,                 # name -> parameter
-    tensors:dict,                    # as `optimizer_tensors` gave
+    optimizer: torch.optim.Optimizer,  # changed in place
+    parameters: dict,  # name -> parameter
+    tensors: dict,  # as `optimizer_tensors` gave
 ):
     "Put AdamW's state back, on the parameters' devices."
     for name, p in parameters.items():
         prefix = f"optimizer/{name}/"
-        found = {key[len(prefix):]: value for key, value in tensors.items() if key.startswith(prefix)}
-        optimizer.state[p] = {key: value if key == "step" else value.to(p.device) for key, value in found.items()}
+        found = {
+            key[len(prefix) :]: value for key, value in tensors.items() if key.startswith(prefix)
+        }
+        optimizer.state[p] = {
+            key: value if key == "step" else value.to(p.device) for key, value in found.items()
+        }
 
 # %% ../nbs/08_training.ipynb #4a0e8cda
 def run_state(
-    model:nn.Module,                 # what trains is saved
-    optimizer:torch.optim.Optimizer, # AdamW
-    ema,                             # diffusers' EMAModel or None
-)->dict:                             # name -> tensor
+    model: nn.Module,  # what trains is saved
+    optimizer: torch.optim.Optimizer,  # AdamW
+    ema,  # diffusers' EMAModel or None
+) -> dict:  # name -> tensor
     "Everything that a resumed run needs besides its step."
     parameters = _trained(model)
-    tensors = {f"model/{name}": p for name, p in parameters.items()} | optimizer_tensors(optimizer, parameters)
-    if ema is not None: tensors |= {f"ema/{name}": s for name, s in zip(parameters, ema.shadow_params)}
+    tensors = {f"model/{name}": p for name, p in parameters.items()} | optimizer_tensors(
+        optimizer, parameters
+    )
+    if ema is not None:
+        tensors |= {f"ema/{name}": s for name, s in zip(parameters, ema.shadow_params)}
     return tensors
 
+
 def restore_run(
-    model:nn.Module, # its trained parameters are overwritten
-    optimizer,       # AdamW over them
-    ema,             # diffusers' EMAModel over them, or None
-    tensors:dict,    # as `run_state` gave
-    step:int,        # optimizer steps done
+    model: nn.Module,  # its trained parameters are overwritten
+    optimizer,  # AdamW over them
+    ema,  # diffusers' EMAModel over them, or None
+    tensors: dict,  # as `run_state` gave
+    step: int,  # optimizer steps done
 ):
     "Put a run back where it stood. Raises ValueError if the checkpoint trains other parameters than the model."
     parameters = _trained(model)
-    missing = sorted(name for name in parameters if f"model/{name}" not in tensors or tensors[f"model/{name}"].shape != parameters[name].shape)
-    if missing: raise ValueError(f"the checkpoint belongs to another run: it has no (or a differently shaped) {missing[0]!r}; use a new folder")
+    missing = sorted(
+        name
+        for name in parameters
+        if f"model/{name}" not in tensors
+        or tensors[f"model/{name}"].shape != parameters[name].shape
+    )
+    if missing:
+        raise ValueError(
+            f"the checkpoint belongs to another run: it has no (or a differently shaped) {missing[0]!r}; use a new folder"
+        )
     with torch.no_grad():
-        for name, p in parameters.items(): p.copy_(tensors[f"model/{name}"])
+        for name, p in parameters.items():
+            p.copy_(tensors[f"model/{name}"])
     restore_optimizer(optimizer, parameters, tensors)
     if ema is not None:
         ema.shadow_params = [tensors[f"ema/{name}"].to(p.device) for name, p in parameters.items()]
@@ -186,231 +234,378 @@ def restore_run(
 
 # %% ../nbs/08_training.ipynb #5e0c97d1
 def make_accelerator(
-    config:TrainingConfig, # its mixed_precision is used
-):                         # accelerate.Accelerator
-    "The handle on devices, processes and precision. Some parameters may get no gradient in a step: relevance under the policy \"full\", say."
+    config: TrainingConfig,  # its mixed_precision is used
+):  # accelerate.Accelerator
+    'The handle on devices, processes and precision. Some parameters may get no gradient in a step: relevance under the policy "full", say.'
     from accelerate import Accelerator, DistributedDataParallelKwargs
-    return Accelerator(mixed_precision=config.mixed_precision, kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True)])
+
+    return Accelerator(
+        mixed_precision=config.mixed_precision,
+        kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True)],
+    )
 
 # %% ../nbs/08_training.ipynb #f3249123
 def parameter_groups(
-    model:nn.Module,            # its parameters with requires_grad train
-    config:TrainingConfig,      # peak learning rate
-    scales:dict|None=None,      # part of a name -> factor on the learning rate
-)->list:                        # groups for AdamW
+    model: nn.Module,  # its parameters with requires_grad train
+    config: TrainingConfig,  # peak learning rate
+    scales: dict | None = None,  # part of a name -> factor on the learning rate
+) -> list:  # groups for AdamW
     "One group for each factor. The first entry of `scales` found in a parameter's name decides; 1 otherwise. Raises ValueError if nothing trains."
     groups = {}
     for name, p in _trained(model).items():
         scale = next((factor for part, factor in (scales or {}).items() if part in name), 1.0)
         groups.setdefault(scale, []).append(p)
-    if not groups: raise ValueError("nothing trains: no parameter of the model has requires_grad=True")
-    return [dict(params=ps, lr=config.learning_rate * scale, peak=config.learning_rate * scale) for scale, ps in groups.items()]
+    if not groups:
+        raise ValueError("nothing trains: no parameter of the model has requires_grad=True")
+    return [
+        dict(params=ps, lr=config.learning_rate * scale, peak=config.learning_rate * scale)
+        for scale, ps in groups.items()
+    ]
 
 # %% ../nbs/08_training.ipynb #7f937574
 @dataclass
 class TrainingResult:
     "What `fit` returns."
-    losses:list         # one number a step
-    seconds:float       # wall time of the training loop, earlier calls included
-    steps_done:int      # optimizer steps in all, earlier calls included
-    ema:object=None     # diffusers' EMAModel, or None
 
-    def use_ema(self, model:nn.Module)->nn.Module:
+    losses: list  # one number a step
+    seconds: float  # wall time of the training loop, earlier calls included
+    steps_done: int  # optimizer steps in all, earlier calls included
+    ema: object = None  # diffusers' EMAModel, or None
+
+    def use_ema(self, model: nn.Module) -> nn.Module:
         "Replace the trained weights of `model` by their moving average (nothing happens without one)."
-        if self.ema is not None: self.ema.copy_to([p for p in model.parameters() if p.requires_grad])
+        if self.ema is not None:
+            self.ema.copy_to([p for p in model.parameters() if p.requires_grad])
         return model
 
 # %% ../nbs/08_training.ipynb #9fda9efd
 def fit(
-    model:nn.Module,          # changed in place; what has requires_grad trains
-    loss,                     # loss(model, batch, step) -> scalar tensor
-    batches,                  # batches(step) -> batch of this process for that step, or an object with .stream(first, last)
-    config:TrainingConfig,    # settings
-    folder=None,              # run folder for checkpoints; an interrupted run there is continued
-    accelerator=None,         # accelerate.Accelerator; made here if None
-    lr_scales:dict|None=None, # part of a parameter's name -> factor on the learning rate
-    callbacks=(),             # each called as callback(step, loss, model) after every optimizer step
-    stop_at:int|None=None,    # stop after so many steps in all (the schedule still ends at config.steps)
-    description:str="training", # of the progress bar
-    progress:bool=True,       # show it
-)->TrainingResult:
+    model: nn.Module,  # changed in place; what has requires_grad trains
+    loss,  # loss(model, batch, step) -> scalar tensor
+    batches,  # batches(step) -> batch of this process for that step, or an object with .stream(first, last)
+    config: TrainingConfig,  # settings
+    folder=None,  # run folder for checkpoints; an interrupted run there is continued
+    accelerator=None,  # accelerate.Accelerator; made here if None
+    lr_scales: dict | None = None,  # part of a parameter's name -> factor on the learning rate
+    callbacks=(),  # each called as callback(step, loss, model) after every optimizer step
+    stop_at: int
+    | None = None,  # stop after so many steps in all (the schedule still ends at config.steps)
+    description: str = "training",  # of the progress bar
+    progress: bool = True,  # show it
+) -> TrainingResult:
     """Train with AdamW, warm-up, cosine, clipping and EMA. Deterministic on a CPU: stopped and resumed equals never stopped.
 
     Raises `ValueError` if nothing trains, or if the folder holds a run with other settings or of another model; `FloatingPointError`
     if the loss is no number any more."""
     from diffusers.training_utils import EMAModel
+
     accelerator = accelerator or make_accelerator(config)
-    optimizer = torch.optim.AdamW(parameter_groups(model, config, lr_scales), betas=config.betas, weight_decay=config.weight_decay)
+    optimizer = torch.optim.AdamW(
+        parameter_groups(model, config, lr_scales),
+        betas=config.betas,
+        weight_decay=config.weight_decay,
+    )
     model.to(accelerator.device)
-    ema = EMAModel(list(_trained(model).values()), decay=config.ema_decay, use_ema_warmup=True, power=0.75) if config.ema_decay else None
+    ema = (
+        EMAModel(
+            list(_trained(model).values()), decay=config.ema_decay, use_ema_warmup=True, power=0.75
+        )
+        if config.ema_decay
+        else None
+    )
     start, losses, spent = _resume(model, optimizer, ema, folder, config)
     prepared, optimizer_ = accelerator.prepare(model, optimizer)
-    end, began, parameters = min(stop_at or config.steps, config.steps), time.time() - spent, list(_trained(model).values())
-    bar = tqdm(range(start, end), initial=start, total=config.steps, desc=description, disable=not progress or not accelerator.is_main_process)
+    end, began, parameters = (
+        min(stop_at or config.steps, config.steps),
+        time.time() - spent,
+        list(_trained(model).values()),
+    )
+    bar = tqdm(
+        range(start, end),
+        initial=start,
+        total=config.steps,
+        desc=description,
+        disable=not progress or not accelerator.is_main_process,
+    )
     for step, batch in zip(bar, _stream(batches, start, end)):
-        value = _step(prepared, optimizer, optimizer_, loss, batch, step, config, accelerator, parameters)
-        if ema is not None: ema.step(parameters)
+        value = _step(
+            prepared, optimizer, optimizer_, loss, batch, step, config, accelerator, parameters
+        )
+        if ema is not None:
+            ema.step(parameters)
         losses.append(value)
         bar.set_postfix(loss=f"{sum(losses[-50:]) / len(losses[-50:]):.4f}", refresh=False)
-        for callback in callbacks: callback(step, value, model)
+        for callback in callbacks:
+            callback(step, value, model)
         due = config.checkpoint_every and (step + 1) % config.checkpoint_every == 0
         if folder and accelerator.is_main_process and (due or step + 1 == end):
-            save_checkpoint(folder, step + 1, run_state(model, optimizer, ema), dict(config=asdict(config), losses=losses, seconds=time.time() - began), config.keep_checkpoints)
+            save_checkpoint(
+                folder,
+                step + 1,
+                run_state(model, optimizer, ema),
+                dict(config=asdict(config), losses=losses, seconds=time.time() - began),
+                config.keep_checkpoints,
+            )
     accelerator.wait_for_everyone()
     return TrainingResult(losses, time.time() - began, max(start, end), ema)
 
 # %% ../nbs/08_training.ipynb #e0c1267b
-def _step(prepared, optimizer, optimizer_, loss, batch, step, config, accelerator, parameters)->float:
+def _step(
+    prepared, optimizer, optimizer_, loss, batch, step, config, accelerator, parameters
+) -> float:
     pieces = batch if config.gradient_accumulation_steps > 1 else [batch]
     factor, total = learning_rate_factor(step, config), 0.0
-    for group in optimizer.param_groups: group["lr"] = group["peak"] * factor
+    for group in optimizer.param_groups:
+        group["lr"] = group["peak"] * factor
     for k, piece in enumerate(pieces):
         with nullcontext() if k + 1 == len(pieces) else accelerator.no_sync(prepared):
             value = loss(prepared, piece, step)
-            if not torch.isfinite(value): raise FloatingPointError(f"the loss is {value.item()} at step {step}; lower learning_rate or look at this batch")
+            if not torch.isfinite(value):
+                raise FloatingPointError(
+                    f"the loss is {value.item()} at step {step}; lower learning_rate or look at this batch"
+                )
             accelerator.backward(value / len(pieces))
         total += value.item() / len(pieces)
-    if config.max_grad_norm: accelerator.clip_grad_norm_(parameters, config.max_grad_norm)
+    if config.max_grad_norm:
+        accelerator.clip_grad_norm_(parameters, config.max_grad_norm)
     optimizer_.step()
     optimizer_.zero_grad()
-    if accelerator.num_processes > 1: total = accelerator.reduce(torch.tensor(total, device=accelerator.device), "mean").item()
+    if accelerator.num_processes > 1:
+        total = accelerator.reduce(torch.tensor(total, device=accelerator.device), "mean").item()
     return total
+
 
 def _resume(model, optimizer, ema, folder, config):
     "(first step, losses and seconds so far) after restoring the newest checkpoint, if there is one."
     found = list_checkpoints(folder) if folder else []
-    if not found: return 0, [], 0.0
+    if not found:
+        return 0, [], 0.0
     tensors, record = load_checkpoint(found[-1])
-    changed = {k for k, v in asdict(config).items() if k not in ("checkpoint_every", "keep_checkpoints") and json.loads(json.dumps(v)) != record["config"].get(k)}
-    if changed: raise ValueError(f"{found[-1]} was trained with other settings ({', '.join(sorted(changed))}); use a new folder or the same settings")
+    changed = {
+        k
+        for k, v in asdict(config).items()
+        if k not in ("checkpoint_every", "keep_checkpoints")
+        and json.loads(json.dumps(v)) != record["config"].get(k)
+    }
+    if changed:
+        raise ValueError(
+            f"{found[-1]} was trained with other settings ({', '.join(sorted(changed))}); use a new folder or the same settings"
+        )
     restore_run(model, optimizer, ema, tensors, record["step"])
     return record["step"], list(record["losses"]), record.get("seconds", 0.0)
 
+
 def _stream(batches, start, end):
     "Batches of the steps start ... end-1."
-    return batches.stream(start, end) if hasattr(batches, "stream") else (batches(step) for step in range(start, end))
+    return (
+        batches.stream(start, end)
+        if hasattr(batches, "stream")
+        else (batches(step) for step in range(start, end))
+    )
 
 # %% ../nbs/08_training.ipynb #382a90b4
 def reconstructed_history(
-    vae,                          # AutoencoderKL
-    mean:torch.Tensor,            # (B, F, C, h, w) posterior means of the same frames
-    history_frames:torch.Tensor,  # (B, F, 3, h', w') in BLIP's normalisation
-)->torch.Tensor:                  # the same, seen through the autoencoder
+    vae,  # AutoencoderKL
+    mean: torch.Tensor,  # (B, F, C, h, w) posterior means of the same frames
+    history_frames: torch.Tensor,  # (B, F, 3, h', w') in BLIP's normalisation
+) -> torch.Tensor:  # the same, seen through the autoencoder
     "History frames as a drawn frame would look: out of the decoder, rounded to 8 bits, in BLIP's normalisation and size."
     decoded = (vae.decode(mean.flatten(0, 1)).sample.clamp(-1, 1) + 1) / 2
-    decoded = F.interpolate((decoded * 255).round() / 255, history_frames.shape[-2:], mode="bicubic", antialias=True)
+    decoded = F.interpolate(
+        (decoded * 255).round() / 255, history_frames.shape[-2:], mode="bicubic", antialias=True
+    )
     shape = (3, 1, 1)
-    normalised = (decoded - decoded.new_tensor(CLIP_IMAGE_MEAN).view(shape)) / decoded.new_tensor(CLIP_IMAGE_STD).view(shape)
+    normalised = (decoded - decoded.new_tensor(CLIP_IMAGE_MEAN).view(shape)) / decoded.new_tensor(
+        CLIP_IMAGE_STD
+    ).view(shape)
     return normalised.unflatten(0, mean.shape[:2])
 
+
 def story_length(
-    dataset, # StoryDataset, or a list of its items
-)->int:      # N
+    dataset,  # StoryDataset, or a list of its items
+) -> int:  # N
     "Frames a story. Raises ValueError, naming two stories, if lengths differ."
-    found, stored = {}, hasattr(dataset, "stored")   # as it lies in a file, nothing need be decoded
+    found, stored = {}, hasattr(dataset, "stored")  # as it lies in a file, nothing need be decoded
     for k in range(len(dataset)):
         story = dataset.stored(k)._asdict() if stored else dataset[k]
         found.setdefault(len(story["captions"]), story["id"])
     if len(found) > 1:
         (a, one), (b, other), *_ = found.items()
-        raise ValueError(f"story {one!r} has {a} frames, story {other!r} {b}: stories of one length are needed here; split the data by length")
+        raise ValueError(
+            f"story {one!r} has {a} frames, story {other!r} {b}: stories of one length are needed here; split the data by length"
+        )
     return next(iter(found), 0)
 
+
 def check_history(
-    model,               # CausalStoryModel
-    policy:str, window,  # as training will use them
-    n_frames:int,        # N
-    tasks:tuple=("visualization", "continuation"),
+    model,  # CausalStoryModel
+    policy: str,
+    window,  # as training will use them
+    n_frames: int,  # N
+    tasks: tuple = ("visualization", "continuation"),
 ):
     "Raise ValueError, before anything is computed, if the model cannot learn stories of this length under this policy."
     rows, context = model.story_context.config.n_times, model.story_context
-    if n_frames > rows: raise ValueError(f"stories have {n_frames} frames; this story context knows at most {rows}")
-    if policy == "weighted" and context.relevance_head is None: raise ValueError("policy 'weighted' needs a story context made with relevance=True")
-    for task in tasks: frame_mask(policy, n_frames - (task == "continuation"), task, window)
+    if n_frames > rows:
+        raise ValueError(f"stories have {n_frames} frames; this story context knows at most {rows}")
+    if policy == "weighted" and context.relevance_head is None:
+        raise ValueError("policy 'weighted' needs a story context made with relevance=True")
+    for task in tasks:
+        frame_mask(policy, n_frames - (task == "continuation"), task, window)
+
 
 @torch.no_grad()
 def cache_stories(
-    model,               # CausalStoryModel whose autoencoder, BLIP vision and CLIP are frozen
-    dataset,             # StoryDataset with stories of one length N
-    collator,            # StoryCollator for task "visualization"
-    batch_size:int=16,   # stories at once
-    progress:bool=True,
-    reconstructed:bool=False, # history frames as the autoencoder reconstructs them; drawn frames come out of that decoder too
-)->dict:                 # name -> tensor, first axis the stories
+    model,  # CausalStoryModel whose autoencoder, BLIP vision and CLIP are frozen
+    dataset,  # StoryDataset with stories of one length N
+    collator,  # StoryCollator for task "visualization"
+    batch_size: int = 16,  # stories at once
+    progress: bool = True,
+    reconstructed: bool = False,  # history frames as the autoencoder reconstructs them; drawn frames come out of that decoder too
+) -> dict:  # name -> tensor, first axis the stories
     "What the frozen networks say about every story, computed once."
     story_length(dataset)
     parts, device = [], next(model.parameters()).device
-    for start in tqdm(range(0, len(dataset), batch_size), desc="reading stories", disable=not progress):
+    for start in tqdm(
+        range(0, len(dataset), batch_size), desc="reading stories", disable=not progress
+    ):
         batch = collator([dataset[k] for k in range(start, min(start + batch_size, len(dataset)))])
         batch = {name: value.to(device) for name, value in batch.items() if torch.is_tensor(value)}
         mean, std = latent_posterior(model.vae, batch)
-        if reconstructed: batch["history_frames"] = reconstructed_history(model.vae, mean, batch["history_frames"])
-        features = model.history_encoder.image_features(batch["history_frames"].flatten(0, 1)).unflatten(0, batch["history_ids"].shape[:2])
-        kept = {name: batch[name] for name in ("caption_ids", "caption_mask", "frame_valid", "history_ids", "history_mask", "history_valid")}
-        parts.append(kept | dict(latent_mean=mean, latent_std=std, image_features=features,
-                                 caption_states=model.read_captions(batch["caption_ids"], batch["caption_mask"])))
+        if reconstructed:
+            batch["history_frames"] = reconstructed_history(
+                model.vae, mean, batch["history_frames"]
+            )
+        features = model.history_encoder.image_features(
+            batch["history_frames"].flatten(0, 1)
+        ).unflatten(0, batch["history_ids"].shape[:2])
+        kept = {
+            name: batch[name]
+            for name in (
+                "caption_ids",
+                "caption_mask",
+                "frame_valid",
+                "history_ids",
+                "history_mask",
+                "history_valid",
+            )
+        }
+        parts.append(
+            kept
+            | dict(
+                latent_mean=mean,
+                latent_std=std,
+                image_features=features,
+                caption_states=model.read_captions(batch["caption_ids"], batch["caption_mask"]),
+            )
+        )
     return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
 
 # %% ../nbs/08_training.ipynb #f57c03c6
 def task_view(
-    batch:dict, # cached stories, laid out for visualization
-    task:str,   # "visualization" or "continuation"
-)->dict:
+    batch: dict,  # cached stories, laid out for visualization
+    task: str,  # "visualization" or "continuation"
+) -> dict:
     "The same stories for a task: in a continuation the first frame is given, not drawn."
-    if task == "visualization": return batch
-    drawn = ("caption_ids", "caption_mask", "caption_states", "frame_valid", "latent_mean", "latent_std")
+    if task == "visualization":
+        return batch
+    drawn = (
+        "caption_ids",
+        "caption_mask",
+        "caption_states",
+        "frame_valid",
+        "latent_mean",
+        "latent_std",
+    )
     return {name: value[:, 1:] if name in drawn else value for name, value in batch.items()}
 
+
 def check_shares(
-    config:TrainingConfig,
-    n_processes:int=1,
+    config: TrainingConfig,
+    n_processes: int = 1,
 ):
     "Raise ValueError unless the batch can be cut into equal pieces, one for each process and accumulation step."
     pieces = n_processes * config.gradient_accumulation_steps
     if config.batch_size % pieces:
-        raise ValueError(f"batch_size={config.batch_size} cannot be shared equally by {n_processes} processes with "
-                         f"gradient_accumulation_steps={config.gradient_accumulation_steps}: make it a multiple of {pieces}")
+        raise ValueError(
+            f"batch_size={config.batch_size} cannot be shared equally by {n_processes} processes with "
+            f"gradient_accumulation_steps={config.gradient_accumulation_steps}: make it a multiple of {pieces}"
+        )
+
 
 def cached_batches(
-    cache:dict,                # from `cache_stories`
-    config:TrainingConfig,     # batch size and seed
-    tasks:tuple=("visualization", "continuation"), # taken in turn, so that one checkpoint serves both
-    process:int=0,             # this process ...
-    n_processes:int=1,         # ... of so many
+    cache: dict,  # from `cache_stories`
+    config: TrainingConfig,  # batch size and seed
+    tasks: tuple = (
+        "visualization",
+        "continuation",
+    ),  # taken in turn, so that one checkpoint serves both
+    process: int = 0,  # this process ...
+    n_processes: int = 1,  # ... of so many
 ):
     "batches(step) -> (task, batch) for `fit`, or a list of such pieces if gradients are accumulated."
     check_shares(config, n_processes)
+
     def piece(task, pairs):
         index = torch.tensor([sample for _, sample in pairs])
         chosen = {name: value[index.to(value.device)] for name, value in cache.items()}
-        return task, dict(task_view(chosen, task), keys=[(config.seed, epoch, sample) for epoch, sample in pairs])
+        return task, dict(
+            task_view(chosen, task), keys=[(config.seed, epoch, sample) for epoch, sample in pairs]
+        )
+
     def batch(step):
-        pairs = batch_indices(step, len(cache["caption_ids"]), config.batch_size, config.seed, process, n_processes)
+        pairs = batch_indices(
+            step, len(cache["caption_ids"]), config.batch_size, config.seed, process, n_processes
+        )
         task, parts = tasks[step % len(tasks)], config.gradient_accumulation_steps
-        return piece(task, pairs) if parts == 1 else [piece(task, pairs[k::parts]) for k in range(parts)]
+        return (
+            piece(task, pairs)
+            if parts == 1
+            else [piece(task, pairs[k::parts]) for k in range(parts)]
+        )
+
     return batch
 
 # %% ../nbs/08_training.ipynb #8e3919df
 def tune(
-    model,                     # CausalStoryModel after `prepare_tuning`
-    cache:dict,                # from `cache_stories`
-    config:TrainingConfig,
-    policy:str="full",         # history policy
-    window:int|None=None,
-    context_layer:bool=True,
-    tasks:tuple=("visualization", "continuation"),
-    timestep_shift:float=1.0,  # above 1: more of the noisy timesteps, where only the context can say what will be there
-    **options,                 # of `fit`: folder, callbacks, progress ...
-)->TrainingResult:
+    model,  # CausalStoryModel after `prepare_tuning`
+    cache: dict,  # from `cache_stories`
+    config: TrainingConfig,
+    policy: str = "full",  # history policy
+    window: int | None = None,
+    context_layer: bool = True,
+    tasks: tuple = ("visualization", "continuation"),
+    timestep_shift: float = 1.0,  # above 1: more of the noisy timesteps, where only the context can say what will be there
+    **options,  # of `fit`: folder, callbacks, progress ...
+) -> TrainingResult:
     """Adapter tuning (or any other method `prepare_tuning` chose) on cached stories; each frame's history is the true one (teacher forcing).
 
     Raises `ValueError` for a policy the model cannot follow or if a part trains whose features are cached, and what `fit` raises."""
     check_history(model, policy, window, cache["frame_valid"].shape[1], tasks)
-    moving = [name for name, p in model.named_parameters() if p.requires_grad and name.startswith(("vae.", "text_encoder.", "history_encoder.vision."))]
-    if moving: raise ValueError(f"{moving[0]!r} trains, so its features cannot be cached; freeze it or train without the cache")
+    moving = [
+        name
+        for name, p in model.named_parameters()
+        if p.requires_grad and name.startswith(("vae.", "text_encoder.", "history_encoder.vision."))
+    ]
+    if moving:
+        raise ValueError(
+            f"{moving[0]!r} trains, so its features cannot be cached; freeze it or train without the cache"
+        )
+
     def loss(model, batch, step):
         task, stories = batch
-        return story_loss(model, stories, policy, window, task, context_layer=context_layer, timestep_shift=timestep_shift)
+        return story_loss(
+            model,
+            stories,
+            policy,
+            window,
+            task,
+            context_layer=context_layer,
+            timestep_shift=timestep_shift,
+        )
+
     accelerator = options.pop("accelerator", None) or make_accelerator(config)
-    batches = cached_batches(cache, config, tasks, accelerator.process_index, accelerator.num_processes)
+    batches = cached_batches(
+        cache, config, tasks, accelerator.process_index, accelerator.num_processes
+    )
     return fit(model, loss, batches, config, accelerator=accelerator, **options)

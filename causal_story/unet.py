@@ -25,160 +25,232 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 # %% ../nbs/04_unet.ipynb #535ee5e1
 def tiny_unet(
-    sample_size:int=8,             # H = W of the latents
-    latent_channels:int=8,         # channels of the latents
-    width:int=128,                 # D, width of the context tokens
-    block_channels:tuple=(96, 128),# channels at each resolution, finest first
-    layers:int=1,                  # (resnet, transformer) pairs a block
-    head_width:int=32,             # channels of one attention head
-)->UNet2DConditionModel:           # latents (N, C, H, W), timesteps (N,), context (N, T, D) -> (N, C, H, W)
+    sample_size: int = 8,  # H = W of the latents
+    latent_channels: int = 8,  # channels of the latents
+    width: int = 128,  # D, width of the context tokens
+    block_channels: tuple = (96, 128),  # channels at each resolution, finest first
+    layers: int = 1,  # (resnet, transformer) pairs a block
+    head_width: int = 32,  # channels of one attention head
+) -> (
+    UNet2DConditionModel
+):  # latents (N, C, H, W), timesteps (N,), context (N, T, D) -> (N, C, H, W)
     "Stable Diffusion's U-Net class with 5.4 M parameters and cross-attention at every resolution. Sizes are our choice. Raises ValueError for channels that the heads do not divide."
     if any(channels % head_width for channels in block_channels):
-        raise ValueError(f"block_channels {block_channels} must be multiples of head_width {head_width}")
+        raise ValueError(
+            f"block_channels {block_channels} must be multiples of head_width {head_width}"
+        )
     return UNet2DConditionModel(
-        sample_size=sample_size, in_channels=latent_channels, out_channels=latent_channels,
-        block_out_channels=tuple(block_channels), layers_per_block=layers, cross_attention_dim=width,
+        sample_size=sample_size,
+        in_channels=latent_channels,
+        out_channels=latent_channels,
+        block_out_channels=tuple(block_channels),
+        layers_per_block=layers,
+        cross_attention_dim=width,
         down_block_types=("CrossAttnDownBlock2D",) * len(block_channels),
         up_block_types=("CrossAttnUpBlock2D",) * len(block_channels),
-        attention_head_dim=tuple(channels // head_width for channels in block_channels))
+        attention_head_dim=tuple(channels // head_width for channels in block_channels),
+    )
 
 # %% ../nbs/04_unet.ipynb #e74e3815
 def cross_attention_sites(
-    unet:UNet2DConditionModel, # any U-Net with cross-attention
-)->dict:                       # path of every cross-attention -> its `Attention` module
+    unet: UNet2DConditionModel,  # any U-Net with cross-attention
+) -> dict:  # path of every cross-attention -> its `Attention` module
     "The places where the U-Net reads its context. Raises ValueError if there are none."
-    sites = {name: module for name, module in unet.named_modules()
-             if isinstance(module, Attention) and module.is_cross_attention}
-    if not sites: raise ValueError("unet has no cross-attention: adapters would have nowhere to go")
+    sites = {
+        name: module
+        for name, module in unet.named_modules()
+        if isinstance(module, Attention) and module.is_cross_attention
+    }
+    if not sites:
+        raise ValueError("unet has no cross-attention: adapters would have nowhere to go")
     return sites
 
 # %% ../nbs/04_unet.ipynb #fd921048
 def project_heads(
-    attn:Attention,                               # holds the projections
-    hidden_states:torch.Tensor,                   # (N, H*W, C)
-    encoder_hidden_states:torch.Tensor|None=None, # (N, T, D); None = the pixels themselves
-)->tuple:                                         # query (N, heads, H*W, d), key and value (N, heads, T, d)
+    attn: Attention,  # holds the projections
+    hidden_states: torch.Tensor,  # (N, H*W, C)
+    encoder_hidden_states: torch.Tensor | None = None,  # (N, T, D); None = the pixels themselves
+) -> tuple:  # query (N, heads, H*W, d), key and value (N, heads, T, d)
     "What every attention does first. Raises ValueError for kinds of attention that this module does not know."
-    if hidden_states.ndim != 3 or attn.spatial_norm is not None or attn.added_kv_proj_dim is not None:
-        raise ValueError("CrossAttnAdapterProcessor works on (N, H*W, C) hidden states, without spatial_norm "
-                         "or added key/value projections; this U-Net's attention is of another kind")
+    if (
+        hidden_states.ndim != 3
+        or attn.spatial_norm is not None
+        or attn.added_kv_proj_dim is not None
+    ):
+        raise ValueError(
+            "CrossAttnAdapterProcessor works on (N, H*W, C) hidden states, without spatial_norm "
+            "or added key/value projections; this U-Net's attention is of another kind"
+        )
     if attn.group_norm is not None:
         hidden_states = attn.group_norm(hidden_states.transpose(1, 2)).transpose(1, 2)
-    if encoder_hidden_states is None: context = hidden_states
-    elif attn.norm_cross: context = attn.norm_encoder_hidden_states(encoder_hidden_states)
-    else: context = encoder_hidden_states
+    if encoder_hidden_states is None:
+        context = hidden_states
+    elif attn.norm_cross:
+        context = attn.norm_encoder_hidden_states(encoder_hidden_states)
+    else:
+        context = encoder_hidden_states
     split = lambda x: x.unflatten(-1, (attn.heads, -1)).transpose(1, 2)
-    query, key, value = split(attn.to_q(hidden_states)), split(attn.to_k(context)), split(attn.to_v(context))
-    if attn.norm_q is not None: query = attn.norm_q(query)
-    if attn.norm_k is not None: key = attn.norm_k(key)
+    query, key, value = (
+        split(attn.to_q(hidden_states)),
+        split(attn.to_k(context)),
+        split(attn.to_v(context)),
+    )
+    if attn.norm_q is not None:
+        query = attn.norm_q(query)
+    if attn.norm_k is not None:
+        key = attn.norm_k(key)
     return query, key, value
 
 # %% ../nbs/04_unet.ipynb #6ea46337
 def additive_bias(
-    attention_mask:torch.Tensor|None, # (N, 1, T) or (N, H*W, T); 0 = keep, very negative = hidden
-    context_bias:torch.Tensor|None,   # (N, T) in units of scores
-    query:torch.Tensor,               # (N, heads, H*W, d)
-    key:torch.Tensor,                 # (N, heads, T, d)
-)->torch.Tensor|None:                 # broadcasts to (N, heads, H*W, T), in the query's dtype
+    attention_mask: torch.Tensor
+    | None,  # (N, 1, T) or (N, H*W, T); 0 = keep, very negative = hidden
+    context_bias: torch.Tensor | None,  # (N, T) in units of scores
+    query: torch.Tensor,  # (N, heads, H*W, d)
+    key: torch.Tensor,  # (N, heads, T, d)
+) -> torch.Tensor | None:  # broadcasts to (N, heads, H*W, T), in the query's dtype
     "M + beta of the equation above. Raises ValueError where a shape is not that of the context."
     rows, tokens = key.shape[0], key.shape[2]
-    if attention_mask is not None and (attention_mask.ndim != 3 or attention_mask.shape[::2] != (rows, tokens)):
-        raise ValueError(f"encoder_attention_mask must be (N, T) = ({rows}, {tokens}); "
-                         f"the prepared mask has shape {tuple(attention_mask.shape)}")
+    if attention_mask is not None and (
+        attention_mask.ndim != 3 or attention_mask.shape[::2] != (rows, tokens)
+    ):
+        raise ValueError(
+            f"encoder_attention_mask must be (N, T) = ({rows}, {tokens}); "
+            f"the prepared mask has shape {tuple(attention_mask.shape)}"
+        )
     if context_bias is not None and context_bias.shape != (rows, tokens):
-        raise ValueError(f"context_bias must be (N, T) = ({rows}, {tokens}), got {tuple(context_bias.shape)}")
+        raise ValueError(
+            f"context_bias must be (N, T) = ({rows}, {tokens}), got {tuple(context_bias.shape)}"
+        )
     bias = None if attention_mask is None else attention_mask[:, None]  # (N, 1, 1, T)
     if context_bias is not None:
-        shift = context_bias[:, None, None]                             # (N, 1, 1, T)
+        shift = context_bias[:, None, None]  # (N, 1, 1, T)
         bias = shift if bias is None else bias + shift
     return None if bias is None else bias.to(query.dtype)
 
 # %% ../nbs/04_unet.ipynb #d1cf84f9
 class CrossAttnAdapterProcessor:
     "Cross-attention with an exact bias for each context token, then the adapter, inside the residual (the paper's figure)."
-    def __init__(self,
-        adapter:nn.Module|None=None, # hidden states -> hidden states, or None for plain cross-attention
-        site:str="",                 # path of the attention inside the U-Net; names its records
+
+    def __init__(
+        self,
+        adapter: nn.Module
+        | None = None,  # hidden states -> hidden states, or None for plain cross-attention
+        site: str = "",  # path of the attention inside the U-Net; names its records
     ):
         self.adapter, self.site, self.record = adapter, site, None
 
-    def __call__(self,
-        attn:Attention,                               # holds the projections
-        hidden_states:torch.Tensor,                   # (N, H*W, C): pixels ask
-        encoder_hidden_states:torch.Tensor|None=None, # (N, T, D): the context answers
-        attention_mask:torch.Tensor|None=None,        # (N, 1, T) additive, as diffusers prepares it
-        temb:torch.Tensor|None=None,                  # part of the contract, not used
-        context_bias:torch.Tensor|None=None,          # (N, T), added for every head and pixel
-    )->torch.Tensor:                                  # (N, H*W, C)
+    def __call__(
+        self,
+        attn: Attention,  # holds the projections
+        hidden_states: torch.Tensor,  # (N, H*W, C): pixels ask
+        encoder_hidden_states: torch.Tensor | None = None,  # (N, T, D): the context answers
+        attention_mask: torch.Tensor | None = None,  # (N, 1, T) additive, as diffusers prepares it
+        temb: torch.Tensor | None = None,  # part of the contract, not used
+        context_bias: torch.Tensor | None = None,  # (N, T), added for every head and pixel
+    ) -> torch.Tensor:  # (N, H*W, C)
         query, key, value = project_heads(attn, hidden_states, encoder_hidden_states)
         bias = additive_bias(attention_mask, context_bias, query, key)
-        if self.record is not None: self.record.add(self.site, query, key, bias, attn.scale)
+        if self.record is not None:
+            self.record.add(self.site, query, key, bias, attn.scale)
         out = F.scaled_dot_product_attention(query, key, value, attn_mask=bias, scale=attn.scale)
-        out = out.transpose(1, 2).flatten(2)          # (N, H*W, heads*d)
+        out = out.transpose(1, 2).flatten(2)  # (N, H*W, heads*d)
         out = attn.to_out[1](attn.to_out[0](out))
-        if self.adapter is not None: out = self.adapter(out)
-        if attn.residual_connection: out = out + hidden_states
+        if self.adapter is not None:
+            out = self.adapter(out)
+        if attn.residual_connection:
+            out = out + hidden_states
         return out / attn.rescale_output_factor
 
 # %% ../nbs/04_unet.ipynb #8d9e91e5
 class SelfAttnProcessor(AttnProcessor2_0):
     "diffusers' own self-attention, which takes and ignores the `context_bias` that is meant for cross-attention."
-    def __call__(self, attn, hidden_states, encoder_hidden_states=None, attention_mask=None, temb=None, context_bias=None):
+
+    def __call__(
+        self,
+        attn,
+        hidden_states,
+        encoder_hidden_states=None,
+        attention_mask=None,
+        temb=None,
+        context_bias=None,
+    ):
         return super().__call__(attn, hidden_states, encoder_hidden_states, attention_mask, temb)
 
 # %% ../nbs/04_unet.ipynb #7a97fa2c
 @dataclass
 class AttentionRecord:
     "How much each context token was looked at; one entry for each U-Net call and site, on the CPU, without gradient."
-    keep_maps:bool=False                   # also keep one map a pixel
-    mass:dict=field(default_factory=dict)  # site -> list of (N, T): mean over heads and pixels
-    maps:dict=field(default_factory=dict)  # site -> list of (N, H*W, T): mean over heads
+
+    keep_maps: bool = False  # also keep one map a pixel
+    mass: dict = field(default_factory=dict)  # site -> list of (N, T): mean over heads and pixels
+    maps: dict = field(default_factory=dict)  # site -> list of (N, H*W, T): mean over heads
 
     @torch.no_grad()
     def add(self, site, query, key, bias, scale):
         "Called by the processor. Scores are computed a second time, in fp32; the prediction itself is left alone."
-        scores = (query.float() @ key.float().transpose(-1, -2)) * scale         # (N, heads, H*W, T)
-        if bias is not None: scores = scores + bias.float()
-        maps = scores.softmax(-1).mean(1)                                        # (N, H*W, T)
+        scores = (query.float() @ key.float().transpose(-1, -2)) * scale  # (N, heads, H*W, T)
+        if bias is not None:
+            scores = scores + bias.float()
+        maps = scores.softmax(-1).mean(1)  # (N, H*W, T)
         self.mass.setdefault(site, []).append(maps.mean(1).cpu())
-        if self.keep_maps: self.maps.setdefault(site, []).append(maps.cpu())
+        if self.keep_maps:
+            self.maps.setdefault(site, []).append(maps.cpu())
 
-    def mean_mass(self)->torch.Tensor: # (N, T), sums to 1 over T
+    def mean_mass(self) -> torch.Tensor:  # (N, T), sums to 1 over T
         "Mean over calls and sites. All calls must have had the same rows and tokens. ValueError if nothing was recorded."
-        if not self.mass: raise ValueError("nothing recorded: call the U-Net inside `with record_attention(unet)`")
+        if not self.mass:
+            raise ValueError(
+                "nothing recorded: call the U-Net inside `with record_attention(unet)`"
+            )
         return torch.stack([mass for calls in self.mass.values() for mass in calls]).mean(0)
 
 # %% ../nbs/04_unet.ipynb #1b6db4bc
 @contextmanager
 def record_attention(
-    unet:UNet2DConditionModel, # prepared by `add_adapters`, any method
-    keep_maps:bool=False,      # also keep the maps, H*W times as large
+    unet: UNet2DConditionModel,  # prepared by `add_adapters`, any method
+    keep_maps: bool = False,  # also keep the maps, H*W times as large
 ):
     "Yields an `AttentionRecord` that fills while the U-Net runs. Raises ValueError for a U-Net without our processors."
-    processors = [p for p in unet.attn_processors.values() if isinstance(p, CrossAttnAdapterProcessor)]
-    if not processors: raise ValueError("unet has no processors that record: call add_adapters(unet, method='none') first")
+    processors = [
+        p for p in unet.attn_processors.values() if isinstance(p, CrossAttnAdapterProcessor)
+    ]
+    if not processors:
+        raise ValueError(
+            "unet has no processors that record: call add_adapters(unet, method='none') first"
+        )
     record = AttentionRecord(keep_maps)
-    for processor in processors: processor.record = record
-    try: yield record
+    for processor in processors:
+        processor.record = record
+    try:
+        yield record
     finally:
-        for processor in processors: processor.record = None
+        for processor in processors:
+            processor.record = None
 
 # %% ../nbs/04_unet.ipynb #7b55c532
 class BottleneckAdapter(nn.Module):
     "`x + up(act(down(x)))`, after Houlsby et al. 2019; `up` starts at zero, so a new adapter changes nothing."
-    def __init__(self,
-        channels:int,            # channels of the hidden states
-        width:int,               # channels of the bottleneck
-        activation:str="gelu",   # a name that diffusers' `get_activation` knows
+
+    def __init__(
+        self,
+        channels: int,  # channels of the hidden states
+        width: int,  # channels of the bottleneck
+        activation: str = "gelu",  # a name that diffusers' `get_activation` knows
     ):
         super().__init__()
-        self.down, self.act, self.up = nn.Linear(channels, width), get_activation(activation), nn.Linear(width, channels)
+        self.down, self.act, self.up = (
+            nn.Linear(channels, width),
+            get_activation(activation),
+            nn.Linear(width, channels),
+        )
         nn.init.zeros_(self.up.weight)
         nn.init.zeros_(self.up.bias)
 
-    def forward(self,
-        hidden_states:torch.Tensor, # (N, H*W, channels), what cross-attention gathered
-    )->torch.Tensor:                # same shape and dtype
+    def forward(
+        self,
+        hidden_states: torch.Tensor,  # (N, H*W, channels), what cross-attention gathered
+    ) -> torch.Tensor:  # same shape and dtype
         "Computed in the adapter's own dtype: a half-precision base can carry adapters that train in fp32."
         inside = self.act(self.down(hidden_states.to(self.down.weight.dtype)))
         return hidden_states + self.up(inside).to(hidden_states.dtype)
@@ -186,68 +258,89 @@ class BottleneckAdapter(nn.Module):
 # %% ../nbs/04_unet.ipynb #806b9047
 class UNetAdapters(ModelMixin, ConfigMixin):
     "All bottleneck adapters of one U-Net. `adapters[site]` is the one at that cross-attention."
+
     @register_to_config
-    def __init__(self,
-        channels:dict,          # path of the cross-attention -> channels there
-        width:int=64,           # of every bottleneck
-        activation:str="gelu",  # between down and up
+    def __init__(
+        self,
+        channels: dict,  # path of the cross-attention -> channels there
+        width: int = 64,  # of every bottleneck
+        activation: str = "gelu",  # between down and up
     ):
         super().__init__()
-        if width < 1: raise ValueError(f"width must be at least 1, got {width}")
-        self.bottlenecks = nn.ModuleDict({site.replace(".", "-"): BottleneckAdapter(size, width, activation)
-                                          for site, size in channels.items()})
+        if width < 1:
+            raise ValueError(f"width must be at least 1, got {width}")
+        self.bottlenecks = nn.ModuleDict(
+            {
+                site.replace(".", "-"): BottleneckAdapter(size, width, activation)
+                for site, size in channels.items()
+            }
+        )
 
     @classmethod
-    def for_unet(cls, unet:UNet2DConditionModel, width:int=64, activation:str="gelu"):
+    def for_unet(cls, unet: UNet2DConditionModel, width: int = 64, activation: str = "gelu"):
         "New adapters for every cross-attention of `unet`, on its device and in its dtype."
         adapters = cls(site_channels(unet), width, activation)
         adapters.bottlenecks.to(unet.device, unet.dtype)
         return adapters
 
-    def __getitem__(self, site:str)->BottleneckAdapter:
+    def __getitem__(self, site: str) -> BottleneckAdapter:
         return self.bottlenecks[site.replace(".", "-")]
 
 # %% ../nbs/04_unet.ipynb #ca1178d3
 def site_channels(
-    unet:UNet2DConditionModel, # any U-Net with cross-attention
-)->dict:                       # path of every cross-attention -> channels that leave it
+    unet: UNet2DConditionModel,  # any U-Net with cross-attention
+) -> dict:  # path of every cross-attention -> channels that leave it
     "What adapters have to fit to."
     return {site: attn.to_out[0].out_features for site, attn in cross_attention_sites(unet).items()}
 
+
 def check_sites(
-    expected:dict, # site -> channels of this U-Net
-    given:dict,    # site -> channels the adapters were made for
+    expected: dict,  # site -> channels of this U-Net
+    given: dict,  # site -> channels the adapters were made for
 ):
     "Raise ValueError naming the sites at which adapters and U-Net disagree."
-    faults = [f"{site}: the adapters have {given.get(site, 'none')}, the U-Net has {expected.get(site, 'no such site')}"
-              for site in sorted({*expected, *given}) if expected.get(site) != given.get(site)]
+    faults = [
+        f"{site}: the adapters have {given.get(site, 'none')}, the U-Net has {expected.get(site, 'no such site')}"
+        for site in sorted({*expected, *given})
+        if expected.get(site) != given.get(site)
+    ]
     if faults:
         more = f"\n  and {len(faults) - 4} more" if len(faults) > 4 else ""
-        raise ValueError("these adapters belong to another U-Net (channels at each cross-attention):\n  "
-                         + "\n  ".join(faults[:4]) + more)
+        raise ValueError(
+            "these adapters belong to another U-Net (channels at each cross-attention):\n  "
+            + "\n  ".join(faults[:4])
+            + more
+        )
 
 # %% ../nbs/04_unet.ipynb #33aaec7c
 def attach_adapters(
-    unet:UNet2DConditionModel,   # changed in place: every attention gets one of our processors
-    adapters:UNetAdapters|None,  # None = plain cross-attention that understands `context_bias`
-)->UNet2DConditionModel:         # the same U-Net
+    unet: UNet2DConditionModel,  # changed in place: every attention gets one of our processors
+    adapters: UNetAdapters | None,  # None = plain cross-attention that understands `context_bias`
+) -> UNet2DConditionModel:  # the same U-Net
     "Put adapters, new or loaded, behind the cross-attentions. Raises ValueError if they were made for another U-Net."
     sites = cross_attention_sites(unet)
-    if adapters is not None: check_sites(site_channels(unet), dict(adapters.config.channels))
+    if adapters is not None:
+        check_sites(site_channels(unet), dict(adapters.config.channels))
     for name, module in unet.named_modules():
-        if name in sites: module.set_processor(CrossAttnAdapterProcessor(None if adapters is None else adapters[name], name))
-        elif isinstance(module, Attention): module.set_processor(SelfAttnProcessor())
+        if name in sites:
+            module.set_processor(
+                CrossAttnAdapterProcessor(None if adapters is None else adapters[name], name)
+            )
+        elif isinstance(module, Attention):
+            module.set_processor(SelfAttnProcessor())
     return unet
 
 # %% ../nbs/04_unet.ipynb #ae9360ae
 TUNING_METHODS = ("adapter", "attention", "lora", "full", "none")
 
+
 @dataclass
 class UNetTuning:
     "What `add_adapters` left trainable, and nothing else: `parameters()` for the optimizer, `state_dict()` for the checkpoint."
-    unet:UNet2DConditionModel
-    method:str                       # one of TUNING_METHODS
-    module:UNetAdapters|None=None    # the adapters of method 'adapter'
+
+    unet: UNet2DConditionModel
+    method: str  # one of TUNING_METHODS
+    module: UNetAdapters | None = None  # the adapters of method 'adapter'
 
     def named_parameters(self):
         "(name, parameter) pairs; adapters under their own names, all else under the U-Net's."
@@ -257,53 +350,87 @@ class UNetTuning:
     def parameters(self):
         return (p for _, p in self.named_parameters())
 
-    def state_dict(self)->dict: # name -> tensor
+    def state_dict(self) -> dict:  # name -> tensor
         return {name: p.detach() for name, p in self.named_parameters()}
 
-    def load_state_dict(self, state:dict):
+    def load_state_dict(self, state: dict):
         "Raises ValueError if a name or shape is not one that this method trains."
         expected = dict(self.named_parameters())
-        wrong = [name for name in sorted({*expected, *state})
-                 if name not in expected or name not in state or expected[name].shape != state[name].shape]
-        if wrong: raise ValueError(f"state holds another method's or U-Net's weights; first mismatch: {wrong[0]}")
+        wrong = [
+            name
+            for name in sorted({*expected, *state})
+            if name not in expected
+            or name not in state
+            or expected[name].shape != state[name].shape
+        ]
+        if wrong:
+            raise ValueError(
+                f"state holds another method's or U-Net's weights; first mismatch: {wrong[0]}"
+            )
         with torch.no_grad():
-            for name, p in expected.items(): p.copy_(state[name])
+            for name, p in expected.items():
+                p.copy_(state[name])
 
 # %% ../nbs/04_unet.ipynb #3699e47d
 def add_adapters(
-    unet:UNet2DConditionModel,         # changed in place
-    width:int=64,                      # bottleneck width (method 'adapter') or rank (method 'lora')
-    method:str="adapter",              # one of TUNING_METHODS
-    adapters:UNetAdapters|None=None,   # use these (loaded) ones instead of new ones
-    activation:str="gelu",             # of new adapters
-)->UNetTuning:                         # what trains
+    unet: UNet2DConditionModel,  # changed in place
+    width: int = 64,  # bottleneck width (method 'adapter') or rank (method 'lora')
+    method: str = "adapter",  # one of TUNING_METHODS
+    adapters: UNetAdapters | None = None,  # use these (loaded) ones instead of new ones
+    activation: str = "gelu",  # of new adapters
+) -> UNetTuning:  # what trains
     "Freeze the U-Net, install our processors, unfreeze what `method` trains. Raises ValueError on an unknown method."
-    if method not in TUNING_METHODS: raise ValueError(f"method must be one of {TUNING_METHODS}, got {method!r}")
+    if method not in TUNING_METHODS:
+        raise ValueError(f"method must be one of {TUNING_METHODS}, got {method!r}")
     if adapters is not None and method != "adapter":
-        raise ValueError(f"adapters were given, but method {method!r} has none: use method='adapter'")
-    if method == "adapter" and adapters is None: adapters = UNetAdapters.for_unet(unet, width, activation)
+        raise ValueError(
+            f"adapters were given, but method {method!r} has none: use method='adapter'"
+        )
+    if method == "adapter" and adapters is None:
+        adapters = UNetAdapters.for_unet(unet, width, activation)
     attach_adapters(unet, adapters)
     unet.requires_grad_(False)
-    if adapters is not None: adapters.requires_grad_(True)
+    if adapters is not None:
+        adapters.requires_grad_(True)
     if method == "lora":
-        unet.add_adapter(LoraConfig(r=width, lora_alpha=width, init_lora_weights="gaussian",
-                                    target_modules=r".*attn2\.(to_q|to_k|to_v|to_out\.0)"))
+        unet.add_adapter(
+            LoraConfig(
+                r=width,
+                lora_alpha=width,
+                init_lora_weights="gaussian",
+                target_modules=r".*attn2\.(to_q|to_k|to_v|to_out\.0)",
+            )
+        )
     for name, parameter in unet.named_parameters():
-        if method == "full" or (method == "attention" and "attentions" in name): parameter.requires_grad_(True)
+        if method == "full" or (method == "attention" and "attentions" in name):
+            parameter.requires_grad_(True)
     return UNetTuning(unet, method, adapters)
 
 # %% ../nbs/04_unet.ipynb #0c64f334
 STABLE_DIFFUSION_15 = dict(
-    sample_size=64, in_channels=4, out_channels=4, block_out_channels=(320, 640, 1280, 1280), layers_per_block=2,
-    cross_attention_dim=768, attention_head_dim=8,
+    sample_size=64,
+    in_channels=4,
+    out_channels=4,
+    block_out_channels=(320, 640, 1280, 1280),
+    layers_per_block=2,
+    cross_attention_dim=768,
+    attention_head_dim=8,
     down_block_types=("CrossAttnDownBlock2D",) * 3 + ("DownBlock2D",),
-    up_block_types=("UpBlock2D",) + ("CrossAttnUpBlock2D",) * 3)
+    up_block_types=("UpBlock2D",) + ("CrossAttnUpBlock2D",) * 3,
+)
 
 # %% ../nbs/04_unet.ipynb #f5985ab5
 def parameter_table(
-    config:dict, # configuration of a U-Net; `unet.config` will do
-    settings:tuple=(("adapter", 32), ("adapter", 64), ("adapter", 128), ("lora", 4), ("attention", None), ("full", None)), # (method, width)
-)->list:         # one dict a setting: method, width, trained, total (parameters of the base), share
+    config: dict,  # configuration of a U-Net; `unet.config` will do
+    settings: tuple = (
+        ("adapter", 32),
+        ("adapter", 64),
+        ("adapter", 128),
+        ("lora", 4),
+        ("attention", None),
+        ("full", None),
+    ),  # (method, width)
+) -> list:  # one dict a setting: method, width, trained, total (parameters of the base), share
     "How much each method trains inside the U-Net, counted on the meta device: no weight is allocated."
     rows = []
     for method, width in settings:
@@ -311,52 +438,77 @@ def parameter_table(
             unet = UNet2DConditionModel.from_config(dict(config))
             total = sum(p.numel() for p in unet.parameters())
             trained = sum(p.numel() for p in add_adapters(unet, width or 64, method).parameters())
-        rows.append(dict(method=method, width=width, trained=trained, total=total, share=trained / total))
+        rows.append(
+            dict(method=method, width=width, trained=trained, total=total, share=trained / total)
+        )
     return rows
 
 # %% ../nbs/04_unet.ipynb #c1a7e004
 class RememberingLayer:
     "Stands in for the `forward` of a linear layer and computes once what it is asked many times."
-    def __init__(self,
-        layer:nn.Linear, # maps (N, T, D) to (N, T, C)
+
+    def __init__(
+        self,
+        layer: nn.Linear,  # maps (N, T, D) to (N, T, C)
     ):
         self.layer, self.forward, self.known = layer, layer.forward, WeakTensorKeyDictionary()
 
-    def __call__(self,
-        context:torch.Tensor, # (N, T, D)
-    )->torch.Tensor:          # (N, T, C), the same tensor again while context and weights stay the same
+    def __call__(
+        self,
+        context: torch.Tensor,  # (N, T, D)
+    ) -> torch.Tensor:  # (N, T, C), the same tensor again while context and weights stay the same
         "Computes anew for another tensor, after a write into context, weights or result, and where gradients are wanted."
         tensors = (context, *self.layer.parameters())
-        if torch.is_grad_enabled() or torch.is_inference_mode_enabled() or any(t.is_inference() for t in tensors): return self.forward(context)
+        if (
+            torch.is_grad_enabled()
+            or torch.is_inference_mode_enabled()
+            or any(t.is_inference() for t in tensors)
+        ):
+            return self.forward(context)
         kind = context.device.type
-        autocast = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind)
+        autocast = (
+            torch.amp.is_autocast_available(kind)
+            and torch.is_autocast_enabled(kind)
+            and torch.get_autocast_dtype(kind)
+        )
         state = autocast, [(t.data_ptr(), t._version) for t in tensors]
         if context in self.known:
             result, version, known_state = self.known[context]
-            if (result._version, state) == (version, known_state): return result
+            if (result._version, state) == (version, known_state):
+                return result
         result = self.forward(context)
         self.known[context] = result, result._version, state
         return result
 
-    def __deepcopy__(self, memo): return copy.deepcopy(self.forward, memo)  # a copied layer remembers nothing
+    def __deepcopy__(self, memo):
+        return copy.deepcopy(self.forward, memo)  # a copied layer remembers nothing
 
 # %% ../nbs/04_unet.ipynb #c1a7e006
 @contextmanager
 def cached_context(
-    unet:UNet2DConditionModel, # any processors: ours, diffusers' own, with LoRA or without; in place, until the block ends
+    unet: UNet2DConditionModel,  # any processors: ours, diffusers' own, with LoRA or without; in place, until the block ends
 ):
     """Keys and values of a context tensor are computed at its first use only, as long as gradients are off.
 
     Yields the U-Net. For each row and token it holds 2*C numbers a site (Stable Diffusion 1.5: 50 kB in half precision), until
     the context tensor is gone. Blocks may be nested. Sites that normalise their context first are computed as ever.
     Writes through `.data` go unnoticed by PyTorch's count, and so by us. Raises ValueError for a U-Net without cross-attention."""
-    layers = [layer for attn in cross_attention_sites(unet).values() for projection in (attn.to_k, attn.to_v) if projection is not None
-              for layer in projection.modules() if isinstance(layer, nn.Linear) and not isinstance(layer.forward, RememberingLayer)]
+    layers = [
+        layer
+        for attn in cross_attention_sites(unet).values()
+        for projection in (attn.to_k, attn.to_v)
+        if projection is not None
+        for layer in projection.modules()
+        if isinstance(layer, nn.Linear) and not isinstance(layer.forward, RememberingLayer)
+    ]
     before = [vars(layer).get("forward") for layer in layers]  # None: the method of the class
     try:
-        for layer in layers: layer.forward = RememberingLayer(layer)
+        for layer in layers:
+            layer.forward = RememberingLayer(layer)
         yield unet
     finally:
         for layer, forward in zip(layers, before):
-            if forward is None: vars(layer).pop("forward", None)
-            else: layer.forward = forward
+            if forward is None:
+                vars(layer).pop("forward", None)
+            else:
+                layer.forward = forward

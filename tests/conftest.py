@@ -1,4 +1,5 @@
 """What every test gets: no network, repeatable hypothesis runs, and a table of notebook times at the end."""
+
 import os
 import socket
 from pathlib import Path
@@ -18,7 +19,11 @@ connect = socket.socket.connect
 
 def connect_locally(self, address):
     "Refuse every connection that leaves this computer: nothing here may need the network."
-    if self.family in (socket.AF_INET, socket.AF_INET6) and address[0] not in ("127.0.0.1", "::1", "localhost"):
+    if self.family in (socket.AF_INET, socket.AF_INET6) and address[0] not in (
+        "127.0.0.1",
+        "::1",
+        "localhost",
+    ):
         raise OSError(f"a test tried to reach the network: {address}")
     return connect(self, address)
 
@@ -27,7 +32,7 @@ socket.socket.connect = connect_locally
 
 
 @pytest.fixture(scope="session")
-def root()->Path:
+def root() -> Path:
     "The folder that holds settings.ini."
     return Path(__file__).resolve().parent.parent
 
@@ -36,23 +41,38 @@ def root()->Path:
 def as_if_tuned():
     "A function that makes a shipped pipeline whose context layer and adapters do something, without any tuning."
     import torch
+
     from causal_story.pipeline import story_pipeline
 
     def make(**options):
         pipe, generator = story_pipeline("miniature", **options), torch.Generator().manual_seed(0)
         pipe.set_progress_bar_config(disable=True)
         with torch.no_grad():
-            for part in (pipe.story_context.projection, pipe.story_context.relevance_head.query, *[b.up for b in pipe.adapters.bottlenecks.values()]):
+            for part in (
+                pipe.story_context.projection,
+                pipe.story_context.relevance_head.query,
+                *[b.up for b in pipe.adapters.bottlenecks.values()],
+            ):
                 part.weight.normal_(std=0.05, generator=generator)
         return pipe
+
     return make
 
 
 def pytest_terminal_summary(terminalreporter):
     "Print how long each notebook took."
-    reports = [report for outcome in ("passed", "failed") for report in terminalreporter.stats.get(outcome, [])]
-    times = {name: seconds for report in reports if getattr(report, "when", "") == "call"
-             for name, seconds in report.user_properties if name.endswith(".ipynb")}
+    reports = [
+        report
+        for outcome in ("passed", "failed")
+        for report in terminalreporter.stats.get(outcome, [])
+    ]
+    times = {
+        name: seconds
+        for report in reports
+        if getattr(report, "when", "") == "call"
+        for name, seconds in report.user_properties
+        if name.endswith(".ipynb")
+    }
     if not times:
         return
     terminalreporter.section("notebook times")

@@ -1,8 +1,9 @@
 """README.md is nbs/index.ipynb, turned into Markdown.
 
-    python tests/readme.py           write README.md
-    python tests/readme.py --check   exit with status 1 if README.md is not what the notebook gives
+python tests/readme.py           write README.md
+python tests/readme.py --check   exit with status 1 if README.md is not what the notebook gives
 """
+
 import posixpath
 import re
 import sys
@@ -17,8 +18,9 @@ LINK = re.compile(r"""(\]\(|src=["']|href=["'])([^)"'\s]+)""")
 FENCE = re.compile(r"(^```.*?^```)", re.MULTILINE | re.DOTALL)
 
 
-def from_root(match:re.Match, # a link as it stands in a notebook of nbs/
-    )->str: # the same link, seen from the top level
+def from_root(
+    match: re.Match,  # a link as it stands in a notebook of nbs/
+) -> str:  # the same link, seen from the top level
     "Turn a link that is relative to nbs/ into one that is relative to the top level."
     opening, target = match.groups()
     if re.match(r"[a-z]+:|#|/", target):
@@ -26,15 +28,20 @@ def from_root(match:re.Match, # a link as it stands in a notebook of nbs/
     return opening + posixpath.normpath(posixpath.join("nbs", target))
 
 
-def make_readme(notebook_path:Path=ROOT / "nbs" / "index.ipynb")->str: # Markdown text
+def make_readme(notebook_path: Path = ROOT / "nbs" / "index.ipynb") -> str:  # Markdown text
     "Turn the index notebook into the README: prose, visible code, text outputs; pictures only as linked files."
     notebook = nbformat.read(notebook_path, as_version=4)
-    notebook.cells = [cell for cell in notebook.cells if not re.match(r"#\|\s*(hide|default_exp)\b", cell.source)]
+    notebook.cells = [
+        cell for cell in notebook.cells if not re.match(r"#\|\s*(hide|default_exp)\b", cell.source)
+    ]
     for cell in notebook.cells:
         if cell.cell_type == "code":
             cell.source = re.sub(r"(?m)^#\|.*\n?", "", cell.source)
-            cell.outputs = [output for output in cell.outputs
-                            if not any(kind.startswith("image") for kind in output.get("data", {}))]
+            cell.outputs = [
+                output
+                for output in cell.outputs
+                if not any(kind.startswith("image") for kind in output.get("data", {}))
+            ]
     exporter = MarkdownExporter()
     text, _ = exporter.from_notebook_node(notebook)
     parts = FENCE.split(text)
@@ -43,7 +50,7 @@ def make_readme(notebook_path:Path=ROOT / "nbs" / "index.ipynb")->str: # Markdow
     return HEADER + re.sub(r"\n{3,}", "\n\n", text).strip() + "\n"
 
 
-def main(arguments:list[str])->int: # exit status
+def main(arguments: list[str]) -> int:  # exit status
     "Write README.md, or compare it with the notebook."
     readme = ROOT / "README.md"
     text = make_readme()

@@ -1,11 +1,20 @@
 """Masks against an independent reference, bad input, and properties over random stories."""
+
 import math
 
 import pytest
 import torch
-from hypothesis import given, settings, strategies as st
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-from causal_story.causal_mask import POLICIES, TASKS, frame_mask, frame_times, relevance_bias, token_mask
+from causal_story.causal_mask import (
+    POLICIES,
+    TASKS,
+    frame_mask,
+    frame_times,
+    relevance_bias,
+    token_mask,
+)
 
 
 def reference_frame_mask(n_frames, task, window=None, keep_given=True):
@@ -32,7 +41,10 @@ def reference_token_mask(frames, caption_mask, history_mask, dropped):
             tokens = [bool(caption_mask[b, i, s]) or bool(dropped[b, i]) for s in range(S)]
             for k in range(history_mask.shape[1]):
                 for s in range(S):
-                    tokens.append(bool(frames[b, i, k]) and (bool(history_mask[b, k, s]) or bool(dropped[b, i])))
+                    tokens.append(
+                        bool(frames[b, i, k])
+                        and (bool(history_mask[b, k, s]) or bool(dropped[b, i]))
+                    )
             out[b, i] = torch.tensor(tokens)
     return out
 
@@ -68,7 +80,14 @@ def test_local_grows_into_full(n, task, window, keep_given):
 
 
 @settings(deadline=None)
-@given(st.integers(1, 3), st.integers(1, 5), tasks, st.integers(1, 4), st.booleans(), st.integers(0, 10**6))
+@given(
+    st.integers(1, 3),
+    st.integers(1, 5),
+    tasks,
+    st.integers(1, 4),
+    st.booleans(),
+    st.integers(0, 10**6),
+)
 def test_token_mask_equals_reference(B, V, task, S, batched, seed):
     generator = torch.Generator().manual_seed(seed)
     coin = lambda *shape: torch.rand(shape, generator=generator) < 0.5
@@ -79,53 +98,71 @@ def test_token_mask_equals_reference(B, V, task, S, batched, seed):
     mask = token_mask(per_story if batched else frames, caption_mask, history_mask, dropped)
     assert torch.equal(mask, reference_token_mask(per_story, caption_mask, history_mask, dropped))
     without = token_mask(per_story, caption_mask, history_mask)
-    assert torch.equal(without, reference_token_mask(per_story, caption_mask, history_mask, torch.zeros(B, V)))
+    assert torch.equal(
+        without, reference_token_mask(per_story, caption_mask, history_mask, torch.zeros(B, V))
+    )
     spread = mask[..., S:].unflatten(-1, (blocks, S)).any(-1)
     assert not (spread & ~per_story).any()
 
 
-@pytest.mark.parametrize("arguments, error, says", [
-    (dict(policy="causal"), ValueError, "policy is 'causal'"),
-    (dict(task="prediction"), ValueError, "task is 'prediction'"),
-    (dict(policy="local"), ValueError, "needs window"),
-    (dict(policy="local", window=0), ValueError, "window is 0"),
-    (dict(policy="weighted", window=-1), ValueError, "window is -1"),
-    (dict(policy="local", window=1.5), TypeError, "window is 1.5"),
-    (dict(policy="local", window=True), TypeError, "window is True"),
-    (dict(policy="full", window=2), ValueError, "takes no window"),
-    (dict(policy="none", window=2), ValueError, "takes no window"),
-    (dict(n_frames=0), ValueError, "n_frames is 0"),
-    (dict(n_frames="five"), TypeError, "n_frames is 'five'"),
-])
+@pytest.mark.parametrize(
+    "arguments, error, says",
+    [
+        (dict(policy="causal"), ValueError, "policy is 'causal'"),
+        (dict(task="prediction"), ValueError, "task is 'prediction'"),
+        (dict(policy="local"), ValueError, "needs window"),
+        (dict(policy="local", window=0), ValueError, "window is 0"),
+        (dict(policy="weighted", window=-1), ValueError, "window is -1"),
+        (dict(policy="local", window=1.5), TypeError, "window is 1.5"),
+        (dict(policy="local", window=True), TypeError, "window is True"),
+        (dict(policy="full", window=2), ValueError, "takes no window"),
+        (dict(policy="none", window=2), ValueError, "takes no window"),
+        (dict(n_frames=0), ValueError, "n_frames is 0"),
+        (dict(n_frames="five"), TypeError, "n_frames is 'five'"),
+    ],
+)
 def test_frame_mask_refuses(arguments, error, says):
     good = dict(policy="full", n_frames=5, task="visualization")
-    with pytest.raises(error, match=says): frame_mask(**(good | arguments))
+    with pytest.raises(error, match=says):
+        frame_mask(**(good | arguments))
 
 
-@pytest.mark.parametrize("change, error, says", [
-    (dict(frame_mask=torch.ones(2, 3).bool()), ValueError, "frame_mask has shape"),
-    (dict(history_mask=torch.ones(2, 4, 4).bool()), ValueError, "history_mask has shape"),
-    (dict(history_mask=torch.ones(2, 3, 5).bool()), ValueError, "history_mask has shape"),
-    (dict(dropped=torch.ones(3, 2).bool()), ValueError, "dropped has shape"),
-    (dict(caption_mask=torch.ones(2, 3, 4)), TypeError, "caption_mask has dtype"),
-    (dict(caption_mask=torch.ones(3, 4).bool()), ValueError, "caption_mask has shape"),
-])
+@pytest.mark.parametrize(
+    "change, error, says",
+    [
+        (dict(frame_mask=torch.ones(2, 3).bool()), ValueError, "frame_mask has shape"),
+        (dict(history_mask=torch.ones(2, 4, 4).bool()), ValueError, "history_mask has shape"),
+        (dict(history_mask=torch.ones(2, 3, 5).bool()), ValueError, "history_mask has shape"),
+        (dict(dropped=torch.ones(3, 2).bool()), ValueError, "dropped has shape"),
+        (dict(caption_mask=torch.ones(2, 3, 4)), TypeError, "caption_mask has dtype"),
+        (dict(caption_mask=torch.ones(3, 4).bool()), ValueError, "caption_mask has shape"),
+    ],
+)
 def test_token_mask_refuses(change, error, says):
-    good = dict(frame_mask=frame_mask("full", 3, "visualization"), caption_mask=torch.ones(2, 3, 4).bool(),
-                history_mask=torch.ones(2, 3, 4).bool(), dropped=None)
-    with pytest.raises(error, match=says): token_mask(**(good | change))
+    good = dict(
+        frame_mask=frame_mask("full", 3, "visualization"),
+        caption_mask=torch.ones(2, 3, 4).bool(),
+        history_mask=torch.ones(2, 3, 4).bool(),
+        dropped=None,
+    )
+    with pytest.raises(error, match=says):
+        token_mask(**(good | change))
 
 
 @given(lengths, tasks, windows)
 def test_equal_relevance_shifts_nothing(n, task, window):
     mask = frame_mask("weighted", n, task, window)
-    relevance = torch.zeros(mask.shape).masked_fill(~mask, -torch.inf).softmax(-1).nan_to_num(0.)[None]
-    assert torch.equal(relevance_bias(relevance, mask, 3), torch.zeros(1, n, (1 + mask.shape[1]) * 3))
+    relevance = (
+        torch.zeros(mask.shape).masked_fill(~mask, -torch.inf).softmax(-1).nan_to_num(0.0)[None]
+    )
+    assert torch.equal(
+        relevance_bias(relevance, mask, 3), torch.zeros(1, n, (1 + mask.shape[1]) * 3)
+    )
 
 
 def test_relevance_bias_by_hand():
     mask = torch.tensor([[False, False, False], [True, False, False], [True, True, False]])
-    relevance = torch.tensor([[[0., 0., 0.], [1., 0., 0.], [.75, .25, 0.]]])
+    relevance = torch.tensor([[[0.0, 0.0, 0.0], [1.0, 0.0, 0.0], [0.75, 0.25, 0.0]]])
     bias = relevance_bias(relevance, mask, n_tokens=2)
     expected = torch.zeros(1, 3, 8)
     expected[0, 2, 2:4], expected[0, 2, 4:6] = math.log(1.5), math.log(0.5)
@@ -134,14 +171,22 @@ def test_relevance_bias_by_hand():
 
 def test_relevance_bias_is_bounded_and_differentiable():
     mask = frame_mask("weighted", 3, "visualization")[None]
-    relevance = torch.tensor([[[0., 0., 0.], [1., 0., 0.], [1., 0., 0.]]], requires_grad=True)
+    relevance = torch.tensor(
+        [[[0.0, 0.0, 0.0], [1.0, 0.0, 0.0], [1.0, 0.0, 0.0]]], requires_grad=True
+    )
     bias = relevance_bias(relevance, mask, n_tokens=2)
     assert torch.isfinite(bias).all()
     assert bias.min().item() == pytest.approx(math.log(1e-6), rel=1e-4)
     bias.sum().backward()
-    assert torch.isfinite(relevance.grad).all() and relevance.grad[0, 2, 0] != 0 and relevance.grad[0, 0].abs().sum() == 0
+    assert (
+        torch.isfinite(relevance.grad).all()
+        and relevance.grad[0, 2, 0] != 0
+        and relevance.grad[0, 0].abs().sum() == 0
+    )
 
 
 def test_relevance_bias_refuses_a_wrong_shape():
-    with pytest.raises(ValueError, match="relevance has shape"): relevance_bias(torch.ones(3, 3), torch.ones(3, 3).bool(), 2)
-    with pytest.raises(ValueError, match="frame_mask has shape"): relevance_bias(torch.ones(1, 3, 3), torch.ones(3, 4).bool(), 2)
+    with pytest.raises(ValueError, match="relevance has shape"):
+        relevance_bias(torch.ones(3, 3), torch.ones(3, 3).bool(), 2)
+    with pytest.raises(ValueError, match="frame_mask has shape"):
+        relevance_bias(torch.ones(1, 3, 3), torch.ones(3, 4).bool(), 2)

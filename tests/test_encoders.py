@@ -1,24 +1,52 @@
 """Encoders and context against independent references, round trips, leaks, bad input."""
+
 import subprocess
 import sys
 
 import pytest
 import torch
-from hypothesis import given, settings, strategies as st
-from transformers import (BertTokenizer, BlipConfig, BlipForImageTextRetrieval, BlipTextConfig, BlipVisionConfig,
-                          CLIPTextModel, CLIPTokenizer)
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from transformers import (
+    BertTokenizer,
+    BlipConfig,
+    BlipForImageTextRetrieval,
+    BlipTextConfig,
+    BlipVisionConfig,
+    CLIPTextModel,
+    CLIPTokenizer,
+)
 
 from causal_story.causal_mask import frame_mask, token_mask
-from causal_story.encoders import (HistoryEncoder, StoryContext, add_blip_tokens, add_words, drop_conditions,
-                                   encode_captions, lengthen_positions, masked_softmax, null_caption_ids,
-                                   null_caption_states, null_history_states, pack_tokens, resize_image_positions,
-                                   tiny_history_encoder, tiny_text_encoder, tiny_tokenizers)
+from causal_story.encoders import (
+    HistoryEncoder,
+    StoryContext,
+    add_blip_tokens,
+    add_words,
+    drop_conditions,
+    encode_captions,
+    lengthen_positions,
+    masked_softmax,
+    null_caption_ids,
+    null_caption_states,
+    null_history_states,
+    pack_tokens,
+    resize_image_positions,
+    tiny_history_encoder,
+    tiny_text_encoder,
+    tiny_tokenizers,
+)
 
-CAPTIONS = ["Milo is at the beach holding a ball.", "Meanwhile Kiki sleeps at home.", "He jumps with Kiki's balloon!"]
+CAPTIONS = [
+    "Milo is at the beach holding a ball.",
+    "Meanwhile Kiki sleeps at home.",
+    "He jumps with Kiki's balloon!",
+]
 
 
 @pytest.fixture(scope="module")
-def tokenizers(): return tiny_tokenizers(CAPTIONS, max_length=16, characters=("Zaza",))
+def tokenizers():
+    return tiny_tokenizers(CAPTIONS, max_length=16, characters=("Zaza",))
 
 
 @pytest.fixture
@@ -34,15 +62,24 @@ def history_encoder(tokenizers):
 
 
 def fresh_process(code, *arguments):
-    return subprocess.run([sys.executable, "-c", code, *map(str, arguments)], check=True, capture_output=True, text=True).stdout
+    return subprocess.run(
+        [sys.executable, "-c", code, *map(str, arguments)],
+        check=True,
+        capture_output=True,
+        text=True,
+    ).stdout
 
 
 # tokenizers
 
+
 def test_every_training_word_is_one_token(tokenizers):
-    words = {word.strip(".!").removesuffix("'s") for caption in CAPTIONS for word in caption.split()} | {"Zaza", "zaza", "MILO"}
+    words = {
+        word.strip(".!").removesuffix("'s") for caption in CAPTIONS for word in caption.split()
+    } | {"Zaza", "zaza", "MILO"}
     for tokenizer in tokenizers:
-        for word in words: assert len(tokenizer(word, add_special_tokens=False).input_ids) == 1, word
+        for word in words:
+            assert len(tokenizer(word, add_special_tokens=False).input_ids) == 1, word
 
 
 def test_clip_spells_what_it_does_not_know(tokenizers):
@@ -54,12 +91,16 @@ def test_clip_spells_what_it_does_not_know(tokenizers):
 
 
 def test_tokenizers_round_trip(tmp_path):
-    for tokenizer, kind in zip(tiny_tokenizers(CAPTIONS, max_length=16), (CLIPTokenizer, BertTokenizer)):
+    for tokenizer, kind in zip(
+        tiny_tokenizers(CAPTIONS, max_length=16), (CLIPTokenizer, BertTokenizer)
+    ):
         add_words(tokenizer, None, ["Fred"])
         tokenizer.save_pretrained(tmp_path / kind.__name__)
         back = kind.from_pretrained(tmp_path / kind.__name__)
         assert type(back) is kind and len(back) == len(tokenizer) and back.model_max_length == 16
-        assert back.convert_tokens_to_ids(["[ENC]", "[DEC]"]) == tokenizer.convert_tokens_to_ids(["[ENC]", "[DEC]"])
+        assert back.convert_tokens_to_ids(["[ENC]", "[DEC]"]) == tokenizer.convert_tokens_to_ids(
+            ["[ENC]", "[DEC]"]
+        )
         for text in CAPTIONS + ["", "fred's xylophone is [ENC] FRED"]:
             arguments = dict(padding="max_length", truncation=True)
             assert back(text, **arguments).input_ids == tokenizer(text, **arguments).input_ids
@@ -67,38 +108,52 @@ def test_tokenizers_round_trip(tmp_path):
 
 def test_tokenizers_are_deterministic():
     first, second = tiny_tokenizers(CAPTIONS), tiny_tokenizers(CAPTIONS)
-    for one, other in zip(first, second): assert one.get_vocab() == other.get_vocab()
+    for one, other in zip(first, second):
+        assert one.get_vocab() == other.get_vocab()
 
 
 def test_tiny_tokenizers_refuse():
-    with pytest.raises(ValueError, match="captions is empty"): tiny_tokenizers([])
-    with pytest.raises(ValueError, match="max_length is 2"): tiny_tokenizers(CAPTIONS, max_length=2)
+    with pytest.raises(ValueError, match="captions is empty"):
+        tiny_tokenizers([])
+    with pytest.raises(ValueError, match="max_length is 2"):
+        tiny_tokenizers(CAPTIONS, max_length=2)
 
 
 # new words
 
+
 def test_added_words_match_in_any_case_and_never_inside_others(tokenizers):
     for tokenizer in tiny_tokenizers(CAPTIONS):
         assert add_words(tokenizer, None, ["Fred", "Pororo", "DINO"]) == ["fred", "pororo", "dino"]
-        for text in ("Fred", "fred", "FRED"): assert tokenizer.tokenize(text) == ["fred"]
+        for text in ("Fred", "fred", "FRED"):
+            assert tokenizer.tokenize(text) == ["fred"]
         assert tokenizer.tokenize("Pororo's")[0] == "pororo"
         assert tokenizer.tokenize("Dino, dino!")[0] == "dino"
-        assert "dino" not in tokenizer.tokenize("dinosaur") and "dino" not in tokenizer.tokenize("undino")
+        assert "dino" not in tokenizer.tokenize("dinosaur") and "dino" not in tokenizer.tokenize(
+            "undino"
+        )
         assert add_words(tokenizer, None, ["fred", "PORORO", "Dino"]) == []
         assert add_words(tokenizer, None, ["Milo", "Kiki"]) == []
 
 
 def test_adding_words_grows_both_encoders(text_encoder, history_encoder):
-    for tokenizer, model in zip(tiny_tokenizers(CAPTIONS, max_length=16, characters=("Zaza",)), (text_encoder, history_encoder)):
+    for tokenizer, model in zip(
+        tiny_tokenizers(CAPTIONS, max_length=16, characters=("Zaza",)),
+        (text_encoder, history_encoder),
+    ):
         old = model.get_input_embeddings().weight.detach().clone()
         assert add_words(tokenizer, model, ["Fred", "Milo", "wilma"]) == ["fred", "wilma"]
         new = model.get_input_embeddings().weight
         assert new.shape[0] == len(old) + 2 == len(tokenizer)
-        assert torch.equal(new[:len(old)], old)
-        torch.testing.assert_close(new[len(old):], old.mean(0).expand(2, -1))
+        assert torch.equal(new[: len(old)], old)
+        torch.testing.assert_close(new[len(old) :], old.mean(0).expand(2, -1))
         add_words(tokenizer, model, ["Fred", "Milo", "wilma"])
         assert model.get_input_embeddings().weight.shape[0] == len(tokenizer)
-    assert history_encoder.config["text_config"]["vocab_size"] == history_encoder.text.config.vocab_size == len(tokenizer)
+    assert (
+        history_encoder.config["text_config"]["vocab_size"]
+        == history_encoder.text.config.vocab_size
+        == len(tokenizer)
+    )
     assert text_encoder.config.vocab_size == len(text_encoder.get_input_embeddings().weight)
 
 
@@ -107,22 +162,31 @@ def test_grown_history_encoder_round_trips(history_encoder, tmp_path):
     add_words(tokenizer, history_encoder, ["Fred"])
     history_encoder.save_pretrained(tmp_path)
     back = HistoryEncoder.from_pretrained(tmp_path)
-    assert torch.equal(back.get_input_embeddings().weight, history_encoder.get_input_embeddings().weight)
+    assert torch.equal(
+        back.get_input_embeddings().weight, history_encoder.get_input_embeddings().weight
+    )
 
 
 @pytest.mark.parametrize("word", ["", "mr slate", "a\tb"])
 def test_add_words_refuses(tokenizers, word):
-    with pytest.raises(ValueError, match="words holds"): add_words(tokenizers[0], None, ["fine", word])
+    with pytest.raises(ValueError, match="words holds"):
+        add_words(tokenizers[0], None, ["fine", word])
 
 
 def test_add_words_does_not_take_over_rows_in_use(history_encoder):
-    tokenizer = BertTokenizer(vocab={token: i for i, token in enumerate(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "a"])})
-    with pytest.raises(ValueError, match="add_blip_tokens"): add_words(tokenizer, history_encoder, ["Fred"])
+    tokenizer = BertTokenizer(
+        vocab={
+            token: i for i, token in enumerate(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "a"])
+        }
+    )
+    with pytest.raises(ValueError, match="add_blip_tokens"):
+        add_words(tokenizer, history_encoder, ["Fred"])
     assert len(add_blip_tokens(add_blip_tokens(tokenizer))) == 8
     assert tokenizer.convert_tokens_to_ids(["[DEC]", "[ENC]"]) == [6, 7]
 
 
 # caption encoder
+
 
 def test_caption_padding_does_not_reach_words(tokenizers, text_encoder):
     batch = tokenizers[0](CAPTIONS, padding="max_length", truncation=True, return_tensors="pt")
@@ -131,7 +195,9 @@ def test_caption_padding_does_not_reach_words(tokenizers, text_encoder):
     assert states.shape == (3, 16, 32)
     changed = torch.where(mask, batch.input_ids, 5)
     torch.testing.assert_close(encode_captions(text_encoder, changed, mask)[mask], states[mask])
-    stacked = encode_captions(text_encoder, batch.input_ids[None].expand(2, -1, -1), mask[None].expand(2, -1, -1))
+    stacked = encode_captions(
+        text_encoder, batch.input_ids[None].expand(2, -1, -1), mask[None].expand(2, -1, -1)
+    )
     torch.testing.assert_close(stacked[1], states)
 
 
@@ -149,7 +215,11 @@ def test_lengthened_positions(text_encoder, tmp_path):
     before = text_encoder(ids).last_hidden_state
     lengthen_positions(text_encoder, 25, keep=10)
     new = text_encoder.embeddings.position_embedding.weight
-    assert new.shape == (25, 32) and new.requires_grad and text_encoder.config.max_position_embeddings == 25
+    assert (
+        new.shape == (25, 32)
+        and new.requires_grad
+        and text_encoder.config.max_position_embeddings == 25
+    )
     assert torch.equal(new[:10], old[:10])
     torch.testing.assert_close(new[-1], old[-1])
     torch.testing.assert_close(new[11], old[10] + (old[11] - old[10]) * 5 / 14)
@@ -161,12 +231,15 @@ def test_lengthened_positions(text_encoder, tmp_path):
 
 
 def test_lengthen_positions_refuses_to_shrink(text_encoder):
-    with pytest.raises(ValueError, match="does not shrink"): lengthen_positions(text_encoder, 8)
+    with pytest.raises(ValueError, match="does not shrink"):
+        lengthen_positions(text_encoder, 8)
     assert lengthen_positions(text_encoder, 16).config.max_position_embeddings == 16
-    with pytest.raises(ValueError, match="17 tokens"): encode_captions(text_encoder, torch.zeros(1, 17, dtype=torch.long))
+    with pytest.raises(ValueError, match="17 tokens"):
+        encode_captions(text_encoder, torch.zeros(1, 17, dtype=torch.long))
 
 
 # history encoder
+
 
 def test_history_encoder_reads_image_words_and_enc(tokenizers, history_encoder):
     batch = tokenizers[1](CAPTIONS[:2], padding="max_length", truncation=True, return_tensors="pt")
@@ -176,7 +249,9 @@ def test_history_encoder_reads_image_words_and_enc(tokenizers, history_encoder):
     assert states.shape == (2, 16, 32)
     features = history_encoder.image_features(pixels)
     assert features.shape == (2, 5, 32)
-    torch.testing.assert_close(history_encoder(image_features=features, input_ids=ids, attention_mask=mask), states)
+    torch.testing.assert_close(
+        history_encoder(image_features=features, input_ids=ids, attention_mask=mask), states
+    )
     other_first = ids.clone()
     other_first[:, 0] = 9
     torch.testing.assert_close(history_encoder(pixels, other_first, mask), states)
@@ -190,7 +265,11 @@ def test_history_encoder_is_bidirectional_unless_causal(history_encoder):
     ids, pixels = torch.full((1, 8), 6), torch.randn(1, 3, 16, 16)
     late = ids.clone()
     late[:, 5] = 9
-    moved = lambda causal: (history_encoder(pixels, ids, causal=causal) - history_encoder(pixels, late, causal=causal)).abs().amax((0, 2))
+    moved = lambda causal: (
+        (history_encoder(pixels, ids, causal=causal) - history_encoder(pixels, late, causal=causal))
+        .abs()
+        .amax((0, 2))
+    )
     assert (moved(False)[:5] > 0).all()
     assert (moved(True)[:5] == 0).all() and (moved(True)[5:] > 0).all()
 
@@ -201,8 +280,12 @@ def test_causal_reading_starts_with_dec(history_encoder):
     ids, pixels = torch.full((1, 8), 6), torch.randn(1, 3, 16, 16)
     by_hand = ids.clone()
     by_hand[:, 0] = dec
-    expected = history_encoder.text(input_ids=by_hand, encoder_hidden_states=history_encoder.image_features(pixels),
-                                    is_decoder=True, use_cache=False).last_hidden_state
+    expected = history_encoder.text(
+        input_ids=by_hand,
+        encoder_hidden_states=history_encoder.image_features(pixels),
+        is_decoder=True,
+        use_cache=False,
+    ).last_hidden_state
     torch.testing.assert_close(history_encoder(pixels, ids, causal=True), expected)
 
 
@@ -217,38 +300,66 @@ def test_gradient_reaches_picture_and_words(history_encoder):
 def test_history_encoder_round_trips_in_a_fresh_process(history_encoder, tmp_path):
     history_encoder.save_pretrained(tmp_path / "encoder")
     pixels, ids = torch.randn(2, 3, 16, 16), torch.randint(5, 60, (2, 12))
-    torch.save(dict(pixels=pixels, ids=ids, states=history_encoder(pixels, ids).detach()), tmp_path / "expected.pt")
+    torch.save(
+        dict(pixels=pixels, ids=ids, states=history_encoder(pixels, ids).detach()),
+        tmp_path / "expected.pt",
+    )
     assert (tmp_path / "encoder" / "diffusion_pytorch_model.safetensors").exists()
-    assert fresh_process("""
+    assert fresh_process(
+        """
 import sys, torch
 from causal_story.encoders import HistoryEncoder
 e = torch.load(sys.argv[2], weights_only=True)
 model = HistoryEncoder.from_pretrained(sys.argv[1])
 torch.testing.assert_close(model(e["pixels"], e["ids"]), e["states"])
 print(model.training, model.config["enc_token_id"])
-""", tmp_path / "encoder", tmp_path / "expected.pt").split() == ["False", str(history_encoder.config["enc_token_id"])]
+""",
+        tmp_path / "encoder",
+        tmp_path / "expected.pt",
+    ).split() == ["False", str(history_encoder.config["enc_token_id"])]
 
 
-@pytest.mark.parametrize("call, says", [
-    (lambda m: m(torch.zeros(1, 3, 8, 8), torch.zeros(1, 4).long()), "pixel_values has shape"),
-    (lambda m: m(None, torch.zeros(1, 4).long()), "pixel_values or image_features"),
-    (lambda m: m(torch.zeros(1, 3, 16, 16)), "input_ids is missing"),
-    (lambda m: HistoryEncoder(m.config["vision_config"], m.config["text_config"] | dict(is_decoder=False), 1), "cross-attention"),
-    (lambda m: HistoryEncoder(m.config["vision_config"], m.config["text_config"], 1)(torch.zeros(1, 3, 16, 16), torch.zeros(1, 4).long(), causal=True), "dec_token_id"),
-])
+@pytest.mark.parametrize(
+    "call, says",
+    [
+        (lambda m: m(torch.zeros(1, 3, 8, 8), torch.zeros(1, 4).long()), "pixel_values has shape"),
+        (lambda m: m(None, torch.zeros(1, 4).long()), "pixel_values or image_features"),
+        (lambda m: m(torch.zeros(1, 3, 16, 16)), "input_ids is missing"),
+        (
+            lambda m: HistoryEncoder(
+                m.config["vision_config"], m.config["text_config"] | dict(is_decoder=False), 1
+            ),
+            "cross-attention",
+        ),
+        (
+            lambda m: HistoryEncoder(m.config["vision_config"], m.config["text_config"], 1)(
+                torch.zeros(1, 3, 16, 16), torch.zeros(1, 4).long(), causal=True
+            ),
+            "dec_token_id",
+        ),
+    ],
+)
 def test_history_encoder_refuses(history_encoder, call, says):
-    with pytest.raises(ValueError, match=says): call(history_encoder)
+    with pytest.raises(ValueError, match=says):
+        call(history_encoder)
 
 
 # trained BLIP
+
 
 @pytest.fixture(scope="module")
 def blip_folder(tmp_path_factory):
     torch.manual_seed(1)
     shape = dict(hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2)
-    config = BlipConfig(text_config=BlipTextConfig(**shape, vocab_size=40, max_position_embeddings=12, encoder_hidden_size=16).to_dict(),
-                        vision_config=BlipVisionConfig(**shape, image_size=32, patch_size=8, initializer_range=0.02).to_dict(),
-                        image_text_hidden_size=8)
+    config = BlipConfig(
+        text_config=BlipTextConfig(
+            **shape, vocab_size=40, max_position_embeddings=12, encoder_hidden_size=16
+        ).to_dict(),
+        vision_config=BlipVisionConfig(
+            **shape, image_size=32, patch_size=8, initializer_range=0.02
+        ).to_dict(),
+        image_text_hidden_size=8,
+    )
     folder = tmp_path_factory.mktemp("blip")
     BlipForImageTextRetrieval(config).save_pretrained(folder)
     return folder
@@ -262,7 +373,9 @@ def test_from_blip_keeps_what_blip_computes(blip_folder):
         assert encoder.config["enc_token_id"] == 39 and encoder.config["dec_token_id"] == 38
         ids[:, 0] = 39
         image = blip.vision_model(pixels).last_hidden_state
-        expected = blip.text_encoder(input_ids=ids, encoder_hidden_states=image, is_decoder=False).last_hidden_state
+        expected = blip.text_encoder(
+            input_ids=ids, encoder_hidden_states=image, is_decoder=False
+        ).last_hidden_state
         torch.testing.assert_close(encoder(pixels, ids), expected)
 
 
@@ -273,19 +386,24 @@ def test_from_blip_at_another_size(blip_folder, tmp_path):
     expected = blip.vision_model(pixels, interpolate_pos_encoding=True).last_hidden_state
     torch.testing.assert_close(encoder.image_features(pixels), expected)
     encoder.save_pretrained(tmp_path)
-    torch.testing.assert_close(HistoryEncoder.from_pretrained(tmp_path).image_features(pixels), expected)
+    torch.testing.assert_close(
+        HistoryEncoder.from_pretrained(tmp_path).image_features(pixels), expected
+    )
 
 
 def test_from_blip_refuses(blip_folder, tmp_path, text_encoder):
-    with pytest.raises(ValueError, match="multiple of the patch size 8"): HistoryEncoder.from_blip(blip_folder, image_size=36)
-    with pytest.raises(FileNotFoundError, match="no BLIP folder"): HistoryEncoder.from_blip(tmp_path / "nowhere")
+    with pytest.raises(ValueError, match="multiple of the patch size 8"):
+        HistoryEncoder.from_blip(blip_folder, image_size=36)
+    with pytest.raises(FileNotFoundError, match="no BLIP folder"):
+        HistoryEncoder.from_blip(tmp_path / "nowhere")
     text_encoder.save_pretrained(tmp_path / "clip")
-    with pytest.raises(ValueError, match="not a BLIP"): HistoryEncoder.from_blip(tmp_path / "clip")
+    with pytest.raises(ValueError, match="not a BLIP"):
+        HistoryEncoder.from_blip(tmp_path / "clip")
 
 
 def test_image_positions_keep_their_middle():
     grid = torch.linspace(-1, 1, 8)[:, None] + torch.linspace(0, 2, 8)[None]
-    table = torch.cat([torch.tensor([9.]), grid.flatten()])[None, :, None]
+    table = torch.cat([torch.tensor([9.0]), grid.flatten()])[None, :, None]
     small = resize_image_positions(table, 4)
     assert small.shape == (1, 17, 1) and small[0, 0] == 9
     torch.testing.assert_close(small[0, 1:].mean(), table[0, 1:].mean(), atol=1e-3, rtol=0)
@@ -294,6 +412,7 @@ def test_image_positions_keep_their_middle():
 
 # null inputs and dropped rows
 
+
 def test_null_states(tokenizers, text_encoder, history_encoder):
     clip, bert = tokenizers
     ids = null_caption_ids(clip)
@@ -301,15 +420,26 @@ def test_null_states(tokenizers, text_encoder, history_encoder):
     caption = null_caption_states(text_encoder, ids)
     torch.testing.assert_close(caption, text_encoder(ids[None]).last_hidden_state[0])
     block = null_history_states(history_encoder, null_caption_ids(bert))
-    black = (0 - torch.tensor([0.48145466, 0.4578275, 0.40821073])) / torch.tensor([0.26862954, 0.26130258, 0.27577711])  # AR-LDM: zeros, then its BLIP transform
-    expected = history_encoder(black.view(1, 3, 1, 1).repeat(1, 1, 16, 16), null_caption_ids(bert)[None], torch.ones(1, 16).bool())[0]
+    black = (0 - torch.tensor([0.48145466, 0.4578275, 0.40821073])) / torch.tensor(
+        [0.26862954, 0.26130258, 0.27577711]
+    )  # AR-LDM: zeros, then its BLIP transform
+    expected = history_encoder(
+        black.view(1, 3, 1, 1).repeat(1, 1, 16, 16),
+        null_caption_ids(bert)[None],
+        torch.ones(1, 16).bool(),
+    )[0]
     torch.testing.assert_close(block, expected)
-    assert caption.requires_grad and block.requires_grad and caption.shape == block.shape == (16, 32)
+    assert (
+        caption.requires_grad and block.requires_grad and caption.shape == block.shape == (16, 32)
+    )
 
 
 # context
 
-def reference_context(captions, histories, dropped, null_caption, null_history, type_table, time_table):
+
+def reference_context(
+    captions, histories, dropped, null_caption, null_history, type_table, time_table
+):
     "AR-LDM's context, frame by frame and block by block; lists instead of broadcasting."
     stories = []
     for b in range(captions.shape[0]):
@@ -329,16 +459,27 @@ def story(task, B=2, V=3, S=4, D=8, seed=0):
     generator = torch.Generator().manual_seed(seed)
     blocks = V + (task == "continuation")
     draw = lambda *shape: torch.randn(shape, generator=generator)
-    caption_mask, history_mask = (torch.arange(S) < torch.randint(1, S + 1, (B, n, 1), generator=generator) for n in (V, blocks))
-    return dict(captions=draw(B, V, S, D), histories=draw(B, blocks, S, D), caption_mask=caption_mask, history_mask=history_mask,
-                dropped=torch.rand(B, V, generator=generator) < 0.4, null_caption=draw(S, D), null_history=draw(S, D))
+    caption_mask, history_mask = (
+        torch.arange(S) < torch.randint(1, S + 1, (B, n, 1), generator=generator)
+        for n in (V, blocks)
+    )
+    return dict(
+        captions=draw(B, V, S, D),
+        histories=draw(B, blocks, S, D),
+        caption_mask=caption_mask,
+        history_mask=history_mask,
+        dropped=torch.rand(B, V, generator=generator) < 0.4,
+        null_caption=draw(S, D),
+        null_history=draw(S, D),
+    )
 
 
 def awake(context, scale=0.5):
     "Give every zero-initialised part random weights, as training would."
     generator = torch.Generator().manual_seed(3)
     with torch.no_grad():
-        for p in context.parameters(): p.copy_(torch.randn(p.shape, generator=generator) * scale)
+        for p in context.parameters():
+            p.copy_(torch.randn(p.shape, generator=generator) * scale)
     return context.eval()
 
 
@@ -346,16 +487,35 @@ def awake(context, scale=0.5):
 @given(st.sampled_from(["visualization", "continuation"]), st.integers(1, 8), st.integers(0, 1000))
 def test_assembly_equals_ar_ldm(task, V, seed):
     s, context = story(task, V=V, seed=seed), awake(StoryContext(8, context_layers=1))
-    captions, histories = drop_conditions(s["captions"], s["histories"], s["dropped"], s["null_caption"], s["null_history"])
+    captions, histories = drop_conditions(
+        s["captions"], s["histories"], s["dropped"], s["null_caption"], s["null_history"]
+    )
     got = context(captions, histories, context_layer=False)
-    expected = reference_context(s["captions"], s["histories"], s["dropped"], s["null_caption"], s["null_history"],
-                                 context.type_embedding.weight, context.time_embedding.weight)
+    expected = reference_context(
+        s["captions"],
+        s["histories"],
+        s["dropped"],
+        s["null_caption"],
+        s["null_history"],
+        context.type_embedding.weight,
+        context.time_embedding.weight,
+    )
     assert got.shape == (2, V, (1 + s["histories"].shape[1]) * 4, 8)
     torch.testing.assert_close(got, expected)
     shared = context(s["captions"], s["histories"], context_layer=False)
     nobody = torch.zeros_like(s["dropped"])
-    torch.testing.assert_close(shared, reference_context(s["captions"], s["histories"], nobody, None, None,
-                                                         context.type_embedding.weight, context.time_embedding.weight))
+    torch.testing.assert_close(
+        shared,
+        reference_context(
+            s["captions"],
+            s["histories"],
+            nobody,
+            None,
+            None,
+            context.type_embedding.weight,
+            context.time_embedding.weight,
+        ),
+    )
 
 
 @pytest.mark.parametrize("task", ["visualization", "continuation"])
@@ -364,7 +524,9 @@ def test_context_layer_starts_as_ar_ldm_and_moves_when_trained(task):
     mask = token_mask(frame_mask("full", 3, task), s["caption_mask"], s["history_mask"])
     plain = context(s["captions"], s["histories"], context_layer=False)
     torch.testing.assert_close(context(s["captions"], s["histories"], mask), plain, rtol=0, atol=0)
-    moved = awake(context)(s["captions"], s["histories"], mask) - context(s["captions"], s["histories"], context_layer=False)
+    moved = awake(context)(s["captions"], s["histories"], mask) - context(
+        s["captions"], s["histories"], context_layer=False
+    )
     assert (moved[mask].abs().sum(-1) > 0).all() and (moved[~mask] == 0).all()
 
 
@@ -382,24 +544,49 @@ def independent_layers(context, tokens, mask, distance):
     return tokens + context.projection(context.norm(hidden))
 
 
-@pytest.mark.parametrize("task, policy, window", [("visualization", "full", None), ("continuation", "full", None),
-                                                  ("visualization", "local", 1), ("continuation", "local", 2), ("continuation", "none", None)])
+@pytest.mark.parametrize(
+    "task, policy, window",
+    [
+        ("visualization", "full", None),
+        ("continuation", "full", None),
+        ("visualization", "local", 1),
+        ("continuation", "local", 2),
+        ("continuation", "none", None),
+    ],
+)
 def test_context_layer_equals_attention_over_visible_tokens(task, policy, window):
     s, context = story(task), awake(StoryContext(8, context_layers=2, heads=2))
-    mask = token_mask(frame_mask(policy, 3, task, window), s["caption_mask"], s["history_mask"], s["dropped"])
-    got, plain = context(s["captions"], s["histories"], mask), context(s["captions"], s["histories"], context_layer=False)
+    mask = token_mask(
+        frame_mask(policy, 3, task, window), s["caption_mask"], s["history_mask"], s["dropped"]
+    )
+    got, plain = (
+        context(s["captions"], s["histories"], mask),
+        context(s["captions"], s["histories"], context_layer=False),
+    )
     for b in range(2):
         for i in range(3):
             now = i + (task == "continuation")
-            distance = torch.tensor([0] * 4 + [max(now - k, 0) for k in range(s["histories"].shape[1]) for _ in range(4)])
+            distance = torch.tensor(
+                [0] * 4
+                + [max(now - k, 0) for k in range(s["histories"].shape[1]) for _ in range(4)]
+            )
             expected = independent_layers(context, plain[b, i], mask[b, i], distance)
             torch.testing.assert_close(got[b, i][mask[b, i]], expected, rtol=1e-4, atol=1e-4)
 
 
 @settings(deadline=None, max_examples=25)
-@given(st.sampled_from(["visualization", "continuation"]), st.integers(1, 6), st.none() | st.integers(1, 3), st.integers(0, 1000), st.data())
+@given(
+    st.sampled_from(["visualization", "continuation"]),
+    st.integers(1, 6),
+    st.none() | st.integers(1, 3),
+    st.integers(0, 1000),
+    st.data(),
+)
 def test_what_a_frame_may_not_see_never_reaches_it(task, V, window, seed, data):
-    s, context = story(task, V=V, seed=seed), awake(StoryContext(8, context_layers=2, heads=2, relevance=True))
+    s, context = (
+        story(task, V=V, seed=seed),
+        awake(StoryContext(8, context_layers=2, heads=2, relevance=True)),
+    )
     frames = frame_mask("weighted", V, task, window)
     mask = token_mask(frames, s["caption_mask"], s["history_mask"])
     block = data.draw(st.integers(0, frames.shape[1] - 1))
@@ -409,14 +596,21 @@ def test_what_a_frame_may_not_see_never_reaches_it(task, V, window, seed, data):
     before, after = (context(s["captions"], h, mask) for h in (s["histories"], other))
     blind = ~frames[:, block]
     assert torch.equal(before[:, blind][mask[:, blind]], after[:, blind][mask[:, blind]])
-    seen = [context.relevance(c, frames, s["caption_mask"], s["history_mask"]) for c in (before, after)]
+    seen = [
+        context.relevance(c, frames, s["caption_mask"], s["history_mask"]) for c in (before, after)
+    ]
     assert torch.equal(seen[0][:, blind], seen[1][:, blind])
     if frames[:, block].any():
-        assert not torch.equal(before[:, ~blind][mask[:, ~blind]], after[:, ~blind][mask[:, ~blind]])
+        assert not torch.equal(
+            before[:, ~blind][mask[:, ~blind]], after[:, ~blind][mask[:, ~blind]]
+        )
 
 
 def test_one_frame_at_a_time_with_frame_times():
-    s, context = story("continuation", V=4), awake(StoryContext(8, context_layers=1, heads=2, relevance=True))
+    s, context = (
+        story("continuation", V=4),
+        awake(StoryContext(8, context_layers=1, heads=2, relevance=True)),
+    )
     frames = frame_mask("full", 4, "continuation")
     mask = token_mask(frames, s["caption_mask"], s["history_mask"])
     whole = context(s["captions"], s["histories"], mask)
@@ -424,22 +618,35 @@ def test_one_frame_at_a_time_with_frame_times():
     for i in range(4):
         known = i + 1
         part = dict(frame_times=torch.tensor([i + 1]))
-        one_mask = mask[:, i:i+1, :(1 + known) * 4]
-        one = context(s["captions"][:, i:i+1], s["histories"][:, :known], one_mask, **part)
-        torch.testing.assert_close(one[one_mask], whole[:, i:i+1, :(1 + known) * 4][one_mask])
-        one_weights = context.relevance(one, frames[i:i+1, :known], s["caption_mask"][:, i:i+1], s["history_mask"][:, :known], **part)
-        torch.testing.assert_close(one_weights, weights[:, i:i+1, :known])
+        one_mask = mask[:, i : i + 1, : (1 + known) * 4]
+        one = context(s["captions"][:, i : i + 1], s["histories"][:, :known], one_mask, **part)
+        torch.testing.assert_close(one[one_mask], whole[:, i : i + 1, : (1 + known) * 4][one_mask])
+        one_weights = context.relevance(
+            one,
+            frames[i : i + 1, :known],
+            s["caption_mask"][:, i : i + 1],
+            s["history_mask"][:, :known],
+            **part,
+        )
+        torch.testing.assert_close(one_weights, weights[:, i : i + 1, :known])
 
 
 def test_a_story_that_sees_nothing_gives_no_nan():
-    s, context = story("visualization"), awake(StoryContext(8, context_layers=1, heads=2, relevance=True))
+    s, context = (
+        story("visualization"),
+        awake(StoryContext(8, context_layers=1, heads=2, relevance=True)),
+    )
     captions = s["captions"].clone().requires_grad_()
     nothing = torch.zeros_like(s["caption_mask"])
     mask = token_mask(frame_mask("none", 3, "visualization"), nothing, s["history_mask"])
     out = context(captions, s["histories"], mask)
-    weights = context.relevance(out, frame_mask("none", 3, "visualization"), nothing, s["history_mask"])
+    weights = context.relevance(
+        out, frame_mask("none", 3, "visualization"), nothing, s["history_mask"]
+    )
     (out.sum() + weights.sum()).backward()
-    assert torch.isfinite(out).all() and (weights == 0).all() and torch.isfinite(captions.grad).all()
+    assert (
+        torch.isfinite(out).all() and (weights == 0).all() and torch.isfinite(captions.grad).all()
+    )
 
 
 @pytest.mark.parametrize("task", ["visualization", "continuation"])
@@ -447,7 +654,9 @@ def test_relevance_starts_equal_sums_to_one_and_learns(task):
     s, context = story(task), StoryContext(8, context_layers=1, heads=2, relevance=True)
     frames = frame_mask("weighted", 3, task)
     mask = token_mask(frames, s["caption_mask"], s["history_mask"])
-    weigh = lambda: context.relevance(context(s["captions"], s["histories"], mask), frames, s["caption_mask"], s["history_mask"])
+    weigh = lambda: context.relevance(
+        context(s["captions"], s["histories"], mask), frames, s["caption_mask"], s["history_mask"]
+    )
     equal = frames / frames.sum(1, keepdim=True).clamp(min=1)
     torch.testing.assert_close(weigh(), equal.expand(2, -1, -1), rtol=0, atol=1e-7)
     (weigh()[..., 0].sum()).backward()
@@ -463,51 +672,82 @@ def test_relevance_starts_equal_sums_to_one_and_learns(task):
 def test_relevance_ignores_padding():
     s, context = story("visualization"), awake(StoryContext(8, relevance=True))
     frames = frame_mask("weighted", 3, "visualization")
-    weigh = lambda captions, histories, **more: context.relevance(context(captions, histories), frames, s["caption_mask"], s["history_mask"], **more)
+    weigh = lambda captions, histories, **more: context.relevance(
+        context(captions, histories), frames, s["caption_mask"], s["history_mask"], **more
+    )
     captions, histories = s["captions"].clone(), s["histories"].clone()
     captions[~s["caption_mask"]] = torch.randn(8)
     histories[~s["history_mask"]] = torch.randn(8)
     torch.testing.assert_close(weigh(captions, histories), weigh(s["captions"], s["histories"]))
     everyone = torch.ones(2, 3, dtype=torch.bool)
-    assert not torch.allclose(weigh(captions, histories, dropped=everyone), weigh(s["captions"], s["histories"], dropped=everyone))
+    assert not torch.allclose(
+        weigh(captions, histories, dropped=everyone),
+        weigh(s["captions"], s["histories"], dropped=everyone),
+    )
 
 
 def test_context_round_trips_in_a_fresh_process(tmp_path):
-    s, context = story("continuation"), awake(StoryContext(8, context_layers=1, heads=2, relevance=True))
+    s, context = (
+        story("continuation"),
+        awake(StoryContext(8, context_layers=1, heads=2, relevance=True)),
+    )
     mask = token_mask(frame_mask("full", 3, "continuation"), s["caption_mask"], s["history_mask"])
     context.save_pretrained(tmp_path / "context")
     expected = context(s["captions"], s["histories"], mask).detach()
-    torch.save(dict(captions=s["captions"], histories=s["histories"], mask=mask, expected=expected), tmp_path / "expected.pt")
-    fresh_process("""
+    torch.save(
+        dict(captions=s["captions"], histories=s["histories"], mask=mask, expected=expected),
+        tmp_path / "expected.pt",
+    )
+    fresh_process(
+        """
 import sys, torch
 from causal_story.encoders import StoryContext
 e = torch.load(sys.argv[2], weights_only=True)
 context = StoryContext.from_pretrained(sys.argv[1])
 torch.testing.assert_close(context(e["captions"], e["histories"], e["mask"]), e["expected"])
-""", tmp_path / "context", tmp_path / "expected.pt")
+""",
+        tmp_path / "context",
+        tmp_path / "expected.pt",
+    )
 
 
-@pytest.mark.parametrize("change, says", [
-    (dict(history_states=torch.zeros(2, 3, 4, 6)), "history_states has shape"),
-    (dict(caption_states=torch.zeros(2, 3, 4, 6)), "width 6"),
-    (dict(history_states=torch.zeros(2, 10, 4, 8)), "10 history blocks"),
-    (dict(history_states=torch.zeros(2, 5, 4, 8), token_mask=torch.ones(2, 3, 24).bool()), "give frame_times"),
-    (dict(token_mask=torch.ones(2, 3, 15).bool()), "token_mask has shape"),
-    (dict(token_mask=None), "token_mask is missing"),
-])
+@pytest.mark.parametrize(
+    "change, says",
+    [
+        (dict(history_states=torch.zeros(2, 3, 4, 6)), "history_states has shape"),
+        (dict(caption_states=torch.zeros(2, 3, 4, 6)), "width 6"),
+        (dict(history_states=torch.zeros(2, 10, 4, 8)), "10 history blocks"),
+        (
+            dict(history_states=torch.zeros(2, 5, 4, 8), token_mask=torch.ones(2, 3, 24).bool()),
+            "give frame_times",
+        ),
+        (dict(token_mask=torch.ones(2, 3, 15).bool()), "token_mask has shape"),
+        (dict(token_mask=None), "token_mask is missing"),
+    ],
+)
 def test_context_refuses(change, says):
-    good = dict(caption_states=torch.zeros(2, 3, 4, 8), history_states=torch.zeros(2, 3, 4, 8), token_mask=torch.ones(2, 3, 16).bool())
-    with pytest.raises(ValueError, match=says): StoryContext(8, context_layers=1)(**(good | change))
+    good = dict(
+        caption_states=torch.zeros(2, 3, 4, 8),
+        history_states=torch.zeros(2, 3, 4, 8),
+        token_mask=torch.ones(2, 3, 16).bool(),
+    )
+    with pytest.raises(ValueError, match=says):
+        StoryContext(8, context_layers=1)(**(good | change))
 
 
 def test_relevance_refuses_without_a_head():
     with pytest.raises(ValueError, match="relevance=False"):
-        StoryContext(8).relevance(torch.zeros(1, 1, 8, 8), torch.ones(1, 1).bool(), torch.ones(1, 1, 4).bool(), torch.ones(1, 1, 4).bool())
+        StoryContext(8).relevance(
+            torch.zeros(1, 1, 8, 8),
+            torch.ones(1, 1).bool(),
+            torch.ones(1, 1, 4).bool(),
+            torch.ones(1, 1, 4).bool(),
+        )
 
 
 def test_packing_keeps_order_and_loses_nothing():
     mask = torch.tensor([[True, False, True, False], [False, False, True, False], [False] * 4])
-    tokens = torch.arange(12.).reshape(3, 4, 1)
+    tokens = torch.arange(12.0).reshape(3, 4, 1)
     packed, packed_mask, places = pack_tokens(tokens, mask)
     assert packed.shape == (3, 2, 1) and places.tolist()[0] == [0, 2]
     assert packed_mask.tolist() == [[True, True], [True, False], [False, False]]
@@ -515,10 +755,10 @@ def test_packing_keeps_order_and_loses_nothing():
 
 
 def test_masked_softmax():
-    scores = torch.tensor([[1., 2., 50.], [3., 3., 3.]], requires_grad=True)
+    scores = torch.tensor([[1.0, 2.0, 50.0], [3.0, 3.0, 3.0]], requires_grad=True)
     mask = torch.tensor([[True, True, False], [False, False, False]])
     weights = masked_softmax(scores, mask)
-    torch.testing.assert_close(weights[0, :2], torch.tensor([1., 2.]).softmax(0))
+    torch.testing.assert_close(weights[0, :2], torch.tensor([1.0, 2.0]).softmax(0))
     assert (weights[~mask] == 0).all()
     weights.square().sum().backward()
     assert torch.isfinite(scores.grad).all() and (scores.grad[1] == 0).all()
@@ -526,29 +766,56 @@ def test_masked_softmax():
 
 # other homes of BLIP, other devices, half precision
 
-@pytest.mark.parametrize("kind", ["BlipForImageTextRetrieval", "BlipForConditionalGeneration", "BlipForQuestionAnswering", "BlipModel"])
+
+@pytest.mark.parametrize(
+    "kind",
+    [
+        "BlipForImageTextRetrieval",
+        "BlipForConditionalGeneration",
+        "BlipForQuestionAnswering",
+        "BlipModel",
+    ],
+)
 def test_from_blip_finds_both_towers_in_every_blip(kind, tmp_path):
     import transformers
+
     torch.manual_seed(2)
     shape = dict(hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2)
-    config = BlipConfig(text_config=dict(**shape, vocab_size=40, max_position_embeddings=12, bos_token_id=38, sep_token_id=3),
-                        vision_config=dict(**shape, image_size=16, patch_size=8, initializer_range=0.02), image_text_hidden_size=8)
+    config = BlipConfig(
+        text_config=dict(
+            **shape, vocab_size=40, max_position_embeddings=12, bos_token_id=38, sep_token_id=3
+        ),
+        vision_config=dict(**shape, image_size=16, patch_size=8, initializer_range=0.02),
+        image_text_hidden_size=8,
+    )
     blip = getattr(transformers, kind)(config).eval()
     blip.save_pretrained(tmp_path)
     encoder = HistoryEncoder.from_blip(tmp_path, image_size=16)
-    text = {"BlipForConditionalGeneration": lambda: blip.text_decoder.bert, "BlipModel": lambda: blip.text_model}.get(kind, lambda: blip.text_encoder)()
+    text = {
+        "BlipForConditionalGeneration": lambda: blip.text_decoder.bert,
+        "BlipModel": lambda: blip.text_model,
+    }.get(kind, lambda: blip.text_encoder)()
     pixels, ids = torch.randn(1, 3, 16, 16), torch.tensor([[39, 5, 6, 7]])
-    expected = text(input_ids=ids, encoder_hidden_states=blip.vision_model(pixels).last_hidden_state, is_decoder=False).last_hidden_state
+    expected = text(
+        input_ids=ids,
+        encoder_hidden_states=blip.vision_model(pixels).last_hidden_state,
+        is_decoder=False,
+    ).last_hidden_state
     torch.testing.assert_close(encoder(pixels, ids), expected)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_half_precision(dtype, history_encoder):
-    s, context = story("visualization"), awake(StoryContext(8, context_layers=1, heads=2, relevance=True))
+    s, context = (
+        story("visualization"),
+        awake(StoryContext(8, context_layers=1, heads=2, relevance=True)),
+    )
     frames = frame_mask("weighted", 3, "visualization")
     mask = token_mask(frames, s["caption_mask"], s["history_mask"])
     run = lambda module, dtype: module(s["captions"].to(dtype), s["histories"].to(dtype), mask)
-    weigh = lambda module, states: module.relevance(states, frames, s["caption_mask"], s["history_mask"])
+    weigh = lambda module, states: module.relevance(
+        states, frames, s["caption_mask"], s["history_mask"]
+    )
     exact = run(context, torch.float32)
     exact_weights = weigh(context, exact)
     half = context.to(dtype)
@@ -558,13 +825,18 @@ def test_half_precision(dtype, history_encoder):
     weights = weigh(half, rough)
     assert weights.dtype == torch.float32
     torch.testing.assert_close(weights.sum(-1), exact_weights.sum(-1))
-    states = history_encoder.to(dtype)(torch.randn(1, 3, 16, 16, dtype=dtype), torch.full((1, 8), 6))
+    states = history_encoder.to(dtype)(
+        torch.randn(1, 3, 16, 16, dtype=dtype), torch.full((1, 8), 6)
+    )
     assert states.dtype == dtype and torch.isfinite(states).all()
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_the_same_numbers_on_cuda(tokenizers, text_encoder, history_encoder):
-    s, context = story("continuation"), awake(StoryContext(8, context_layers=1, heads=2, relevance=True))
+    s, context = (
+        story("continuation"),
+        awake(StoryContext(8, context_layers=1, heads=2, relevance=True)),
+    )
     frames = frame_mask("weighted", 3, "continuation")
 
     def run(device):
@@ -572,9 +844,14 @@ def test_the_same_numbers_on_cuda(tokenizers, text_encoder, history_encoder):
         module = context.to(device)
         mask = token_mask(frames, there["caption_mask"], there["history_mask"], there["dropped"])
         states = module(there["captions"], there["histories"], mask)
-        weights = module.relevance(states, frames, there["caption_mask"], there["history_mask"], dropped=there["dropped"])
-        nulls = (null_caption_states(text_encoder.to(device), null_caption_ids(tokenizers[0])),
-                 null_history_states(history_encoder.to(device), null_caption_ids(tokenizers[1])))
+        weights = module.relevance(
+            states, frames, there["caption_mask"], there["history_mask"], dropped=there["dropped"]
+        )
+        nulls = (
+            null_caption_states(text_encoder.to(device), null_caption_ids(tokenizers[0])),
+            null_history_states(history_encoder.to(device), null_caption_ids(tokenizers[1])),
+        )
         return [x.detach().cpu() for x in (states, weights, *nulls)]
 
-    for there, here in zip(run("cuda"), run("cpu")): torch.testing.assert_close(there, here, atol=1e-4, rtol=1e-3)
+    for there, here in zip(run("cuda"), run("cpu")):
+        torch.testing.assert_close(there, here, atol=1e-4, rtol=1e-3)

@@ -3,6 +3,7 @@
 Each gets a process of its own, because nbdev_test reuses its workers and what one notebook does to the environment
 would leak into the next. Several processes share the cores; the tests below only wait for them.
 """
+
 import os
 import signal
 import subprocess
@@ -14,25 +15,47 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-TIME_LIMIT = 600  # seconds until a notebook counts as hung; it should take less than 60 on two cores
+TIME_LIMIT = (
+    600  # seconds until a notebook counts as hung; it should take less than 60 on two cores
+)
 CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 AT_ONCE = max(1, min(4, CORES))  # a notebook may take a few GB of memory
-NBDEV_TEST = [sys.executable, "-c", "import sys; from nbdev.test import nbdev_test; nbdev_test(sys.argv[1], do_print=True)"]
-NOTEBOOKS = sorted(path for path in (ROOT / "nbs").rglob("*.ipynb")
-                   if not any(part[0] in "._" for part in path.relative_to(ROOT).parts))
+NBDEV_TEST = [
+    sys.executable,
+    "-c",
+    "import sys; from nbdev.test import nbdev_test; nbdev_test(sys.argv[1], do_print=True)",
+]
+NOTEBOOKS = sorted(
+    path
+    for path in (ROOT / "nbs").rglob("*.ipynb")
+    if not any(part[0] in "._" for part in path.relative_to(ROOT).parts)
+)
 running = set()  # processes, so that an interrupted test run can end them
 
 
-def run_notebook(path:Path, # notebook to run
-    )->tuple[bool, str, float]: # passed, what nbdev_test printed, seconds
+def run_notebook(
+    path: Path,  # notebook to run
+) -> tuple[bool, str, float]:  # passed, what nbdev_test printed, seconds
     "Run one notebook in a fresh process, without network and with its share of the cores."
-    environment = os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": str(max(1, CORES // AT_ONCE)),
-                                "PYTHONIOENCODING": "utf-8"}
+    environment = os.environ | {
+        "HF_HUB_OFFLINE": "1",
+        "OMP_NUM_THREADS": str(max(1, CORES // AT_ONCE)),
+        "PYTHONIOENCODING": "utf-8",
+    }
     environment.pop("MPLBACKEND", None)
     start = time.perf_counter()
-    with subprocess.Popen([*NBDEV_TEST, str(path)], cwd=ROOT, env=environment, start_new_session=True,
-                          stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-                          text=True, encoding="utf-8", errors="replace") as process:
+    with subprocess.Popen(
+        [*NBDEV_TEST, str(path)],
+        cwd=ROOT,
+        env=environment,
+        start_new_session=True,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        encoding="utf-8",
+        errors="replace",
+    ) as process:
         running.add(process)
         try:
             said, _ = process.communicate(timeout=TIME_LIMIT)
@@ -45,7 +68,7 @@ def run_notebook(path:Path, # notebook to run
     return passed, said, time.perf_counter() - start
 
 
-def stop(process:subprocess.Popen):
+def stop(process: subprocess.Popen):
     "End a notebook's process and those that it started (data workers)."
     if hasattr(os, "killpg"):
         os.killpg(process.pid, signal.SIGKILL)
@@ -56,8 +79,11 @@ def stop(process:subprocess.Popen):
 @pytest.fixture(scope="session")
 def runs(request):
     "The selected notebooks, all started now, as many at once as there are cores."
-    chosen = [item.callspec.params["path"] for item in request.session.items
-              if getattr(item, "originalname", None) == "test_notebook"]
+    chosen = [
+        item.callspec.params["path"]
+        for item in request.session.items
+        if getattr(item, "originalname", None) == "test_notebook"
+    ]
     pool = ThreadPoolExecutor(AT_ONCE)
     yield {path: pool.submit(run_notebook, path) for path in chosen}
     pool.shutdown(wait=False, cancel_futures=True)

@@ -1,4 +1,5 @@
 """storyworld: the truth recomputed by a second program, determinism across processes, properties over random scenes."""
+
 import hashlib
 import itertools
 import json
@@ -16,22 +17,56 @@ from hypothesis import settings as effort
 from hypothesis import strategies as st
 from PIL import Image, ImageChops
 
-from causal_story.storyworld import (ACTIONS, CHARACTERS, LOOKS, PAIR, PRONOUNS, PROPS, SCARF_COLOURS, SCARVES, SETTINGS, SOLO, SPLITS,
-                                     Actor, Fact, Scene, Story, colour_pixels, contact_sheet, describe, draw_truth, held_out,
-                                     make_stories, make_story, random_scene, render)
+from causal_story.storyworld import (
+    ACTIONS,
+    CHARACTERS,
+    LOOKS,
+    PAIR,
+    PRONOUNS,
+    PROPS,
+    SCARF_COLOURS,
+    SCARVES,
+    SETTINGS,
+    SOLO,
+    SPLITS,
+    Actor,
+    Fact,
+    Scene,
+    Story,
+    colour_pixels,
+    contact_sheet,
+    describe,
+    draw_truth,
+    held_out,
+    make_stories,
+    make_story,
+    random_scene,
+    render,
+)
 
-actors = st.builds(Actor, st.sampled_from(CHARACTERS), st.sampled_from(ACTIONS), st.sampled_from(PROPS), st.sampled_from(SCARVES))
-scenes = st.builds(Scene, st.sampled_from(SETTINGS), st.lists(actors, min_size=1, max_size=2, unique_by=lambda a: a.name).map(tuple))
+actors = st.builds(
+    Actor,
+    st.sampled_from(CHARACTERS),
+    st.sampled_from(ACTIONS),
+    st.sampled_from(PROPS),
+    st.sampled_from(SCARVES),
+)
+scenes = st.builds(
+    Scene,
+    st.sampled_from(SETTINGS),
+    st.lists(actors, min_size=1, max_size=2, unique_by=lambda a: a.name).map(tuple),
+)
 splits, lengths, seeds = st.sampled_from(SPLITS), st.integers(3, 8), st.integers(0, 10**9)
 
 
 # ---------------------------------------------------------------- the truth, read from captions and scenes by a second program
 
-def words_of(caption:str)->list[str]:
+
+def words_of(caption: str) -> list[str]:
     return re.findall(r"[a-z]+", caption.lower())
 
 
-def read_caption(caption:str, scene:Scene, seen:set)->tuple[set, set, set]:
+def read_caption(caption: str, scene: Scene, seen: set) -> tuple[set, set, set]:
     "What a caption states, who moves and who takes another prop; read from its words alone. `seen`: who was shown before."
     words, names = words_of(caption), [actor.name for actor in scene.actors]
     stated, moved, picked = set(), set(), set()
@@ -47,13 +82,17 @@ def read_caption(caption:str, scene:Scene, seen:set)->tuple[set, set, set]:
         stated.add(("scarf", speaker))
     if "joins" in words:
         subject = words[words.index("joins") - 1]
-        if subject not in ("he", "she", *(name.lower() for name in names)):  # "Pip, wearing a red scarf, joins her"
+        if subject not in (
+            "he",
+            "she",
+            *(name.lower() for name in names),
+        ):  # "Pip, wearing a red scarf, joins her"
             subject = next(word for word in words if word in {name.lower() for name in names})
         moved |= {name for name in names if subject in (name.lower(), PRONOUNS[name])}
     return stated, moved, picked
 
 
-def facts_by_brute_force(story:Story)->list[Fact]:
+def facts_by_brute_force(story: Story) -> list[Fact]:
     "Every fact, from captions and scenes: frame j tells it if it shows the actor and nothing changed in frames j+1 … i."
     seen, read = set(), []
     for caption, scene in zip(story.captions, story.scenes):
@@ -69,13 +108,24 @@ def facts_by_brute_force(story:Story)->list[Fact]:
     for i, scene in enumerate(story.scenes):
         asked = [("setting", None, None, scene.setting)]
         for index, actor in enumerate(scene.actors):
-            asked += [(attribute, index, actor.name, getattr(actor, "name" if attribute == "character" else attribute))
-                      for attribute in ("character", "prop", "scarf", "action")]
+            asked += [
+                (
+                    attribute,
+                    index,
+                    actor.name,
+                    getattr(actor, "name" if attribute == "character" else attribute),
+                )
+                for attribute in ("character", "prop", "scarf", "action")
+            ]
         for attribute, index, name, value in asked:
             stated = attribute == "action" or (attribute, name) in read[i][0]
             kind = {"setting": 1, "prop": 2}.get(attribute, 0)
             who = [actor.name for actor in scene.actors] if name is None else [name]
-            sources = () if stated else tuple(j for j in range(i) if any(tells(j, i, person, kind) for person in who))
+            sources = (
+                ()
+                if stated
+                else tuple(j for j in range(i) if any(tells(j, i, person, kind) for person in who))
+            )
             said = any((attribute, name) in read[j][0] for j in sources)
             facts.append(Fact(i, attribute, index, value, stated, sources, said))
     return facts
@@ -92,18 +142,30 @@ def test_brute_force_notices_a_wrong_source():
     story = make_story(954)
     wrong = next(k for k, fact in enumerate(story.facts) if len(fact.sources) > 1)
     fact = story.facts[wrong]
-    story.facts[wrong] = Fact(fact.frame, fact.attribute, fact.actor, fact.value, fact.stated, fact.sources[:-1], fact.said)
+    story.facts[wrong] = Fact(
+        fact.frame,
+        fact.attribute,
+        fact.actor,
+        fact.value,
+        fact.stated,
+        fact.sources[:-1],
+        fact.said,
+    )
     assert story.facts != facts_by_brute_force(story)
 
 
-VERBS = {action: {action, action[:-1], action[:-1] + "ing", action[:-2] + "ing"} for action in ACTIONS}
+VERBS = {
+    action: {action, action[:-1], action[:-1] + "ing", action[:-2] + "ing"} for action in ACTIONS
+}
 
 
 @pytest.mark.parametrize("split", SPLITS)
 def test_actions_are_told_left_to_right(split):
     for story in make_stories(300, split, seed=12, n_frames=8):
         for caption, scene in zip(story.captions, story.scenes):
-            told = [action for word in words_of(caption) for action in ACTIONS if word in VERBS[action]]
+            told = [
+                action for word in words_of(caption) for action in ACTIONS if word in VERBS[action]
+            ]
             actions = [actor.action for actor in scene.actors]
             assert told == actions or told == actions[:1] and len(set(actions)) == 1, caption
 
@@ -118,17 +180,23 @@ def test_a_story_changes_only_what_its_captions_say(split):
                 now = scene.setting, actor.prop, actor.scarf
                 before = last.get(actor.name, now)
                 assert before[2] == now[2]
-                assert (before[1] != now[1]) == (actor.name in picked and actor.name in last), caption
+                assert (before[1] != now[1]) == (actor.name in picked and actor.name in last), (
+                    caption
+                )
                 assert before[0] == now[0] or actor.name in moved, caption
                 last[actor.name] = now
             seen |= {actor.name for actor in scene.actors}
-        assert len({PRONOUNS[name] for name in last}) == len(last), "he and she must not be ambiguous"
+        assert len({PRONOUNS[name] for name in last}) == len(last), (
+            "he and she must not be ambiguous"
+        )
 
 
 def test_scarves_are_said_in_half_of_the_stories_at_the_first_appearance():
     stories = make_stories(1000, seed=14)
-    said = [any(fact.attribute == "scarf" and fact.stated for fact in story.facts) for story in stories]
-    assert .45 < sum(said) / len(said) < .55
+    said = [
+        any(fact.attribute == "scarf" and fact.stated for fact in story.facts) for story in stories
+    ]
+    assert 0.45 < sum(said) / len(said) < 0.55
     for story, told in zip(stories, said):
         seen = set()
         for fact in (fact for fact in story.facts if fact.attribute == "scarf"):
@@ -140,11 +208,17 @@ def test_scarves_are_said_in_half_of_the_stories_at_the_first_appearance():
 @pytest.mark.parametrize("split", SPLITS)
 @pytest.mark.parametrize("n_frames", (5, 8))
 def test_the_previous_frame_is_often_not_enough(split, n_frames):
-    facts = [fact for story in make_stories(400, split, seed=15, n_frames=n_frames) for fact in story.facts if fact.sources]
-    assert sum(fact.frame - max(fact.sources) >= 2 for fact in facts) / len(facts) >= .35
+    facts = [
+        fact
+        for story in make_stories(400, split, seed=15, n_frames=n_frames)
+        for fact in story.facts
+        if fact.sources
+    ]
+    assert sum(fact.frame - max(fact.sources) >= 2 for fact in facts) / len(facts) >= 0.35
 
 
 # ---------------------------------------------------------------- splits and words
+
 
 @given(seeds, splits, lengths)
 @effort(max_examples=150)
@@ -180,18 +254,35 @@ def test_descriptions_tell_what_was_asked_and_nothing_else(seed, split, say):
 def test_a_description_takes_wordings_of_ones_own():
     scene = Scene("moon", (Actor("Luna", "waves", "book", "red"),))
     own = ("{name}[, in {scarf},] {does}[ {place}].",)
-    assert describe(scene, random.Random(0), templates=own) == "Luna, in a red scarf, waves on the moon."
+    assert (
+        describe(scene, random.Random(0), templates=own)
+        == "Luna, in a red scarf, waves on the moon."
+    )
     assert describe(scene, random.Random(0), "test", (), templates=own) == "Luna waves."
     with pytest.raises(ValueError, match="no template can do with the fields"):
-        describe(scene, random.Random(0), say=("setting",), templates=("{name} {does} with {prop}.",))
+        describe(
+            scene, random.Random(0), say=("setting",), templates=("{name} {does} with {prop}.",)
+        )
 
 
 def test_training_and_held_out_wordings_share_words_but_none_is_the_same():
     for templates in (SOLO, PAIR):
-        plain = {split: {re.sub(r"[\[\]]", "", template) for template in templates[split]} for split in ("train", "test")}
-        assert len(plain["train"]) == len(templates["train"]) and len(plain["test"]) == len(templates["test"])
+        plain = {
+            split: {re.sub(r"[\[\]]", "", template) for template in templates[split]}
+            for split in ("train", "test")
+        }
+        assert len(plain["train"]) == len(templates["train"]) and len(plain["test"]) == len(
+            templates["test"]
+        )
         assert not plain["train"] & plain["test"]
-        said = {split: {word for template in texts for word in re.findall(r"[a-z]+", re.sub(r"{\w+}", "", template).lower())} for split, texts in plain.items()}
+        said = {
+            split: {
+                word
+                for template in texts
+                for word in re.findall(r"[a-z]+", re.sub(r"{\w+}", "", template).lower())
+            }
+            for split, texts in plain.items()
+        }
         assert said["test"] <= said["train"] | {"a"}
 
 
@@ -203,8 +294,16 @@ def test_a_description_of_two_binds_each_attribute_to_its_actor():
         if one.prop == two.prop or one.scarf == two.scarf or one.action == two.action:
             continue
         words = words_of(describe(scene, rng, split))
-        both = words[:3:2] == [one.name.lower(), two.name.lower()]  # "Milo and Kiki are …", "Milo joins Kiki …"
-        start = words.index(f"{PRONOUNS[two.name]}" if both and words.count(two.name.lower()) == 1 else two.name.lower(), 3 if both else 0)
+        both = words[:3:2] == [
+            one.name.lower(),
+            two.name.lower(),
+        ]  # "Milo and Kiki are …", "Milo joins Kiki …"
+        start = words.index(
+            f"{PRONOUNS[two.name]}"
+            if both and words.count(two.name.lower()) == 1
+            else two.name.lower(),
+            3 if both else 0,
+        )
         for attribute in (one.prop, one.scarf):
             assert words.index(attribute) < start, words
         for attribute in (two.prop, two.scarf):
@@ -212,10 +311,16 @@ def test_a_description_of_two_binds_each_attribute_to_its_actor():
 
 
 @cache
-def all_captions(split:str, n:int)->list[str]:
+def all_captions(split: str, n: int) -> list[str]:
     rng = random.Random(4)
-    stories = [story for n_frames in (3, 5, 8) for story in make_stories(n, split, seed=16, n_frames=n_frames)]
-    return [caption for story in stories for caption in story.captions] + [describe(random_scene(rng, split), rng, split) for _ in range(n)]
+    stories = [
+        story
+        for n_frames in (3, 5, 8)
+        for story in make_stories(n, split, seed=16, n_frames=n_frames)
+    ]
+    return [caption for story in stories for caption in story.captions] + [
+        describe(random_scene(rng, split), rng, split) for _ in range(n)
+    ]
 
 
 def test_test_words_are_training_words():
@@ -227,7 +332,7 @@ def test_test_words_are_training_words():
 
 def test_test_sentences_are_mostly_new():
     known, test = set(all_captions("train", 1000)), all_captions("test", 1000)
-    assert sum(caption in known for caption in test) / len(test) < .05
+    assert sum(caption in known for caption in test) / len(test) < 0.05
 
 
 @pytest.mark.parametrize("split", SPLITS)
@@ -249,15 +354,26 @@ print(hashlib.sha256(b"".join(f.tobytes() for f in stories[0].frames(32))).hexdi
 
 
 def test_same_story_in_every_process(tmp_path):
-    told = {subprocess.run([sys.executable, "-c", FINGERPRINT], env=os.environ | {"PYTHONHASHSEED": seed}, cwd=tmp_path,
-                           capture_output=True, text=True, check=True).stdout for seed in ("0", "1", "4711")}
+    told = {
+        subprocess.run(
+            [sys.executable, "-c", FINGERPRINT],
+            env=os.environ | {"PYTHONHASHSEED": seed},
+            cwd=tmp_path,
+            capture_output=True,
+            text=True,
+            check=True,
+        ).stdout
+        for seed in ("0", "1", "4711")
+    }
     assert len(told) == 1
 
 
 def test_stories_are_those_the_weights_were_trained_on():
     """A changed grammar, order of choices or rule makes shipped weights and published scores worthless: change this number
     only together with them."""
-    stories = [make_story(seed, split, n) for split in SPLITS for n in (3, 5, 8) for seed in range(30)]
+    stories = [
+        make_story(seed, split, n) for split in SPLITS for n in (3, 5, 8) for seed in range(30)
+    ]
     told = json.dumps([[story.captions, story.truth()] for story in stories])
     assert hashlib.sha256(told.encode()).hexdigest()[:16] == "3f7e195b61d7f445"
 
@@ -266,15 +382,155 @@ def test_drawings_are_those_the_weights_were_trained_on():
     "Coarse, so that another Pillow may round differently: mean colour of the four quarters of 12 pictures."
     rng, colours = random.Random(6), []
     for _ in range(12):
-        small = render(random_scene(rng), 64, rng.randrange(1000)).resize((2, 2), Image.Resampling.BOX)
+        small = render(random_scene(rng), 64, rng.randrange(1000)).resize(
+            (2, 2), Image.Resampling.BOX
+        )
         colours += list(small.tobytes())
     golden = [
-        219, 188, 192, 236, 189, 160, 182, 161, 144, 184, 141, 137, 134, 201, 211, 178, 220, 224, 184, 168, 149, 185, 177, 148,
-        205, 177, 178, 223, 190, 168, 190, 152, 144, 177, 144, 144, 69, 61, 126, 99, 103, 145, 135, 123, 160, 142, 135, 147,
-        69, 61, 126, 84, 92, 149, 147, 122, 147, 142, 121, 163, 190, 205, 234, 184, 198, 229, 174, 174, 195, 166, 155, 173,
-        221, 205, 204, 241, 199, 171, 196, 153, 132, 183, 139, 125, 192, 203, 230, 184, 198, 229, 184, 185, 190, 166, 152, 162,
-        70, 61, 127, 85, 93, 149, 146, 126, 151, 147, 131, 137, 189, 204, 234, 186, 194, 223, 191, 169, 165, 185, 193, 204,
-        187, 197, 219, 182, 197, 229, 175, 192, 192, 166, 162, 180, 189, 204, 233, 180, 193, 223, 174, 178, 196, 170, 168, 184,
+        219,
+        188,
+        192,
+        236,
+        189,
+        160,
+        182,
+        161,
+        144,
+        184,
+        141,
+        137,
+        134,
+        201,
+        211,
+        178,
+        220,
+        224,
+        184,
+        168,
+        149,
+        185,
+        177,
+        148,
+        205,
+        177,
+        178,
+        223,
+        190,
+        168,
+        190,
+        152,
+        144,
+        177,
+        144,
+        144,
+        69,
+        61,
+        126,
+        99,
+        103,
+        145,
+        135,
+        123,
+        160,
+        142,
+        135,
+        147,
+        69,
+        61,
+        126,
+        84,
+        92,
+        149,
+        147,
+        122,
+        147,
+        142,
+        121,
+        163,
+        190,
+        205,
+        234,
+        184,
+        198,
+        229,
+        174,
+        174,
+        195,
+        166,
+        155,
+        173,
+        221,
+        205,
+        204,
+        241,
+        199,
+        171,
+        196,
+        153,
+        132,
+        183,
+        139,
+        125,
+        192,
+        203,
+        230,
+        184,
+        198,
+        229,
+        184,
+        185,
+        190,
+        166,
+        152,
+        162,
+        70,
+        61,
+        127,
+        85,
+        93,
+        149,
+        146,
+        126,
+        151,
+        147,
+        131,
+        137,
+        189,
+        204,
+        234,
+        186,
+        194,
+        223,
+        191,
+        169,
+        165,
+        185,
+        193,
+        204,
+        187,
+        197,
+        219,
+        182,
+        197,
+        229,
+        175,
+        192,
+        192,
+        166,
+        162,
+        180,
+        189,
+        204,
+        233,
+        180,
+        193,
+        223,
+        174,
+        178,
+        196,
+        170,
+        168,
+        184,
     ]
     assert max(abs(a - b) for a, b in zip(colours, golden, strict=True)) <= 2
 
@@ -295,6 +551,7 @@ def test_stories_of_other_seeds_differ():
 
 
 # ---------------------------------------------------------------- drawing
+
 
 @given(scenes, st.integers(16, 130), seeds)
 @effort(max_examples=40)
@@ -317,14 +574,23 @@ def test_jitter_is_modest(size):
     scene, left = Scene("moon", (Actor("Milo", "waves", "ball", "red"),)), []
     for seed in range(60):
         picture = render(scene, size, seed)
-        columns = [x for x in range(size) if colour_pixels(picture.crop((x, 0, x + 1, size)), SCARF_COLOURS["red"], 60)]
+        columns = [
+            x
+            for x in range(size)
+            if colour_pixels(picture.crop((x, 0, x + 1, size)), SCARF_COLOURS["red"], 60)
+        ]
         left.append(min(columns))
     assert 0 < max(left) - min(left) <= 4.5 * size / 64
 
 
-def changed_columns(one:Image.Image, other:Image.Image)->tuple[int, int]:
+def changed_columns(one: Image.Image, other: Image.Image) -> tuple[int, int]:
     "First and one past the last column that differs visibly (shrinking lets colours ring a little further)."
-    left, _, right, _ = ImageChops.difference(one, other).convert("L").point(lambda value: 255 * (value > 12)).getbbox()
+    left, _, right, _ = (
+        ImageChops.difference(one, other)
+        .convert("L")
+        .point(lambda value: 255 * (value > 12))
+        .getbbox()
+    )
     return left, right
 
 
@@ -336,9 +602,13 @@ def test_two_actors_keep_to_their_halves(name, action):
     for prop in PROPS:
         for seed in range(2):
             here = Actor(name, action, prop, "red")
-            on_left, on_right = ([render(Scene("home", pair), 64, seed) for pair in pairs] for pairs in (
-                [(here, Actor(other, "sleeps", "ball", "blue")) for other in others[:2]],
-                [(Actor(other, "jumps", "umbrella", "blue"), here) for other in others[:2]]))
+            on_left, on_right = (
+                [render(Scene("home", pair), 64, seed) for pair in pairs]
+                for pairs in (
+                    [(here, Actor(other, "sleeps", "ball", "blue")) for other in others[:2]],
+                    [(Actor(other, "jumps", "umbrella", "blue"), here) for other in others[:2]],
+                )
+            )
             changed = changed_columns(*on_left)
             assert changed[0] >= 29, "the right actor reaches into the left half"
             changed = changed_columns(*on_right)
@@ -350,16 +620,25 @@ def test_the_scarf_can_be_read_from_the_picture(name):
     "Of the four scarf colours the right one gains most pixels over the same picture with another scarf."
     for k, (action, prop) in enumerate(itertools.product(ACTIONS, PROPS)):
         casts = {scarf: (Actor(name, action, prop, scarf),) for scarf in SCARVES}
-        pictures = {scarf: render(Scene(SETTINGS[k % 5], cast), 64, 1) for scarf, cast in casts.items()}
+        pictures = {
+            scarf: render(Scene(SETTINGS[k % 5], cast), 64, 1) for scarf, cast in casts.items()
+        }
         for scarf, picture in pictures.items():
-            others = [colour_pixels(other, SCARF_COLOURS[scarf]) for key, other in pictures.items() if key != scarf]
+            others = [
+                colour_pixels(other, SCARF_COLOURS[scarf])
+                for key, other in pictures.items()
+                if key != scarf
+            ]
             assert colour_pixels(picture, SCARF_COLOURS[scarf]) >= max(others) + 20
 
 
 def test_nothing_on_a_character_has_a_scarf_colour():
     for look in LOOKS.values():
         for colour in (look.fur, look.light):
-            assert all(sum(abs(a - b) for a, b in zip(colour, scarf)) > 110 for scarf in SCARF_COLOURS.values())
+            assert all(
+                sum(abs(a - b) for a, b in zip(colour, scarf)) > 110
+                for scarf in SCARF_COLOURS.values()
+            )
 
 
 def test_a_jump_is_in_the_air():
@@ -367,7 +646,11 @@ def test_a_jump_is_in_the_air():
         tops = {}
         for action in ACTIONS:
             picture = render(Scene("home", (Actor(name, action, "ball", "blue"),)), 64, 0)
-            tops[action] = min(y for y in range(64) if colour_pixels(picture.crop((0, y, 64, y + 1)), SCARF_COLOURS["blue"], 60))
+            tops[action] = min(
+                y
+                for y in range(64)
+                if colour_pixels(picture.crop((0, y, 64, y + 1)), SCARF_COLOURS["blue"], 60)
+            )
         assert tops["jumps"] + 5 <= min(tops["waves"], tops["sleeps"])
 
 
@@ -412,27 +695,43 @@ def test_unknown_values_are_named(field, value):
         Actor(**GOOD | {field: value})
 
 
-@pytest.mark.parametrize("cast, error", [((), ValueError), ((Actor(**GOOD),) * 2, ValueError), (("Milo",), TypeError),
-                                         (tuple(Actor(**GOOD | {"name": name}) for name in CHARACTERS[:3]), ValueError)])
+@pytest.mark.parametrize(
+    "cast, error",
+    [
+        ((), ValueError),
+        ((Actor(**GOOD),) * 2, ValueError),
+        (("Milo",), TypeError),
+        (tuple(Actor(**GOOD | {"name": name}) for name in CHARACTERS[:3]), ValueError),
+    ],
+)
 def test_a_scene_has_one_or_two_different_actors(cast, error):
     with pytest.raises(error, match="Scene.actors"):
         Scene("beach", cast)
 
 
-@pytest.mark.parametrize("call, message", [
-    (lambda: Scene("park", (Actor(**GOOD),)), "Scene.setting is 'park'; allowed: beach"),
-    (lambda: make_story(0, "dev"), "split is 'dev'; allowed: train, val, test"),
-    (lambda: make_story(0, n_frames=2), "n_frames is 2"),
-    (lambda: make_story(0, n_frames=9), "n_frames is 9"),
-    (lambda: random_scene(random.Random(0), "dev"), "split is 'dev'"),
-    (lambda: random_scene(random.Random(0), n_actors=3), "n_actors is 3"),
-    (lambda: describe(Scene("beach", (Actor(**GOOD),)), random.Random(0), "dev"), "split is 'dev'"),
-    (lambda: describe(Scene("beach", (Actor(**GOOD),)), random.Random(0), say=("hat",)), "say is 'hat'"),
-    (lambda: render(Scene("beach", (Actor(**GOOD),)), size=15), "size is 15"),
-    (lambda: contact_sheet([]), "images is empty"),
-    (lambda: Story.from_truth({"version": 2}), "version 2"),
-    (lambda: Story.from_truth({"version": 1, "seed": 0, "scenes": []}), "no 'facts'"),
-])
+@pytest.mark.parametrize(
+    "call, message",
+    [
+        (lambda: Scene("park", (Actor(**GOOD),)), "Scene.setting is 'park'; allowed: beach"),
+        (lambda: make_story(0, "dev"), "split is 'dev'; allowed: train, val, test"),
+        (lambda: make_story(0, n_frames=2), "n_frames is 2"),
+        (lambda: make_story(0, n_frames=9), "n_frames is 9"),
+        (lambda: random_scene(random.Random(0), "dev"), "split is 'dev'"),
+        (lambda: random_scene(random.Random(0), n_actors=3), "n_actors is 3"),
+        (
+            lambda: describe(Scene("beach", (Actor(**GOOD),)), random.Random(0), "dev"),
+            "split is 'dev'",
+        ),
+        (
+            lambda: describe(Scene("beach", (Actor(**GOOD),)), random.Random(0), say=("hat",)),
+            "say is 'hat'",
+        ),
+        (lambda: render(Scene("beach", (Actor(**GOOD),)), size=15), "size is 15"),
+        (lambda: contact_sheet([]), "images is empty"),
+        (lambda: Story.from_truth({"version": 2}), "version 2"),
+        (lambda: Story.from_truth({"version": 1, "seed": 0, "scenes": []}), "no 'facts'"),
+    ],
+)
 def test_bad_arguments_are_named(call, message):
     with pytest.raises(ValueError, match=re.escape(message)):
         call()

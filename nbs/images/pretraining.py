@@ -5,13 +5,13 @@
 
 The autoencoder, the tokenizer and the last row are those that come with the package.
 """
+
 import random
 import sys
 from pathlib import Path
 from textwrap import fill
 
 import matplotlib.pyplot as plt
-import torch
 from PIL import Image
 from safetensors.torch import load_file
 
@@ -22,7 +22,9 @@ from causal_story.storyworld import describe, random_scene, render
 
 def averaged(pipe, path):
     "Put the moving average of a checkpoint into the pipeline."
-    tensors = {name[4:]: value for name, value in load_file(path).items() if name.startswith("ema/")}
+    tensors = {
+        name[4:]: value for name, value in load_file(path).items() if name.startswith("ema/")
+    }
     state = {name.removeprefix("unet."): value for name, value in tensors.items()}
     pipe.unet.load_state_dict(state, strict=False)
     return pipe
@@ -36,7 +38,10 @@ def main(folder):
     paths = sorted(Path(folder).glob("*.safetensors"))
     rows = [("truth", [render(scene, 64) for scene in scenes])]
     last = ("as shipped", draw_captions(pipe, captions))
-    rows += [(f"{int(path.stem.split('-')[-1]):,} steps", draw_captions(averaged(pipe, path), captions)) for path in paths] + [last]
+    rows += [
+        (f"{int(path.stem.split('-')[-1]):,} steps", draw_captions(averaged(pipe, path), captions))
+        for path in paths
+    ] + [last]
     figure, axes = plt.subplots(len(rows), 6, figsize=(7.5, 1.28 * len(rows) + 0.4))
     for row, (name, frames) in zip(axes, rows):
         for ax, frame in zip(row, frames):
