@@ -191,7 +191,8 @@ def _caption_rows(model, collator, captions) -> dict:
 def _tiles_in_order(dataset, contents):
     "Every tile of every different picture, in the order of the cache."
     for tiles, index, frame in contents.pictures.values():
-        yield from dataset.tiles(index, frame, tiles)
+        for tile in range(tiles):
+            yield dataset.story(index, tile=tile).frames[frame]
 
 
 def _batched(things, size: int):
@@ -475,9 +476,13 @@ def cached_story_batch(
     frames = [layout.frames for layout in layouts]  # rows of the cache
     history = [layout.history_frames for layout in layouts]
     captions = [layout.captions for layout in layouts]
-    batch = collator.tokens(
-        captions, [layout.history_captions for layout in layouts], [str(k) for _, k in pairs]
-    )
+    names = [str(index) for _, index in pairs]
+    told = [layout.history_captions for layout in layouts]
+    batch = {}
+    tokens = collator._tokens(collator.caption_tokenizer, captions, names)
+    batch["caption_ids"], batch["caption_mask"] = tokens
+    tokens = collator._tokens(collator.history_tokenizer, told, names)
+    batch["history_ids"], batch["history_mask"] = tokens
     V, n_blocks = batch["caption_ids"].shape[1], batch["history_ids"].shape[1]
     batch["frame_valid"] = torch.tensor([[k < len(row) for k in range(V)] for row in frames])
     batch["history_valid"] = torch.tensor(
