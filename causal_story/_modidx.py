@@ -953,6 +953,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/causal-story', 'doc_host':
                                                                                                  'causal_story/pipeline.py'),
                                        'causal_story.pipeline.CausalStoryPipeline._read_back': ( 'pipeline.html#causalstorypipeline._read_back',
                                                                                                  'causal_story/pipeline.py'),
+                                       'causal_story.pipeline.CausalStoryPipeline._was_empty': ( 'pipeline.html#causalstorypipeline._was_empty',
+                                                                                                 'causal_story/pipeline.py'),
                                        'causal_story.pipeline.CausalStoryPipeline.collator': ( 'pipeline.html#causalstorypipeline.collator',
                                                                                                'causal_story/pipeline.py'),
                                        'causal_story.pipeline.CausalStoryPipeline.decode': ( 'pipeline.html#causalstorypipeline.decode',

@@ -423,7 +423,8 @@ def frames_in_loss(
     frames_a_story: int | None,
 ) -> torch.Tensor:  # scalar long
     "How many frames the loss of a batch is the mean of."
-    return frame_valid.sum(1).clamp(max=frames_a_story).sum()
+    most = frame_valid.shape[1] if frames_a_story is None else frames_a_story
+    return frame_valid.sum(1).clamp(max=most).sum()
 
 # %% ../nbs/07_model.ipynb #ffb041ca
 def story_loss(

@@ -178,12 +178,19 @@ class CausalStoryPipeline(DiffusionPipeline):
 
     def __setattr__(self, name, value):
         "A component that is exchanged is exchanged in the model and inside the U-Net as well."
+        if name in COMPONENTS and value is not None and self._was_empty(name):
+            self.register_modules(**{name: value})  # so that it is saved, too; comes back here
+            return
         super().__setattr__(name, value)
         if name not in COMPONENTS:
             return
         self._model = None  # made anew when it is asked for
         if name in ("unet", "adapters") and {"unet", "adapters"} <= self.__dict__.keys():
             attach_adapters(self.unet, self.adapters)
+
+    def _was_empty(self, name: str) -> bool:
+        "Whether the table of contents says that there is no such part."
+        return name in self.__dict__ and (self.config[name] or (None,))[0] is None
 
     @property
     def model(self) -> CausalStoryModel:

@@ -89,7 +89,9 @@ def test_what_was_trained_is_what_draws_is_saved_and_comes_back(method, start, t
     subprocess.run([sys.executable, "-c", script, "x", *map(str, folders)], check=True)
     for folder in folders:
         again = torch.load(folder / "drawn.pt", weights_only=True)
-        torch.testing.assert_close(again, drawn, atol=2e-4, rtol=1e-3)
+        torch.testing.assert_close(again[:, :1], drawn[:, :1], atol=2e-4, rtol=1e-3)
+        # later frames look at drawn ones, rounded to bytes: one byte may tip over
+        torch.testing.assert_close(again, drawn, atol=0.05, rtol=0.05)
 
 
 @pytest.mark.parametrize("method", METHODS)
