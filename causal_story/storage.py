@@ -354,15 +354,18 @@ def shipped_weights(
 
 # %% ../nbs/library/storage.ipynb #48650365
 def fingerprint(
-    part,  # a torch module, or a tokenizer
+    part,  # a torch module, a dictionary of tensors, or a tokenizer
     exact: bool = False,  # every bit of the weights counts, not only half precision
 ) -> str:  # 16 hexadecimal digits
-    "A hash of all weights, or of a tokenizer's vocabulary: whether two parts are the same one."
+    """A hash of all weights, or of a tokenizer's vocabulary and caption length: whether two parts
+    are the same one."""
     digest = hashlib.sha256()
-    if not isinstance(part, torch.nn.Module):
-        digest.update(json.dumps(sorted(part.get_vocab().items())).encode())
+    if hasattr(part, "get_vocab"):
+        length = getattr(part, "model_max_length", None)
+        digest.update(json.dumps([length, sorted(part.get_vocab().items())]).encode())
         return digest.hexdigest()[:16]
-    for name, value in sorted(part.state_dict().items()):
+    state = part if isinstance(part, dict) else part.state_dict()
+    for name, value in sorted(state.items()):
         value = value.detach().cpu().contiguous()
         kind = value.dtype if exact else ""
         digest.update(f"{name}{tuple(value.shape)}{kind}".encode())
