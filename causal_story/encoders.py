@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['add_blip_tokens', 'tiny_tokenizers', 'add_words', 'tiny_text_encoder', 'encode_captions', 'lengthen_positions',
            'resize_image_positions', 'HistoryEncoder', 'tiny_history_encoder', 'null_caption_ids',
-           'null_caption_states', 'null_history_states', 'drop_conditions', 'assemble_context', 'pack_tokens',
-           'StoryLayer', 'story_distance', 'masked_softmax', 'StoryContext']
+           'null_caption_states', 'null_history_states', 'assemble_context', 'pack_tokens', 'StoryLayer',
+           'story_distance', 'masked_softmax', 'StoryContext']
 
 # %% ../nbs/02_encoders.ipynb #cc258bfe
 import json
@@ -477,21 +477,6 @@ def null_history_states(
         black.view(1, 3, 1, 1).expand(1, 3, size, size), null_ids[None].to(like["device"])
     )[0]
 
-# %% ../nbs/02_encoders.ipynb #3c64f8e9
-def drop_conditions(
-    caption_states: torch.Tensor,  # (B, V, S, D)
-    history_states: torch.Tensor,  # (B, F, S, D)
-    dropped: torch.Tensor,  # (B, V) bool, True = draw this frame without condition
-    null_caption: torch.Tensor,  # (S, D)
-    null_history: torch.Tensor,  # (S, D), the same for every block
-) -> tuple[
-    torch.Tensor, torch.Tensor
-]:  # captions (B, V, S, D) and histories of every frame (B, V, F, S, D)
-    "Put the null states where a frame is drawn without condition; other frames keep theirs."
-    captions = torch.where(dropped[..., None, None], null_caption, caption_states)
-    histories = torch.where(dropped[..., None, None, None], null_history, history_states[:, None])
-    return captions, histories
-
 # %% ../nbs/02_encoders.ipynb #88b8848f
 def assemble_context(
     caption_states: torch.Tensor,  # (B, V, S, D)
@@ -555,18 +540,25 @@ def story_distance(
     n_frames: int,  # V
     n_blocks: int,  # F
     frame_times: torch.Tensor
-    | None = None,  # (V,) story time of each frame; None: read off F = V or F = V+1
-) -> torch.Tensor:  # (V, F) long
-    """How many frames before frame i block k lies; 1 is the frame just before, 0 and less is never visible.
+    | None = None,  # (V,) or (B, V) long: story times; None: read off F = V or F = V+1
+) -> torch.Tensor:  # (V, F) long, or (B, V, F) if every story has its own times
+    """How many frames before frame i block k lies; 1 is the frame just before.
 
-    Raises `ValueError` if the times are neither given nor clear from V and F."""
+    0 and less are never visible. With `frame_times` the V frames may be any of a story, and others
+    in every story. Raises `ValueError` if the times are neither given nor clear from V and F, or if
+    their shape does not fit."""
     if frame_times is None:
         if n_blocks and n_blocks - n_frames not in (0, 1):
             raise ValueError(
                 f"{n_blocks} history blocks and {n_frames} frames: give frame_times, the story time of each frame"
             )
         frame_times = torch.arange(n_frames) + n_blocks - n_frames
-    return frame_times[:, None] - torch.arange(n_blocks, device=frame_times.device)
+    if frame_times.ndim not in (1, 2) or frame_times.shape[-1] != n_frames:
+        raise ValueError(
+            f"frame_times has shape {tuple(frame_times.shape)}; expected (V,) or (B, V) with "
+            f"V={n_frames}"
+        )
+    return frame_times[..., None] - torch.arange(n_blocks, device=frame_times.device)
 
 # %% ../nbs/02_encoders.ipynb #9c264a45
 def masked_softmax(
@@ -642,6 +634,20 @@ def _check_context(config, caption_states, history_states, token_mask):
             f"token_mask has shape {tuple(token_mask.shape)}; expected (B, V, (1+F)*S) = {(B, V, (1 + F) * S)}"
         )
 
+# %% ../nbs/02_encoders.ipynb #cc694169
+def _check_stories(distance: torch.Tensor, n_stories: int):
+    "Raise `ValueError` if there are times for another number of stories than there are contexts."
+    if distance.ndim == 3 and len(distance) != n_stories:
+        raise ValueError(
+            f"frame_times has times for {len(distance)} stories; there are B={n_stories}"
+        )
+
+
+def _longer(table: nn.Parameter, n_rows: int) -> nn.Parameter:
+    "The table with its last row repeated until it has `n_rows` rows."
+    copies = table[-1:].detach().expand(n_rows - len(table), *table.shape[1:])
+    return nn.Parameter(torch.cat([table.detach(), copies]), requires_grad=table.requires_grad)
+
 # %% ../nbs/02_encoders.ipynb #5d5d870a
 class StoryContext(ModelMixin, ConfigMixin):
     """Lays caption and history side by side: `[caption i | history 0 | ... | history F-1]` for every frame i.
@@ -686,7 +692,7 @@ class StoryContext(ModelMixin, ConfigMixin):
         history_states: torch.Tensor,  # (B, F, S, D), or (B, V, F, S, D) if frames differ in theirs
         token_mask: torch.Tensor | None = None,  # (B, V, (1+F)*S) bool; the context layers need it
         frame_times: torch.Tensor
-        | None = None,  # (V,) story time of each frame; None: read off F = V or F = V+1
+        | None = None,  # (V,) or (B, V) long: story times; None: read off F = V or F = V+1
         context_layer: bool = True,  # False: AR-LDM's context even if there are layers
     ) -> torch.Tensor:  # (B, V, (1+F)*S, D)
         """The context of every frame. Through the layers a visible token learns from visible tokens only.
@@ -701,6 +707,7 @@ class StoryContext(ModelMixin, ConfigMixin):
         if token_mask is None:
             raise ValueError("token_mask is missing; the context layers need it to hide the future")
         distance = story_distance(caption_states.shape[1], history_states.shape[-3], frame_times)
+        _check_stories(distance, len(context))
         return context + _look_around(self, context, token_mask, distance)
 
     def relevance(
@@ -709,7 +716,7 @@ class StoryContext(ModelMixin, ConfigMixin):
         frame_mask: torch.Tensor,  # (V, F) or (B, V, F) bool
         caption_mask: torch.Tensor,  # (B, V, S) bool
         history_mask: torch.Tensor,  # (B, F, S) bool
-        frame_times: torch.Tensor | None = None,  # (V,) story time of each frame, as in `forward`
+        frame_times: torch.Tensor | None = None,  # (V,) or (B, V) story times, as in `forward`
         dropped: torch.Tensor
         | None = None,  # (B, V) bool, rows without condition: their padding counts
     ) -> torch.Tensor:  # (B, V, F)
@@ -720,28 +727,51 @@ class StoryContext(ModelMixin, ConfigMixin):
             raise ValueError(
                 "this StoryContext was made with relevance=False; it cannot weigh the history"
             )
-        distance = story_distance(caption_mask.shape[1], history_mask.shape[1], frame_times).clamp(
-            0, self.config.n_times - 1
-        )
+        distance = story_distance(caption_mask.shape[1], history_mask.shape[1], frame_times)
+        _check_stories(distance, len(context))
+        distance = distance.clamp(0, self.config.n_times - 1).to(context.device)
         return self.relevance_head(
-            context, frame_mask, caption_mask, history_mask, distance.to(context.device), dropped
+            context, frame_mask, caption_mask, history_mask, distance, dropped
         )
+
+    def grow(
+        self,
+        n_times: int,  # the longest story it shall know; not less than now
+    ) -> "StoryContext":  # the same object
+        """Lengthen the time table, and the tables of distances, in place.
+
+        A new row is a copy of the last one: what lies further off than was ever learned is read as
+        the furthest that was. Stories that fitted before give the same numbers. Call it before an
+        optimizer is made. Raises `ValueError` if the table would shrink."""
+        if n_times < self.config.n_times:
+            raise ValueError(
+                f"n_times is {n_times}; the table has {self.config.n_times} rows and does not shrink"
+            )
+        tables = [self.time_embedding]
+        if len(self.layers):
+            tables.append(self.distance_embedding)
+        for table in tables:
+            table.weight = _longer(table.weight, n_times)
+            table.num_embeddings = n_times
+        if self.relevance_head is not None:
+            head = self.relevance_head
+            head.distance_bias = _longer(head.distance_bias, n_times)
+        self.register_to_config(n_times=n_times)
+        return self
 
 # %% ../nbs/02_encoders.ipynb #febc50aa
 def _look_around(
     story_context: StoryContext,  # its layers, distance embedding, norm and projection are used
     context: torch.Tensor,  # (B, V, (1+F)*S, D)
     token_mask: torch.Tensor,  # (B, V, (1+F)*S) bool
-    distance: torch.Tensor,  # (V, F)
+    distance: torch.Tensor,  # (V, F) or (B, V, F)
 ) -> torch.Tensor:  # (B, V, (1+F)*S, D), zero at tokens that are not visible
     "What the context layers add to every visible token."
-    (B, V, T, D), F = context.shape, distance.shape[1]
-    distance = functional.pad(
-        distance.clamp(0, story_context.config.n_times - 1), (1, 0)
-    )  # (V, 1+F), the caption at 0
-    distance = (
-        distance.repeat_interleave(T // (1 + F), dim=1).repeat(B, 1).to(context.device)
-    )  # (B*V, T)
+    B, V, T, D = context.shape
+    F = distance.shape[-1]
+    distance = distance.clamp(0, story_context.config.n_times - 1).to(context.device)
+    distance = functional.pad(distance, (1, 0)).expand(B, V, 1 + F)  # the caption at distance 0
+    distance = distance.flatten(0, 1).repeat_interleave(T // (1 + F), dim=1)  # (B*V, T)
     hidden, mask, places = pack_tokens(context.flatten(0, 1), token_mask.flatten(0, 1))
     hidden = hidden + story_context.distance_embedding(distance.gather(1, places))
     for layer in story_context.layers:

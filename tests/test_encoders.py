@@ -23,7 +23,6 @@ from causal_story.encoders import (
     StoryContext,
     add_blip_tokens,
     add_words,
-    drop_conditions,
     encode_captions,
     lengthen_positions,
     masked_softmax,
@@ -487,9 +486,9 @@ def awake(context, scale=0.5):
 @given(st.sampled_from(["visualization", "continuation"]), st.integers(1, 8), st.integers(0, 1000))
 def test_assembly_equals_ar_ldm(task, V, seed):
     s, context = story(task, V=V, seed=seed), awake(StoryContext(8, context_layers=1))
-    captions, histories = drop_conditions(
-        s["captions"], s["histories"], s["dropped"], s["null_caption"], s["null_history"]
-    )
+    without = s["dropped"][..., None, None]
+    captions = torch.where(without, s["null_caption"], s["captions"])
+    histories = torch.where(without[..., None], s["null_history"], s["histories"][:, None])
     got = context(captions, histories, context_layer=False)
     expected = reference_context(
         s["captions"],
@@ -629,6 +628,115 @@ def test_one_frame_at_a_time_with_frame_times():
             **part,
         )
         torch.testing.assert_close(one_weights, weights[:, i : i + 1, :known])
+
+
+def rows_of(tensor, frames):
+    "(B, V, ...) and (B, n) frame numbers -> (B, n, ...): other frames of every story."
+    return torch.stack([row[index] for row, index in zip(tensor, frames)])
+
+
+@pytest.mark.parametrize("task", ["visualization", "continuation"])
+def test_every_story_may_have_its_own_times(task):
+    V, frames = 5, torch.tensor([[4, 1], [0, 3]])  # any two frames of each story, in any order
+    s = story(task, V=V)
+    context = awake(StoryContext(8, context_layers=2, heads=2, relevance=True))
+    allowed = frame_mask("weighted", V, task)
+    mask = token_mask(allowed, s["caption_mask"], s["history_mask"])
+    whole = context(s["captions"], s["histories"], mask)
+    weights = context.relevance(whole, allowed, s["caption_mask"], s["history_mask"])
+    times = frames + (task == "continuation")
+    captions, caption_mask = rows_of(s["captions"], frames), rows_of(s["caption_mask"], frames)
+    part_mask, part_allowed = rows_of(mask, frames), allowed[frames]
+    part = context(captions, s["histories"], part_mask, frame_times=times)
+    part_weights = context.relevance(
+        part, part_allowed, caption_mask, s["history_mask"], frame_times=times
+    )
+    torch.testing.assert_close(part[part_mask], rows_of(whole, frames)[part_mask])
+    torch.testing.assert_close(part_weights, rows_of(weights, frames))
+    for b in range(2):  # the same, a story a call with times of shape (V,)
+        one = slice(b, b + 1)
+        alone = context(captions[one], s["histories"][one], part_mask[one], frame_times=times[b])
+        torch.testing.assert_close(alone[part_mask[one]], part[one][part_mask[one]])
+        alone_weights = context.relevance(
+            alone, part_allowed[b], caption_mask[one], s["history_mask"][one], frame_times=times[b]
+        )
+        torch.testing.assert_close(alone_weights, part_weights[one])
+
+
+def test_times_of_the_wrong_shape_are_refused():
+    s, context = story("visualization"), StoryContext(8, context_layers=1, relevance=True)
+    mask = token_mask(frame_mask("full", 3, "visualization"), s["caption_mask"], s["history_mask"])
+    for shape in ((2,), (3, 3), (2, 2), (1, 2, 3), ()):
+        times = torch.zeros(shape, dtype=torch.long)
+        with pytest.raises(ValueError, match="frame_times"):
+            context(s["captions"], s["histories"], mask, frame_times=times)
+        with pytest.raises(ValueError, match="frame_times"):
+            context.relevance(
+                torch.zeros(2, 3, 16, 8),
+                frame_mask("full", 3, "visualization"),
+                s["caption_mask"],
+                s["history_mask"],
+                frame_times=times,
+            )
+
+
+@pytest.mark.parametrize("more", [{}, dict(context_layers=1, heads=2, relevance=True)])
+def test_a_grown_context(more, tmp_path):
+    s, context = story("continuation"), awake(StoryContext(8, n_times=4, **more))
+    frames = frame_mask("weighted", 3, "continuation")
+    mask = token_mask(frames, s["caption_mask"], s["history_mask"])
+
+    def run():
+        states = context(s["captions"], s["histories"], mask)
+        if not more:
+            return [states]
+        return [
+            states,
+            context.relevance(states, frames, s["caption_mask"], s["history_mask"]),
+        ]
+
+    before = run()
+    old = {name: value.clone() for name, value in context.state_dict().items()}
+    assert context.grow(4) is context and context.config.n_times == 4
+    context.time_embedding.weight.requires_grad_(False)
+    assert context.grow(9) is context and context.config.n_times == 9
+    assert not context.time_embedding.weight.requires_grad
+    assert context.time_embedding.num_embeddings == 9
+    assert list(old) == list(context.state_dict())
+    grown = [name for name, value in context.state_dict().items() if len(value) != len(old[name])]
+    tables = ["time_embedding.weight"]
+    if more:
+        tables += ["distance_embedding.weight", "relevance_head.distance_bias"]
+        assert context.distance_embedding.weight.requires_grad
+    assert sorted(grown) == sorted(tables)
+    for name, value in context.state_dict().items():
+        assert torch.equal(value[: len(old[name])], old[name])
+        if name in tables:
+            assert len(value) == 9
+            assert torch.equal(value[4:], value[3:4].expand_as(value[4:]))
+    for now, then in zip(run(), before):
+        assert torch.equal(now, then)
+    long = story("continuation", V=8)
+    allowed = frame_mask("full", 8, "continuation")
+    long_mask = token_mask(allowed, long["caption_mask"], long["history_mask"])
+    expected = context(long["captions"], long["histories"], long_mask)
+    context.save_pretrained(tmp_path)
+    again = StoryContext.from_pretrained(tmp_path)
+    assert again.config.n_times == 9
+    assert torch.equal(again(long["captions"], long["histories"], long_mask), expected)
+    with pytest.raises(ValueError, match="does not shrink"):
+        context.grow(8)
+
+
+def test_far_off_is_read_as_the_furthest_that_was_learned():
+    s = story("visualization", V=1)
+    context = awake(StoryContext(8, n_times=3, context_layers=1, heads=2))
+    mask = token_mask(torch.ones(1, 1).bool(), s["caption_mask"], s["history_mask"])
+    far = torch.tensor([7])
+    before = context(s["captions"], s["histories"], mask, frame_times=far)
+    assert torch.equal(
+        context.grow(12)(s["captions"], s["histories"], mask, frame_times=far), before
+    )
 
 
 def test_a_story_that_sees_nothing_gives_no_nan():
