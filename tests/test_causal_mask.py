@@ -112,6 +112,17 @@ def test_token_mask_equals_reference(B, V, task, S, batched, seed):
     assert not (spread & ~per_story).any()
 
 
+def test_the_shorter_story_of_a_batch_sees_what_it_sees_alone():
+    words = torch.arange(6) < torch.tensor([6, 5, 3, 3, 2])[:, None]  # (V, S)
+    short = words.clone()
+    short[3:] = False
+    batch = torch.stack([words, short])
+    together = token_mask(frame_mask("full", 5, "visualization"), batch, batch)
+    alone = token_mask(frame_mask("full", 3, "visualization"), short[None, :3], short[None, :3])
+    assert torch.equal(together[1, :3, :24], alone[0])
+    assert not together[1, :3, 24:].any()
+
+
 @pytest.mark.parametrize(
     "arguments, error, says",
     [

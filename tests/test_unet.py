@@ -21,6 +21,7 @@ from causal_story.unet import (
     TUNING_METHODS,
     AttentionRecord,
     BottleneckAdapter,
+    ContextMemory,
     CrossAttnAdapterProcessor,
     SelfAttnProcessor,
     UNetAdapters,
@@ -585,7 +586,9 @@ def projections(unet):
 
 
 def memories(unet):
-    return [attn.processor.memory for attn in cross_attention_sites(unet).values()]
+    "What each site remembers: context -> keys and values; None outside `cached_context`."
+    found = [attn.processor.project_context for attn in cross_attention_sites(unet).values()]
+    return [project.known if isinstance(project, ContextMemory) else None for project in found]
 
 
 class Counting:

@@ -6,7 +6,7 @@ import matplotlib.pyplot as plt
 from matplotlib.patches import FancyArrowPatch
 from PIL import Image
 
-from causal_story.storyworld import Actor, Scene, render
+from causal_story.cartoon import Actor, Scene, render
 
 CAPTIONS = [
     "Kiki is in the forest\nwith a ball. She waves.",
