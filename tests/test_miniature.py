@@ -15,7 +15,7 @@ from transformers import AutoTokenizer, CLIPTextModel
 from transformers.utils import logging
 
 import causal_story.miniature as miniature
-from causal_story.encoders import HistoryEncoder, tiny_history_encoder, tiny_tokenizers
+from causal_story.encoders import HistoryEncoder, tiny_history_encoder
 from causal_story.metrics import FrameReader, reader_accuracy, scene_targets
 from causal_story.miniature import (
     LATENT_CHANNELS,
@@ -53,6 +53,7 @@ from causal_story.storyworld import (
     random_scene,
 )
 from causal_story.training import TrainingConfig
+from causal_story.words import tiny_tokenizers
 
 STEPS = dict(autoencoder=3, decoder=2, captions=2, text_to_image=2, history=2, reader=2)
 SMALL = dict(
