@@ -23,7 +23,10 @@ setup(
     keywords=settings["keywords"].split(),
     python_requires=">=" + settings["min_python"],
     install_requires=settings["requirements"].split(),
-    extras_require={"dev": settings["dev_requirements"].split()},
+    extras_require={
+        "dev": settings["dev_requirements"].split(),
+        "docs": settings["docs_requirements"].split(),
+    },
     packages=find_packages(include=["causal_story", "causal_story.*"]),
     package_data={"causal_story": ["weights/**/*"]},
     include_package_data=False,
