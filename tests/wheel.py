@@ -1,7 +1,7 @@
 """Build what a package index would get, and look at it.
 
-python tests/wheel.py              wheel and source archive: contents, metadata, how the page would look
-python tests/wheel.py --install    also install the wheel into an empty environment and run the demo from there
+python tests/wheel.py              wheel and source archive: contents, metadata, the index's page
+python tests/wheel.py --install    also install it into an empty environment and run the demo there
                                    (minutes, gigabytes, and the package index: PyTorch comes along)
 
 It needs setuptools; the page is checked with twine if twine is installed.
