@@ -6,8 +6,8 @@
 __all__ = ['SETTINGS', 'PROPS', 'SCARVES', 'ACTIONS', 'PRONOUNS', 'CHARACTERS', 'SPLITS', 'INK', 'WHITE', 'SUPERSAMPLING',
            'LOOKS', 'SCARF_COLOURS', 'PLACES', 'WAYS', 'PLAIN', 'DOING', 'FORMS', 'SOLO', 'PAIR', 'TELL', 'TELL_PAIR',
            'Actor', 'Scene', 'Pen', 'contact_sheet', 'Look', 'render', 'colour_pixels', 'held_out', 'random_scene',
-           'write', 'describe', 'Fact', 'Told', 'telling_frames', 'facts_of', 'Narrator', 'Story', 'make_story',
-           'make_stories', 'draw_truth']
+           'write', 'describe', 'Fact', 'Told', 'telling_frames', 'facts_of', 'Narrator', 'Thread', 'Story',
+           'make_story', 'make_stories', 'draw_truth']
 
 # %% ../nbs/00_storyworld.ipynb #f0a4d2c5
 import math, random, re, textwrap
@@ -1113,6 +1113,27 @@ TELL = dict(
             "And meanwhile {name} picks up {prop} and {does}.",
         ),
     ),
+    meanwhile_move=dict(
+        train=(
+            "Meanwhile {he} goes {way} and {does}.",
+            "Meanwhile {name} goes {way} and {does}.",
+        ),
+        test=(
+            "And meanwhile {he} goes {way}. {he} {does}.",
+            "Meanwhile {name} goes {way}. Now {he} {does}.",
+            "And meanwhile {name} goes {way} and {does}.",
+        ),
+    ),
+    meanwhile_there=dict(
+        train=(
+            "Meanwhile {place} {he} {does}.",
+            "Meanwhile {place} {he} is {doing}.",
+        ),
+        test=(
+            "And meanwhile {place} {he} {does}.",
+            "Meanwhile {he} is {doing} {place}.",
+        ),
+    ),
 )
 
 # %% ../nbs/00_storyworld.ipynb #ce666bb4
@@ -1162,6 +1183,42 @@ TELL_PAIR = dict(
             "Then they go {way}. {he1} {does1} while {he2} {does2}.",
         ),
     ),
+    visit=dict(
+        train=(
+            "{name1} joins {him2}. They {do}.",
+            "Then {name1} joins {him2}. They both {do}.",
+            "{name1} joins {him2}. {name1} {does1} and {he2} {does2}.",
+        ),
+        test=(
+            "Now {name1} joins {him2}. They both {do}.",
+            "Then {name1} joins {him2}. {name1} {does1} while {he2} {does2}.",
+        ),
+    ),
+    meanwhile=dict(
+        train=(
+            "Meanwhile {they} {do}.",
+            "Meanwhile {they} both {do}.",
+            "Meanwhile {name1} and {name2} {do}.",
+            "Meanwhile {name1} {does1} and {name2} {does2}.",
+            "Meanwhile {name1} {does1} while {name2} {does2}.",
+        ),
+        test=(
+            "And meanwhile {they} {do}.",
+            "And meanwhile {name1} and {name2} both {do}.",
+            "Meanwhile {name1} is {doing1} and {name2} is {doing2}.",
+        ),
+    ),
+    meanwhile_there=dict(
+        train=(
+            "Meanwhile {place} they {do}.",
+            "Meanwhile {place} they both {do}.",
+            "Meanwhile {place} {he1} {does1} and {he2} {does2}.",
+        ),
+        test=(
+            "Meanwhile they {do} {place}.",
+            "And meanwhile {place} {he1} {does1} while {he2} {does2}.",
+        ),
+    ),
 )
 
 # %% ../nbs/00_storyworld.ipynb #e38d88c5
@@ -1188,20 +1245,15 @@ class Narrator:
         self,
         rng: random.Random,  # source of every choice
         split: str,  # one of `SPLITS`
+        names: tuple,  # who the story is about; the first one opens it
     ):
         self.rng, self.templates = rng, "test" if split == "test" else "train"
-        self.hero, self.friend = [
-            rng.choice([n for n in CHARACTERS if PRONOUNS[n] == p])
-            for p in rng.sample(("he", "she"), 2)
-        ]
-        self.names = self.hero, self.friend
-        self.place, self.prop = (
-            dict(zip(self.names, rng.sample(SETTINGS, 2))),
-            dict(zip(self.names, rng.sample(PROPS, 2))),
-        )
-        self.scarf = dict(zip(self.names, rng.sample(SCARVES, 2)))
+        self.names, n = names, len(names)
+        self.place = dict(zip(names, rng.sample(SETTINGS, n)))
+        self.prop = dict(zip(names, rng.sample(PROPS, n)))
+        self.scarf = dict(zip(names, rng.sample(SCARVES, n)))
         self.action, self.scarves_said = {}, rng.random() < 0.5
-        self.met, self.shown, self.told = {self.hero}, (), []
+        self.met, self.shown, self.told = {names[0]}, (), []
 
     def another(self, values, *old):
         "A value that is none of the old ones."
@@ -1222,12 +1274,12 @@ class Narrator:
         self.shown = tuple(names)
 
 # %% ../nbs/00_storyworld.ipynb #c40b899e
-def _tell_one(narrator, name, event, first=False):
-    "A frame with one character."
+def _tell_one(narrator, name, event, first=False, without=()):
+    "A frame with one character; `without`: fields that the caption must not use."
     if event == "meanwhile" and narrator.shown == (name,):
         event = "stay"
     narrator.action[name] = narrator.another(ACTIONS, narrator.action.get(name))
-    if event == "move":
+    if "move" in event:
         narrator.place[name] = narrator.another(SETTINGS, *narrator.place.values())
     if "pick" in event:
         narrator.prop[name] = narrator.another(PROPS, narrator.prop[name])
@@ -1235,23 +1287,25 @@ def _tell_one(narrator, name, event, first=False):
     words = _actor_words(actor, narrator.introduction() if first else ("prop",)) | _place_words(
         narrator.place[name]
     )
-    moved, picked = (name,) if event == "move" else (), (name,) if "pick" in event else ()
+    words = {field: text for field, text in words.items() if field not in without}
+    moved, picked = (name,) if "move" in event else (), (name,) if "pick" in event else ()
     narrator.tell(TELL[event], words, (name,), moved, picked)
 
 # %% ../nbs/00_storyworld.ipynb #1e06d5d0
-def _tell_two(narrator, names, event, first=False):
+def _tell_two(narrator, names, event, first=False, without=()):
     "A frame with both; in an arrival the first one comes to where the second one is."
     place, action = narrator.place, narrator.action
-    arrives = names[:1] if event in ("join", "arrive") else ()
+    arrives = names[:1] if event in ("join", "arrive", "visit") else ()
     if arrives:
         place[names[0]] = place[names[1]]
     if event == "travel":
-        place[names[0]] = place[names[1]] = narrator.another(SETTINGS, place[names[0]])
+        place[names[0]] = place[names[1]] = narrator.another(SETTINGS, *place.values())
     same = narrator.another(ACTIONS, action.get(names[1])) if narrator.rng.random() < 0.6 else None
     for n in names:
         action[n] = same or narrator.another(ACTIONS, action.get(n))
     one, two = (Actor(n, action[n], narrator.prop[n], narrator.scarf[n]) for n in names)
-    words = _pair_words((one, two), ()) | _place_words(place[names[0]])
+    words = _pair_words((one, two), ()) | _place_words(place[names[0]]) | dict(they="they")
+    words = {field: text for field, text in words.items() if field not in without}
     if first:
         words |= _actor_words(one, narrator.introduction(), "1")
     if "do" in words:
@@ -1299,6 +1353,147 @@ def _continue(narrator):
             event,
             event == "elsewhere",
         )
+
+# %% ../nbs/00_storyworld.ipynb #5a1c7d01
+def _two_friends(rng):
+    "Hero and friend, with different pronouns."
+    pronouns = rng.sample(("he", "she"), 2)
+    return [rng.choice([n for n in CHARACTERS if PRONOUNS[n] == p]) for p in pronouns]
+
+# %% ../nbs/00_storyworld.ipynb #5a1c7d02
+def _tell_short(narrator, n_frames):
+    "A story of two friends, frame by frame."
+    _tell_one(narrator, narrator.names[0], "intro", first=True)
+    while len(narrator.told) < n_frames:
+        _continue(narrator)
+
+# %% ../nbs/00_storyworld.ipynb #6e1f0b12
+_THREADS = ((1, 2), (2, 1), (2, 2), (1, 1, 1), (1, 1, 2), (1, 2, 1), (2, 1, 1))
+_SPELLS = (1, 1, 1, 1, 2, 2, 3, 5)
+_CODAS = (1, 2, 3)
+_IN_A_SPELL = dict(  # how many are shown: what may come next, and how often
+    one=dict(stay=12, move=4, pick=5, arrive=100, visit=3),
+    two=dict(together=12, travel=4, part=3),
+)
+_BACK = dict(  # the first frame of a thread that comes back
+    one=dict(meanwhile=8, meanwhile_there=6, meanwhile_pick=3, meanwhile_move=2),
+    two=dict(meanwhile=8, meanwhile_there=6),
+)
+_HE = ("he", "him", "his")
+
+# %% ../nbs/00_storyworld.ipynb #6e1f0b13
+@dataclass
+class Thread:
+    "Who is together, who will come, and when we last heard of them."
+
+    names: tuple  # one or two characters
+    guest: str | None = None  # will join the first one
+    last: int | None = None  # frame that showed them last; None if they have not been introduced
+
+# %% ../nbs/00_storyworld.ipynb #6e1f0b14
+def _threads_of(rng):
+    "Three or four characters, he and she in turn, cut into threads."
+    pronouns = rng.sample(("he", "she"), 2)
+    sides = [rng.sample([n for n in CHARACTERS if PRONOUNS[n] == p], 2) for p in pronouns]
+    names = [name for couple in zip(*sides) for name in couple]
+    threads = []
+    for size in rng.choice(_THREADS):
+        first, *guest = (names.pop(0) for _ in range(size))
+        threads.append(Thread((first,), *guest))
+    return threads
+
+# %% ../nbs/00_storyworld.ipynb #6e1f0b15
+def _choose(narrator, events, **possible):
+    "Draw an event; those named in `possible` only where that is true."
+    events = {event: w for event, w in events.items() if possible.get(event, True)}
+    return narrator.rng.choices(list(events), list(events.values()))[0]
+
+# %% ../nbs/00_storyworld.ipynb #6e1f0b16
+def _come_back(narrator, thread):
+    "The first frame of a spell: introduce the thread, or make clear which of the known ones it is."
+    name = thread.names[0]
+    if thread.last is None:
+        narrator.met.add(name)
+        event = "elsewhere" if narrator.told else "intro"
+        return _tell_one(narrator, name, event, first=True)
+    frames = [frame.scene for frame in narrator.told]
+    casts = [{actor.name for actor in scene.actors} for scene in frames]
+    at_home = all(
+        scene.setting == narrator.place[name]
+        for scene, cast in zip(frames, casts)
+        if cast & set(thread.names)
+    )
+    if len(thread.names) == 2:
+        event = _choose(narrator, _BACK["two"], meanwhile_there=at_home)
+        only = all(len(cast) == 1 or cast == set(thread.names) for cast in casts)
+        return _tell_two(narrator, thread.names, event, without=() if only else ("they",))
+    event = _choose(narrator, _BACK["one"], meanwhile_there=at_home)
+    only = [PRONOUNS[met] for met in narrator.met].count(PRONOUNS[name]) == 1
+    _tell_one(narrator, name, event, without=() if only or event == "meanwhile_there" else _HE)
+
+# %% ../nbs/00_storyworld.ipynb #6e1f0b17
+def _go_on(narrator, thread, threads):
+    "A further frame of a spell."
+    if len(thread.names) == 2:
+        event = _choose(narrator, _IN_A_SPELL["two"], part=len(threads) < 3)
+        if event != "part":
+            return _tell_two(narrator, thread.names, event)
+        stays, leaves = narrator.rng.sample(thread.names, 2)
+        threads.append(Thread((stays,), last=thread.last))
+        thread.names = (leaves,)
+        return _tell_one(narrator, leaves, "move")
+    name = thread.names[0]
+    visitors = [
+        other
+        for other in threads
+        if other.last is not None
+        and len(other.names) == 1
+        and not other.guest
+        and PRONOUNS[other.names[0]] != PRONOUNS[name]
+    ]
+    event = _choose(
+        narrator,
+        _IN_A_SPELL["one"],
+        arrive=bool(thread.guest),
+        visit=bool(visitors) and len(threads) == 3 and not thread.guest,
+    )
+    if event == "arrive":
+        narrator.met.add(thread.guest)
+        thread.names, thread.guest = (thread.guest, name), None
+        return _tell_two(narrator, thread.names, event, first=True)
+    if event == "visit":
+        visitor = narrator.rng.choice(visitors)
+        threads.remove(visitor)
+        thread.names = visitor.names + (name,)
+        return _tell_two(narrator, thread.names, event)
+    _tell_one(narrator, name, event)
+
+# %% ../nbs/00_storyworld.ipynb #6e1f0b18
+def _turn(narrator, thread):
+    return 1 if thread.last is None else 1 / (len(narrator.told) - thread.last) ** 2
+
+# %% ../nbs/00_storyworld.ipynb #6e1f0b19
+def _tell_long(narrator, threads, n_frames):
+    "A story of several threads, spell by spell."
+    for thread in threads:
+        if thread.guest:
+            narrator.place[thread.guest] = narrator.place[thread.names[0]]
+    rng, thread = narrator.rng, threads[0]
+    coda = n_frames - rng.choice(_CODAS)
+    while True:
+        end = n_frames if len(narrator.told) >= coda else coda
+        for k in range(max(rng.choice(_SPELLS), 2 if thread.guest else 1)):
+            if len(narrator.told) == end:
+                break
+            _go_on(narrator, thread, threads) if k else _come_back(narrator, thread)
+            thread.last = len(narrator.told) - 1
+        if len(narrator.told) == n_frames:
+            return
+        others = [other for other in threads if other is not thread]
+        if len(narrator.told) == coda:
+            thread = min(others, key=lambda other: -1 if other.last is None else other.last)
+        else:
+            thread = rng.choices(others, [_turn(narrator, other) for other in others])[0]
 
 # %% ../nbs/00_storyworld.ipynb #08970d18
 @dataclass
@@ -1356,16 +1551,21 @@ class Story:
 def make_story(
     seed: int,  # the same seed and split always give the same story
     split: str = "train",  # "train", "val", or "test", where a held-out triple is shown
-    n_frames: int = 5,  # 3 to 8
+    n_frames: int = 5,  # 3 to 16; more than 8 are told in several threads
 ) -> Story:
-    "Invent a story. Raises ValueError on an unknown split or a length outside 3 to 8. Our choice."
+    "Invent a story. Raises ValueError on an unknown split or a length outside 3 to 16. Our choice."
     _check("split", split, SPLITS)
-    _check("n_frames", n_frames, tuple(range(3, 9)))
+    _check("n_frames", n_frames, tuple(range(3, 17)))
     for attempt in range(1000):
-        narrator = Narrator(random.Random(f"{seed} {split} {n_frames} {attempt}"), split)
-        _tell_one(narrator, narrator.hero, "intro", first=True)
-        while len(narrator.told) < n_frames:
-            _continue(narrator)
+        rng = random.Random(f"{seed} {split} {n_frames} {attempt}")
+        if n_frames <= 8:
+            narrator = Narrator(rng, split, _two_friends(rng))
+            _tell_short(narrator, n_frames)
+        else:
+            threads = _threads_of(rng)
+            names = [n for t in threads for n in (*t.names, t.guest) if n]
+            narrator = Narrator(rng, split, names)
+            _tell_long(narrator, threads, n_frames)
         scenes = [frame.scene for frame in narrator.told]
         if any(map(held_out, scenes)) == (split == "test"):
             return Story(
@@ -1377,7 +1577,7 @@ def make_stories(
     n: int,  # how many
     split: str = "train",  # which split
     seed: int = 0,  # another seed gives other stories
-    n_frames: int = 5,  # 3 to 8
+    n_frames: int = 5,  # 3 to 16
 ) -> list:
     "Many stories: numbers seed * 1,000,000 onwards."
     return [make_story(seed * 1_000_000 + k, split, n_frames) for k in range(n)]
