@@ -11,7 +11,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from reading_time import COURSE, LESSON, lessons, minutes
+from reading_time import COURSE, LESSON, count, lessons, minutes
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "nbs" / "site"))
@@ -190,6 +190,22 @@ def test_tables_that_contributors_are_sent_to_exist():
 
 
 # ---------------------------------------------------------------- lessons
+
+
+@pytest.mark.parametrize(
+    "cell, wanted",
+    [
+        ("Three [plain words](a.md) here", (4, 0, 0)),
+        ("![A picture](a.png)", (2, 0, 1)),
+        ("#| exports\n\nx = 1\n# why\n", (0, 2, 1)),
+        ("#| hide\nx = 1", (0, 0, 0)),
+        ("#| echo: false\nx = 1", (0, 0, 0)),
+    ],
+)
+def test_reading_time_counts_what_is_read(cell, wanted):
+    kind = "code" if "x = 1" in cell else "markdown"
+    outputs = [{"data": {"image/png": ""}}, {"text": "printed"}]
+    assert count({"cell_type": kind, "source": cell, "outputs": outputs}) == wanted
 
 
 @each_lesson
