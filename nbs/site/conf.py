@@ -6,7 +6,6 @@ from pathlib import Path
 
 from docutils import nodes
 from math_core import LatexError, LatexToMathML
-from pygments.lexers.special import TextLexer
 from sphinx.util import logging
 
 HERE = Path(__file__).resolve().parent
@@ -90,7 +89,6 @@ def visit_math_block(translator, node: nodes.math_block):
 
 
 def setup(app):
-    "Called by Sphinx: equations become MathML; diagrams that JupyterLab draws stay text."
-    app.add_lexer("mermaid", TextLexer)
+    "Called by Sphinx: equations become MathML."
     app.add_html_math_renderer("mathml", (visit_math, None), (visit_math_block, None))
     return {"parallel_read_safe": True, "parallel_write_safe": True}

@@ -17,6 +17,7 @@ ROOT = NOTEBOOKS.parent
 PARTS = {"": "The course", "library": "The library"}  # folder below nbs/ -> its title in the menu
 PROJECT_PAGES = ("CONTRIBUTING.md", "CHANGELOG.md")
 FENCE = re.compile(r"(^(`{3,}|~{3,}).*?^\2[`~]*[ \t]*$)", re.MULTILINE | re.DOTALL)
+DIAGRAM = re.compile(r"```mermaid[ \t]*\n(.*?)^```", re.MULTILINE | re.DOTALL)
 CODE_SPAN = re.compile(r"(`+)(?!`).*?(?<!`)\1(?!`)", re.DOTALL)
 LINK = re.compile(r"""(\]\(\s*<?|(?:src|href)=["'])([^)"'\s>]+)""")
 HEADING = re.compile(r"^#{1,6}[ \t]+(.+?)[ \t#]*$", re.MULTILINE)
@@ -154,6 +155,24 @@ def link_for_the_site(
     return posixpath.relpath(place, posixpath.dirname(place_of(page)) or ".") + anchor
 
 
+def draw(
+    diagram: str,  # Mermaid, as JupyterLab and GitHub draw it
+    page: Path,  # the file it stands in
+    sources: Path,  # where the site's sources are being written
+) -> str:  # Markdown
+    "Draw a diagram as a picture, so that the site needs no script for it."
+    from mermaidx import render
+
+    name = f"diagrams/{hashlib.sha256(diagram.encode()).hexdigest()[:12]}.svg"
+    (sources / "diagrams").mkdir(exist_ok=True)
+    (sources / name).write_text(render(diagram).svg(), encoding="utf-8")
+    labels = ", ".join(re.findall(r'"([^"]+)"', diagram))
+    words = re.sub(r"<[^>]*>|[\[\]]", " ", labels)
+    return (
+        f"![Diagram: {words}]({posixpath.relpath(name, posixpath.dirname(place_of(page)) or '.')})"
+    )
+
+
 def text_for_the_site(
     text: str,  # Markdown of a page
     page: Path,  # the file it comes from
@@ -163,8 +182,9 @@ def text_for_the_site(
     code = []
 
     def keep(match: re.Match) -> str:
-        "Put a piece of code aside."
-        code.append(match.group())
+        "Put a piece of code aside; a diagram is drawn."
+        diagram = DIAGRAM.match(match.group())
+        code.append(draw(diagram.group(1), page, sources) if diagram else match.group())
         return f"\0{len(code) - 1}\0"
 
     def follow(match: re.Match) -> str:
