@@ -33,12 +33,7 @@ from .captions import describe
 from .cartoon import ACTIONS, CHARACTERS, PROPS, SCARVES, SETTINGS, random_scene, render
 from .data import CLIP_IMAGE_MEAN, CLIP_IMAGE_STD
 from .data import pixels as normalise_pixels
-from causal_story.encoders import (
-    encode_captions,
-    tiny_history_encoder,
-    tiny_text_encoder,
-    tiny_tokenizers,
-)
+from .encoders import encode_captions, tiny_history_encoder, tiny_text_encoder
 from causal_story.metrics import (
     OPTIONS,
     FrameReader,
@@ -52,6 +47,7 @@ from .storyworld import make_stories
 from .pipeline import fingerprint, load_base, load_part, shipped_weights
 from .training import TrainingConfig, batch_indices, fit, sample_generator
 from .unet import tiny_unet
+from .words import tiny_tokenizers
 
 # %% ../nbs/09_miniature.ipynb #cd8e8c96
 @dataclass
