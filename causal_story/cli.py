@@ -37,14 +37,9 @@ from causal_story.data import (
     CLIP_IMAGE_MEAN,
     CLIP_IMAGE_STD,
     StoryDataset,
-    atomic_path,
-    convert_flintstones,
-    convert_folder,
-    convert_pororo,
     open_stories,
     pixels,
     show_story,
-    write_folder,
 )
 from causal_story.experiments import (
     ARMS,
@@ -63,8 +58,8 @@ from causal_story.metrics import (
     frechet_distance,
     protocol_frames,
     read_frames,
-    score_facts,
     scene_targets,
+    score_facts,
     summarise,
 )
 from .miniature import PRESETS, SECOND, STAGES, continue_pretraining, pretrain
@@ -92,6 +87,8 @@ from causal_story.presets import (
     story_collator,
     train_full_scale,
 )
+from .raw import convert_flintstones, convert_folder, convert_pororo, write_folder
+from .storage import atomic_path
 from .storyworld import make_stories
 from causal_story.training import (
     TrainingConfig,
@@ -212,7 +209,10 @@ FREE_SETTINGS = ("out", "checkpoint_every", "keep_checkpoints", "sample_every", 
 # %% ../nbs/14_command_line.ipynb #a424caa3
 def package_versions() -> dict:
     "What computed: versions of Python and of the packages that decide about numbers."
-    import causal_story, diffusers, transformers
+    import diffusers
+    import transformers
+
+    import causal_story
 
     packages = dict(
         torch=torch, diffusers=diffusers, transformers=transformers, causal_story=causal_story

@@ -43,7 +43,6 @@ from causal_story.data import (
     CLIP_IMAGE_STD,
     TASKS,
     StoryRecord,
-    atomic_path,
     open_image,
     pixels,
     png_bytes,
@@ -53,6 +52,7 @@ from .experiments import causal_effect, story_records
 from .metrics import read_frames
 from .model import decode_latents, latent_posterior, normalise_latents, sample_generator
 from .pipeline import check_links, to_pil
+from .storage import atomic_path
 from causal_story.storyworld import (
     ACTIONS,
     CHARACTERS,

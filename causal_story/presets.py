@@ -55,10 +55,8 @@ from transformers import (
 )
 
 from causal_story.data import (
-    PatientFile,
     StoryCollator,
     StoryDataset,
-    atomic_path,
     choose_tile,
     count_tiles,
     cut_tile,
@@ -87,6 +85,7 @@ from causal_story.model import (
     trained_by_part,
 )
 from .pipeline import CausalStoryPipeline
+from .storage import PatientFile, atomic_path
 from causal_story.training import (
     batch_indices,
     check_shares,

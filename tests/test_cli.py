@@ -19,17 +19,17 @@ from transformers.utils import logging
 
 import causal_story.cli as cli
 from causal_story.cli import DrawnStories, draw_folder, main, read_metrics
-from causal_story.data import (
-    StoryDataset,
+from causal_story.data import StoryDataset
+from causal_story.encoders import tiny_tokenizers
+from causal_story.miniature import stage_configs
+from causal_story.model import sample_generator
+from causal_story.presets import arldm_state, full_scale_pipeline, write_tiny_folders
+from causal_story.raw import (
     convert_flintstones,
     convert_folder,
     write_flintstones_raw,
     write_folder,
 )
-from causal_story.encoders import tiny_tokenizers
-from causal_story.miniature import stage_configs
-from causal_story.model import sample_generator
-from causal_story.presets import arldm_state, full_scale_pipeline, write_tiny_folders
 from causal_story.storyworld import make_stories
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*torch.jit")
