@@ -16,7 +16,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from causal_story import presets
-from causal_story.data import StoryDataset, convert_folder, count_tiles, write_folder
+from causal_story.data import StoryDataset, count_tiles
 from causal_story.presets import (
     FULL_SCALE,
     FeatureCache,
@@ -39,6 +39,7 @@ from causal_story.presets import (
     write_cache,
     write_tiny_folders,
 )
+from causal_story.raw import convert_folder, write_folder
 from causal_story.storyworld import make_stories
 from causal_story.training import (
     TrainingConfig,
