@@ -8,7 +8,7 @@ from pathlib import Path
 import matplotlib.pyplot as plt
 from matplotlib.patches import FancyArrowPatch
 
-from causal_story.storyworld import Actor, Scene, render
+from causal_story.cartoon import Actor, Scene, render
 
 CAPTIONS = [
     "Milo is at the beach\nholding a ball.",
