@@ -14,7 +14,7 @@ import numpy as np
 from matplotlib.patches import Circle, FancyArrowPatch, FancyBboxPatch, Polygon, Rectangle
 from PIL import Image
 
-from causal_story.storyworld import Actor, Scene, render
+from causal_story.cartoon import Actor, Scene, render
 
 INK = "#333333"
 GREY = "#8a8f98"
