@@ -37,6 +37,8 @@ from matplotlib.figure import Figure
 from matplotlib.patches import FancyArrowPatch
 from PIL import Image, ImageOps
 
+from .captions import PLACES
+from .cartoon import ACTIONS, CHARACTERS, PROPS, SCARVES, SETTINGS, Actor, Scene, render
 from .causal_mask import POLICIES, frame_mask, frame_times
 from causal_story.data import (
     CLIP_IMAGE_MEAN,
@@ -53,18 +55,7 @@ from .experiments import causal_effect, story_records
 from .metrics import read_frames
 from .model import decode_latents, latent_posterior, normalise_latents, sample_generator
 from .pipeline import check_links, to_pil
-from causal_story.storyworld import (
-    ACTIONS,
-    CHARACTERS,
-    PLACES,
-    PROPS,
-    SCARVES,
-    SETTINGS,
-    Actor,
-    Scene,
-    make_story,
-    render,
-)
+from .storyworld import make_story
 from .unet import record_attention
 
 # %% ../nbs/12_explorer.ipynb #a83c0a0e

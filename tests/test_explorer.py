@@ -21,6 +21,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 import causal_story.explorer as explorer
+from causal_story.cartoon import CHARACTERS, SETTINGS, Actor, Scene, render
 from causal_story.causal_mask import frame_mask
 from causal_story.explorer import (
     EXAMPLES,
@@ -41,7 +42,6 @@ from causal_story.explorer import (
     strip_png,
     unknown_words,
 )
-from causal_story.storyworld import CHARACTERS, SETTINGS, Actor, Scene, render
 
 ROOT = Path(__file__).resolve().parent.parent
 NOTEBOOK = ROOT / "nbs" / "12_explorer.ipynb"
