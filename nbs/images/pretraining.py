@@ -15,10 +15,10 @@ import matplotlib.pyplot as plt
 from PIL import Image
 from safetensors.torch import load_file
 
-from causal_story.miniature import draw_captions
-from causal_story.pipeline import story_pipeline
 from causal_story.captions import describe
 from causal_story.cartoon import random_scene, render
+from causal_story.miniature import draw_captions
+from causal_story.pipeline import story_pipeline
 
 
 def averaged(pipe, path):
