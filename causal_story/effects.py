@@ -13,8 +13,8 @@ from torch.nn import functional
 from .causal_mask import HistoryPolicy
 from .data import StoryRecord
 from .diffusion import latent_posterior, normalise_latents, sample_generator
-from .metrics import fact_rows, read_frames
-from .pipeline import CausalStoryPipeline
+from .reader import fact_rows, read_frames
+from .pipeline import CausalStoryPipeline, story_generator
 from .unet import record_attention
 
 # %% ../nbs/library/effects.ipynb #eff00006
@@ -123,7 +123,7 @@ def causal_effect(
     versions = [(list(record.frames), list(record.captions))]
     versions += [_replaced(record, other, block, change) for block in range(n_blocks)]
     request = dict(
-        generator=[torch.Generator().manual_seed(seed) for _ in versions],
+        generator=[story_generator(seed, 0) for _ in versions],
         history_frames=[frames[given:] for frames, _ in versions],
         history_captions=[captions[given:] for _, captions in versions],
     )

@@ -43,17 +43,8 @@ from causal_story.session import (
     unknown_words,
     world_story,
 )
-from causal_story.storyworld import (
-    ACTIONS,
-    CHARACTERS,
-    PLACES,
-    PROPS,
-    SCARVES,
-    SETTINGS,
-    Actor,
-    Scene,
-    render,
-)
+from .captions import PLACES
+from .cartoon import ACTIONS, CHARACTERS, PROPS, SCARVES, SETTINGS, Actor, Scene, render
 
 # %% ../nbs/library/widgets.ipynb #wi000007
 class OneJob:

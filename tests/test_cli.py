@@ -18,9 +18,11 @@ from transformers import CLIPConfig, CLIPModel
 from transformers.utils import logging
 
 import causal_story.cli as cli
-from causal_story.cli import DrawnStories, draw_folder, main, read_metrics
-from causal_story.data import (
-    StoryDataset,
+from causal_story.cli import main
+from causal_story.drawing import DrawnStories, draw_folder
+from causal_story.logs import read_metrics
+from causal_story.data import StoryDataset
+from causal_story.raw import (
     convert_flintstones,
     convert_folder,
     write_flintstones_raw,
@@ -28,8 +30,10 @@ from causal_story.data import (
 )
 from causal_story.words import tiny_tokenizers
 from causal_story.miniature import stage_configs
-from causal_story.model import sample_generator
-from causal_story.presets import arldm_state, full_scale_pipeline, write_tiny_folders
+from causal_story.diffusion import sample_generator
+from causal_story.arldm import arldm_state
+from causal_story.full_scale import write_tiny_folders
+from causal_story.presets import full_scale_pipeline
 from causal_story.storyworld import make_stories
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*torch.jit")

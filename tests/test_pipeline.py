@@ -24,16 +24,12 @@ from causal_story.encoders import (
     tiny_history_encoder,
     tiny_text_encoder,
 )
-from causal_story.metrics import FrameReader
+from causal_story.reader import FrameReader
 from causal_story.miniature import pretraining_schedule
-from causal_story.model import tiny_vae
-from causal_story.pipeline import (
-    CausalStoryPipeline,
-    check_interval,
-    guide,
-    guided_steps,
-    use_scheduler,
-)
+from causal_story.diffusion import tiny_vae
+from causal_story.checks import check_interval
+from causal_story.diffusion import guide
+from causal_story.pipeline import CausalStoryPipeline, guided_steps, use_scheduler
 from causal_story.storyworld import make_stories
 from causal_story.unet import UNetAdapters, cross_attention_sites, tiny_unet
 from causal_story.words import tiny_tokenizers

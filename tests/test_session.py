@@ -13,7 +13,7 @@ from PIL import Image
 import causal_story.session as session
 from causal_story.causal_mask import frame_mask
 from causal_story.data import StoryRecord
-from causal_story.experiments import draw_stories
+from causal_story.drawing import draw_stories
 from causal_story.session import (
     EXAMPLES,
     RECIPE_KINDS,
@@ -34,7 +34,7 @@ from causal_story.session import (
     unknown_words,
     world_story,
 )
-from causal_story.storyworld import CHARACTERS, SETTINGS, Actor, Scene, render
+from causal_story.cartoon import CHARACTERS, SETTINGS, Actor, Scene, render
 
 CAPTIONS = EXAMPLES["Two on the moon"].captions  # four of them
 OTHER = render(Scene("home", (Actor("Milo", "waves", "umbrella", "green"),)), 64, seed=1)
