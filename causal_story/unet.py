@@ -242,7 +242,8 @@ class AttentionRecord:
 #| echo: false
 def our_processors(
     unet: UNet2DConditionModel,  # any U-Net with cross-attention
-) -> list:  # the `CrossAttnAdapterProcessor`s that are installed in it
+) -> list:  # of `CrossAttnAdapterProcessor`
+    "Those of its cross-attention processors that are ours."
     processors = [attn.processor for attn in cross_attention_sites(unet).values()]
     return [p for p in processors if isinstance(p, CrossAttnAdapterProcessor)]
 
