@@ -926,7 +926,7 @@ def _tiles_in_order(dataset, contents):
     for tiles, index, frame in contents.pictures.values():
         strip = next(
             strip
-            for k, (strip, _) in enumerate(dataset._strips(dataset.stored(index)))
+            for k, strip in enumerate(dataset.strips(index))
             if k == frame
         )
         for tile in range(tiles):
@@ -1193,10 +1193,10 @@ def cached_story_batch(
         tiles.append(layout.frames)
         seen.append(layout.history_frames)
     V, F, ids = max(map(len, tiles)), max(map(len, seen)), [str(sample) for _, sample in pairs]
-    caption_ids, caption_mask = collator._tokens(
+    caption_ids, caption_mask = collator.tokens(
         collator.caption_tokenizer, [layout.captions for layout in layouts], ids
     )
-    history_ids, history_mask = collator._tokens(
+    history_ids, history_mask = collator.tokens(
         collator.history_tokenizer, [layout.history_captions for layout in layouts], ids
     )
     frame_valid = torch.tensor([[k < len(row) for k in range(V)] for row in tiles])
