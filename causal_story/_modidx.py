@@ -1424,6 +1424,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/causal-story', 'doc_host':
                                                                                         'causal_story/story_file.py'),
                                          'causal_story.story_file.StoryReader.stored': ( 'library/story_file.html#storyreader.stored',
                                                                                          'causal_story/story_file.py'),
+                                         'causal_story.story_file.StoryReader.strips': ( 'library/story_file.html#storyreader.strips',
+                                                                                         'causal_story/story_file.py'),
                                          'causal_story.story_file.StoryReader.tile_counts': ( 'library/story_file.html#storyreader.tile_counts',
                                                                                               'causal_story/story_file.py'),
                                          'causal_story.story_file._Conversion': ( 'library/story_file.html#_conversion',

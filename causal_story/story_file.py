@@ -607,9 +607,13 @@ class StoryReader:
         "A story as it lies in the file, nothing decoded. Raises IndexError or ValueError."
         return self.source.stored(index)
 
+    def strips(self, index: int) -> list[Image.Image]:
+        "A story's strips of tiles, decoded, in true colours. Raises IndexError or ValueError."
+        return decode_strips(self.source, self.stored(index))
+
     def tile_counts(self, index: int) -> list[int]:
         "How many tiles each frame of a story has."
-        return [count_tiles(strip) for strip in decode_strips(self.source, self.stored(index))]
+        return [count_tiles(strip) for strip in self.strips(index)]
 
     def close(self):
         "Closes the file in this process; the next access opens it again."
