@@ -723,7 +723,7 @@ def arcs_png(
         arc.draw(axis, F)
     badge = dict(boxstyle="round,pad=.22", fc="#4a3f6b", ec="none")
     for k in range(F):
-        axis.text(k, -0.09, str(k), size=8, color="white", ha="center", va="center", bbox=badge)
+        axis.text(k, -0.09, str(k), size=9, color="white", ha="center", va="center", bbox=badge)
     return figure_bytes(figure, dpi=dpi)
 
 # %% ../nbs/library/session.ipynb #se00002d
