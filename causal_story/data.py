@@ -6,10 +6,10 @@
 __all__ = ['STORY_SPLITS', 'FLINTSTONES_FILES', 'PORORO_FILES', 'TASKS', 'CLIP_IMAGE_MEAN', 'CLIP_IMAGE_STD', 'show_story',
            'compact', 'stack_tiles', 'count_tiles', 'cut_tile', 'write_flintstones_raw', 'write_pororo_raw',
            'write_folder', 'RefusedPickle', 'PlainUnpickler', 'load_pickle', 'load_npy', 'RawStory', 'png_bytes',
-           'write_story', 'atomic_path', 'PatientFile', 'write_hdf5', 'convert_stories', 'clean_caption',
-           'convert_flintstones', 'open_image', 'convert_pororo', 'convert_folder', 'StoredStory', 'open_stories',
-           'story_schema', 'story_keys', 'choose_tile', 'TaskLayout', 'split_task', 'StoryRecord', 'StoryFile',
-           'StoryDataset', 'pixels', 'CaptionTokens', 'StoryCollator']
+           'write_story', 'write_hdf5', 'convert_stories', 'clean_caption', 'convert_flintstones', 'open_image',
+           'convert_pororo', 'convert_folder', 'StoredStory', 'open_stories', 'story_schema', 'story_keys',
+           'choose_tile', 'TaskLayout', 'split_task', 'StoryRecord', 'StoryFile', 'StoryDataset', 'as_record',
+           'StoriesInMemory', 'pixels', 'CaptionTokens', 'StoryCollator']
 
 # %% ../nbs/01_data.ipynb #b05cf3c5
 import io
@@ -23,7 +23,6 @@ import textwrap
 import warnings
 from collections import OrderedDict, defaultdict
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -33,6 +32,8 @@ import numpy as np
 import torch
 from PIL import Image, ImageOps
 from tqdm.auto import tqdm
+
+from .storage import PatientFile, atomic_path
 
 # %% ../nbs/01_data.ipynb #cd132858
 def _story_axes(
@@ -536,54 +537,6 @@ def write_story(
     if story.truth is not None:
         group["truth"] = json.dumps(story.truth)
     group.attrs["id"] = story.id
-
-# %% ../nbs/01_data.ipynb #dbeec4ee
-@contextmanager
-def atomic_path(
-    path,  # final name of a file
-) -> Iterator[Path]:  # write here instead
-    """Yields a temporary name in the same folder; renames it to `path` on success, deletes it on any failure,
-    Ctrl-C included. What a killed process leaves ends in `.partial` and may be deleted. Our choice."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    try:
-        yield partial
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
-
-# %% ../nbs/01_data.ipynb #4cd7b833
-class PatientFile(io.FileIO):
-    "A file that HDF5 can write to: it never sees a write fail, `check` raises what happened. Our choice."
-
-    failure = None
-
-    def write(self, data):
-        "Writes all of `data`, or remembers the failure and writes nothing from then on. Always answers that all went well."
-        data, done = memoryview(data).cast("B"), 0
-        try:
-            while done < len(data) and not self.failure:
-                done += super().write(data[done:])
-        except BaseException as error:
-            self.failure = error
-        return len(data)
-
-    def truncate(self, size=None):
-        "Cuts or lengthens the file, or remembers the failure."
-        try:
-            return super().truncate(size)
-        except OSError as error:
-            self.failure = error
-        return size
-
-    def check(self, out):
-        "Raises the first failure, an OSError with the name `out` in it."
-        if isinstance(self.failure, OSError):
-            message = f"{out} could not be written, nothing is left of this attempt: {self.failure.strerror}"
-            raise OSError(self.failure.errno, message)
-        if self.failure:
-            raise self.failure
 
 # %% ../nbs/01_data.ipynb #b244a802
 def write_hdf5(
@@ -1112,6 +1065,20 @@ class StoryRecord:
     frames: list  # N square RGB PIL images in true colours
     truth: object  # what the world knows of the story, or None
 
+
+def _as_item(
+    record: StoryRecord,
+    index: int,  # its number in the split
+) -> dict:  # what a dataset hands to the collator
+    "A story as an item of a dataset."
+    return {
+        "id": record.id,
+        "index": index,
+        "captions": record.captions,
+        "frames": record.frames,
+        "truth": record.truth,
+    }
+
 # %% ../nbs/01_data.ipynb #ed4fe097
 class StoryFile:
     "One split of an HDF5 file, version 1 or 2, as stored. Opens the file lazily in every process; can be sent to workers."
@@ -1223,14 +1190,90 @@ class StoryDataset(StoryFile, torch.utils.data.Dataset):
         return StoryRecord(stored.id, stored.captions, frames, stored.truth)
 
     def __getitem__(self, index: int) -> dict:
-        record = self.story(index)
-        return {
-            "id": record.id,
-            "index": index % len(self),
-            "captions": record.captions,
-            "frames": record.frames,
-            "truth": record.truth,
-        }
+        return _as_item(self.story(index), index % len(self))
+
+# %% ../nbs/01_data.ipynb #storiesmem2
+def as_record(
+    story,  # StoryRecord, or anything with captions, truth() and frames(size=)
+    name: str,  # used where the story has no id
+    size: int = 64,  # pixels a side, where frames are drawn for us
+) -> StoryRecord:
+    "Any story as a record. Raises TypeError or ValueError that names it."
+    if isinstance(story, StoryRecord):
+        name, captions, frames, truth = story.id, story.captions, story.frames, story.truth
+    elif callable(getattr(story, "frames", None)) and hasattr(story, "captions"):
+        captions, frames, truth = story.captions, story.frames(size=size), story.truth()
+    else:
+        raise TypeError(
+            f"{name} is a {type(story).__name__}: a StoryRecord, or a story with captions, "
+            "truth() and frames(size=), is expected"
+        )
+    for k, frame in enumerate(frames):
+        if not isinstance(frame, Image.Image) or frame.width != frame.height:
+            raise ValueError(f"story {name!r}, frame {k}: a square PIL image is expected")
+    frames = [frame if frame.mode == "RGB" else frame.convert("RGB") for frame in frames]
+    return StoryRecord(name, list(captions), frames, truth)
+
+
+class StoriesInMemory(torch.utils.data.Dataset):
+    "Stories that are not in a file, read like a `StoryDataset`. Every frame has one tile."
+
+    path, split, schema, kind = "stories in memory", "memory", 2, ""
+    train, seed = False, 0
+
+    def __init__(
+        self,
+        records,  # StoryRecords, or stories with captions, truth() and frames(size=)
+        task: str = "visualization",  # only checks that stories are long enough for it
+        size: int = 64,  # pixels a side, where frames are drawn for us
+    ):
+        if task not in TASKS:
+            raise ValueError(f"task={task!r} is unknown: choose one of {TASKS}")
+        self.task, self.epoch = task, 0
+        self.records = [
+            as_record(story, f"{self.split}_{index:05d}", size)
+            for index, story in enumerate(records)
+        ]
+
+    def __repr__(self):
+        return f"StoriesInMemory({self.task!r}): {len(self)} stories"
+
+    def __len__(self):
+        return len(self.records)
+
+    def set_epoch(self, epoch: int):
+        "Remembers the epoch; nothing here depends on it."
+        self.epoch = epoch
+
+    def close(self):
+        "There is no file to close."
+
+    def _record(self, index):
+        if not -len(self) <= index < len(self):
+            raise IndexError(f"{self.path}: there is no story {index} among the {len(self)}")
+        return self.records[index]
+
+    def stored(self, index: int) -> StoredStory:
+        "A story as it would lie in a file: PNG bytes. Raises IndexError."
+        record = self._record(index)
+        images = [png_bytes(frame) for frame in record.frames]
+        return StoredStory(record.id, record.captions, images, record.truth)
+
+    def tile_counts(self, index: int) -> list[int]:
+        "How many tiles each frame of a story has: one."
+        return [1] * len(self._record(index).frames)
+
+    def story(self, index: int, tile: int = None) -> StoryRecord:
+        "A story. Raises IndexError, or ValueError that names it if it does not fit the task."
+        record = self._record(index)
+        where = f"{self.path}: story {record.id!r}"
+        split_task(record.captions, record.frames, self.task, where)
+        if tile not in (None, 0):
+            raise ValueError(f"tile={tile}: the frames of {where} have one tile, number 0")
+        return record
+
+    def __getitem__(self, index: int) -> dict:
+        return _as_item(self.story(index), index % len(self))
 
 # %% ../nbs/01_data.ipynb #781f6d10
 CLIP_IMAGE_MEAN, CLIP_IMAGE_STD = (

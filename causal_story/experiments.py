@@ -27,6 +27,7 @@ import numpy as np
 import torch
 from tqdm.auto import tqdm
 
+from .cartoon import CHARACTERS, PROPS, SCARVES, SETTINGS
 from .causal_mask import frame_mask
 from .data import StoryCollator, StoryDataset, StoryRecord
 from causal_story.metrics import (
@@ -55,7 +56,7 @@ from causal_story.pipeline import (
     story_pipeline,
     to_pil,
 )
-from .storyworld import CHARACTERS, PROPS, SCARVES, SETTINGS, make_stories
+from .storyworld import make_stories
 from .training import TrainingConfig, cache_stories, check_history, story_length, tune
 from .unet import record_attention
 

@@ -26,6 +26,8 @@ from fastcore.basics import patch
 from ipywidgets import Layout
 from PIL import Image, ImageOps
 
+from .captions import PLACES
+from .cartoon import ACTIONS, CHARACTERS, PROPS, SCARVES, SETTINGS, Actor, Scene, render
 from .causal_mask import frame_mask
 from .comics import PAGE_LAYOUTS
 from .data import open_image, png_bytes
@@ -42,17 +44,6 @@ from causal_story.session import (
     story_changes,
     unknown_words,
     world_story,
-)
-from causal_story.storyworld import (
-    ACTIONS,
-    CHARACTERS,
-    PLACES,
-    PROPS,
-    SCARVES,
-    SETTINGS,
-    Actor,
-    Scene,
-    render,
 )
 
 # %% ../nbs/library/widgets.ipynb #wi000007

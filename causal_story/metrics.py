@@ -21,8 +21,8 @@ from torch import nn
 from torch.nn import functional
 from tqdm.auto import tqdm
 
+from .cartoon import ACTIONS, CHARACTERS, PROPS, SCARVES, SETTINGS
 from .pipeline import load_part, shipped_weights
-from .storyworld import ACTIONS, CHARACTERS, PROPS, SCARVES, SETTINGS
 
 # %% ../nbs/07_metrics.ipynb #400dcfa3
 OPTIONS = dict(prop=PROPS, scarf=SCARVES, action=ACTIONS)

@@ -29,14 +29,11 @@ from diffusers import DDPMScheduler
 from torch import nn
 from tqdm.auto import tqdm
 
+from .captions import describe
+from .cartoon import ACTIONS, CHARACTERS, PROPS, SCARVES, SETTINGS, random_scene, render
 from .data import CLIP_IMAGE_MEAN, CLIP_IMAGE_STD
 from .data import pixels as normalise_pixels
-from causal_story.encoders import (
-    encode_captions,
-    tiny_history_encoder,
-    tiny_text_encoder,
-    tiny_tokenizers,
-)
+from .encoders import encode_captions, tiny_history_encoder, tiny_text_encoder
 from causal_story.metrics import (
     OPTIONS,
     FrameReader,
@@ -46,20 +43,11 @@ from causal_story.metrics import (
     scene_targets,
 )
 from .model import normalise_latents, prediction_target, shift_timesteps, tiny_vae
-from causal_story.storyworld import (
-    ACTIONS,
-    CHARACTERS,
-    PROPS,
-    SCARVES,
-    SETTINGS,
-    describe,
-    make_stories,
-    random_scene,
-    render,
-)
+from .storyworld import make_stories
 from .pipeline import fingerprint, load_base, load_part, shipped_weights
 from .training import TrainingConfig, batch_indices, fit, sample_generator
 from .unet import tiny_unet
+from .words import tiny_tokenizers
 
 # %% ../nbs/09_miniature.ipynb #cd8e8c96
 @dataclass

@@ -1,5 +1,6 @@
 """Masks against an independent reference, bad input, and properties over random stories."""
 
+import dataclasses
 import math
 
 import pytest
@@ -10,6 +11,9 @@ from hypothesis import strategies as st
 from causal_story.causal_mask import (
     POLICIES,
     TASKS,
+    HistoryPolicy,
+    PolicyRule,
+    as_policy,
     frame_mask,
     frame_times,
     relevance_bias,
@@ -62,7 +66,7 @@ def test_frame_mask_equals_reference(n, task, window, keep_given):
     assert torch.equal(mask, frame_mask("weighted", n, task, window, keep_given))
 
 
-@given(lengths, tasks, st.sampled_from(POLICIES), st.integers(1, 10))
+@given(lengths, tasks, st.sampled_from(list(POLICIES)), st.integers(1, 10))
 def test_nothing_future_is_visible(n, task, policy, window):
     mask = frame_mask(policy, n, task, window if policy in ("local", "weighted") else None)
     future = torch.arange(mask.shape[1])[None] >= frame_times(n, task)[:, None]
@@ -90,7 +94,10 @@ def test_local_grows_into_full(n, task, window, keep_given):
 )
 def test_token_mask_equals_reference(B, V, task, S, batched, seed):
     generator = torch.Generator().manual_seed(seed)
-    coin = lambda *shape: torch.rand(shape, generator=generator) < 0.5
+
+    def coin(*shape):
+        return torch.rand(shape, generator=generator) < 0.5
+
     frames = frame_mask("full", V, task)
     blocks = frames.shape[1]
     caption_mask, history_mask, dropped = coin(B, V, S), coin(B, blocks, S), coin(B, V)
@@ -103,6 +110,17 @@ def test_token_mask_equals_reference(B, V, task, S, batched, seed):
     )
     spread = mask[..., S:].unflatten(-1, (blocks, S)).any(-1)
     assert not (spread & ~per_story).any()
+
+
+def test_the_shorter_story_of_a_batch_sees_what_it_sees_alone():
+    words = torch.arange(6) < torch.tensor([6, 5, 3, 3, 2])[:, None]  # (V, S)
+    short = words.clone()
+    short[3:] = False
+    batch = torch.stack([words, short])
+    together = token_mask(frame_mask("full", 5, "visualization"), batch, batch)
+    alone = token_mask(frame_mask("full", 3, "visualization"), short[None, :3], short[None, :3])
+    assert torch.equal(together[1, :3, :24], alone[0])
+    assert not together[1, :3, 24:].any()
 
 
 @pytest.mark.parametrize(
@@ -125,6 +143,56 @@ def test_frame_mask_refuses(arguments, error, says):
     good = dict(policy="full", n_frames=5, task="visualization")
     with pytest.raises(error, match=says):
         frame_mask(**(good | arguments))
+
+
+@given(lengths, tasks, st.sampled_from(list(POLICIES)), windows, st.booleans())
+def test_a_policy_is_one_value(n, task, name, window, keep_given):
+    rule = POLICIES[name]
+    allowed = {"none": window is None, "required": window is not None, "optional": True}
+    if not allowed[rule.window]:
+        with pytest.raises(ValueError, match="window"):
+            HistoryPolicy(name, window)
+        return
+    policy = HistoryPolicy(name, window, keep_given)
+    assert torch.equal(policy.mask(n, task), frame_mask(name, n, task, window, keep_given))
+    assert policy.weighs == (name == "weighted")
+    assert as_policy(policy) is policy and as_policy(policy, window) is policy
+    assert as_policy(name, window) == HistoryPolicy(name, window)
+    assert HistoryPolicy(**dataclasses.asdict(policy)) == policy
+    assert len({policy, HistoryPolicy(name, window, keep_given)}) == 1
+
+
+def test_policies_in_words():
+    assert HistoryPolicy() == as_policy("full")
+    assert str(as_policy("full")) == "full"
+    assert str(as_policy("weighted", 2)) == "weighted, window 2"
+    assert str(HistoryPolicy("local", 1, False)) == "local, window 1, given frame not kept"
+
+
+def test_two_windows_are_refused_and_so_is_what_is_no_policy():
+    with pytest.raises(ValueError, match="'local, window 2' already; window 3"):
+        as_policy(HistoryPolicy("local", 2), 3)
+    with pytest.raises(ValueError, match="policy is None"):
+        as_policy(None)
+    with pytest.raises(ValueError, match=r"policy is \['full'\]"):
+        as_policy(["full"])
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        HistoryPolicy().name = "none"
+
+
+@given(lengths, tasks)
+def test_a_new_policy_is_one_entry_and_cannot_see_the_future(n, task):
+    rule = PolicyRule(lambda age: age % 2 == 0, window="optional", weighs=True)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(POLICIES, "every other", rule)
+        policy = as_policy("every other", 3)
+        mask = policy.mask(n, task)
+        assert policy.weighs and str(policy) == "every other, window 3"
+        age = frame_times(n, task)[:, None] - torch.arange(mask.shape[1])
+        expected = age == 2
+        if task == "continuation":
+            expected[:, 0] |= (age[:, 0] >= 1) & (age[:, 0] % 2 == 0)
+        assert torch.equal(mask, expected)
 
 
 @pytest.mark.parametrize(

@@ -26,7 +26,7 @@ from causal_story.data import (
     write_flintstones_raw,
     write_folder,
 )
-from causal_story.encoders import tiny_tokenizers
+from causal_story.words import tiny_tokenizers
 from causal_story.miniature import stage_configs
 from causal_story.model import sample_generator
 from causal_story.presets import arldm_state, full_scale_pipeline, write_tiny_folders

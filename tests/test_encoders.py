@@ -8,24 +8,17 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import (
-    BertTokenizer,
     BlipConfig,
     BlipForImageTextRetrieval,
     BlipTextConfig,
     BlipVisionConfig,
-    CLIPTextModel,
-    CLIPTokenizer,
 )
 
 from causal_story.causal_mask import frame_mask, token_mask
 from causal_story.encoders import (
     HistoryEncoder,
     StoryContext,
-    add_blip_tokens,
-    add_words,
-    drop_conditions,
     encode_captions,
-    lengthen_positions,
     masked_softmax,
     null_caption_ids,
     null_caption_states,
@@ -34,8 +27,8 @@ from causal_story.encoders import (
     resize_image_positions,
     tiny_history_encoder,
     tiny_text_encoder,
-    tiny_tokenizers,
 )
+from causal_story.words import tiny_tokenizers
 
 CAPTIONS = [
     "Milo is at the beach holding a ball.",
@@ -70,121 +63,6 @@ def fresh_process(code, *arguments):
     ).stdout
 
 
-# tokenizers
-
-
-def test_every_training_word_is_one_token(tokenizers):
-    words = {
-        word.strip(".!").removesuffix("'s") for caption in CAPTIONS for word in caption.split()
-    } | {"Zaza", "zaza", "MILO"}
-    for tokenizer in tokenizers:
-        for word in words:
-            assert len(tokenizer(word, add_special_tokens=False).input_ids) == 1, word
-
-
-def test_clip_spells_what_it_does_not_know(tokenizers):
-    clip, bert = tokenizers
-    for text in ("quixotic zebra 42", "Žofie čte café", "日本 🙂"):
-        ids = clip(text, add_special_tokens=False).input_ids
-        assert clip.eos_token_id not in ids[:-1] and clip.unk_token_id not in ids[:-1]
-    assert "[UNK]" not in bert.tokenize("quixotic zebra 42, café!")
-
-
-def test_tokenizers_round_trip(tmp_path):
-    for tokenizer, kind in zip(
-        tiny_tokenizers(CAPTIONS, max_length=16), (CLIPTokenizer, BertTokenizer)
-    ):
-        add_words(tokenizer, None, ["Fred"])
-        tokenizer.save_pretrained(tmp_path / kind.__name__)
-        back = kind.from_pretrained(tmp_path / kind.__name__)
-        assert type(back) is kind and len(back) == len(tokenizer) and back.model_max_length == 16
-        assert back.convert_tokens_to_ids(["[ENC]", "[DEC]"]) == tokenizer.convert_tokens_to_ids(
-            ["[ENC]", "[DEC]"]
-        )
-        for text in CAPTIONS + ["", "fred's xylophone is [ENC] FRED"]:
-            arguments = dict(padding="max_length", truncation=True)
-            assert back(text, **arguments).input_ids == tokenizer(text, **arguments).input_ids
-
-
-def test_tokenizers_are_deterministic():
-    first, second = tiny_tokenizers(CAPTIONS), tiny_tokenizers(CAPTIONS)
-    for one, other in zip(first, second):
-        assert one.get_vocab() == other.get_vocab()
-
-
-def test_tiny_tokenizers_refuse():
-    with pytest.raises(ValueError, match="captions is empty"):
-        tiny_tokenizers([])
-    with pytest.raises(ValueError, match="max_length is 2"):
-        tiny_tokenizers(CAPTIONS, max_length=2)
-
-
-# new words
-
-
-def test_added_words_match_in_any_case_and_never_inside_others(tokenizers):
-    for tokenizer in tiny_tokenizers(CAPTIONS):
-        assert add_words(tokenizer, None, ["Fred", "Pororo", "DINO"]) == ["fred", "pororo", "dino"]
-        for text in ("Fred", "fred", "FRED"):
-            assert tokenizer.tokenize(text) == ["fred"]
-        assert tokenizer.tokenize("Pororo's")[0] == "pororo"
-        assert tokenizer.tokenize("Dino, dino!")[0] == "dino"
-        assert "dino" not in tokenizer.tokenize("dinosaur") and "dino" not in tokenizer.tokenize(
-            "undino"
-        )
-        assert add_words(tokenizer, None, ["fred", "PORORO", "Dino"]) == []
-        assert add_words(tokenizer, None, ["Milo", "Kiki"]) == []
-
-
-def test_adding_words_grows_both_encoders(text_encoder, history_encoder):
-    for tokenizer, model in zip(
-        tiny_tokenizers(CAPTIONS, max_length=16, characters=("Zaza",)),
-        (text_encoder, history_encoder),
-    ):
-        old = model.get_input_embeddings().weight.detach().clone()
-        assert add_words(tokenizer, model, ["Fred", "Milo", "wilma"]) == ["fred", "wilma"]
-        new = model.get_input_embeddings().weight
-        assert new.shape[0] == len(old) + 2 == len(tokenizer)
-        assert torch.equal(new[: len(old)], old)
-        torch.testing.assert_close(new[len(old) :], old.mean(0).expand(2, -1))
-        add_words(tokenizer, model, ["Fred", "Milo", "wilma"])
-        assert model.get_input_embeddings().weight.shape[0] == len(tokenizer)
-    assert (
-        history_encoder.config["text_config"]["vocab_size"]
-        == history_encoder.text.config.vocab_size
-        == len(tokenizer)
-    )
-    assert text_encoder.config.vocab_size == len(text_encoder.get_input_embeddings().weight)
-
-
-def test_grown_history_encoder_round_trips(history_encoder, tmp_path):
-    tokenizer = tiny_tokenizers(CAPTIONS, max_length=16, characters=("Zaza",))[1]
-    add_words(tokenizer, history_encoder, ["Fred"])
-    history_encoder.save_pretrained(tmp_path)
-    back = HistoryEncoder.from_pretrained(tmp_path)
-    assert torch.equal(
-        back.get_input_embeddings().weight, history_encoder.get_input_embeddings().weight
-    )
-
-
-@pytest.mark.parametrize("word", ["", "mr slate", "a\tb"])
-def test_add_words_refuses(tokenizers, word):
-    with pytest.raises(ValueError, match="words holds"):
-        add_words(tokenizers[0], None, ["fine", word])
-
-
-def test_add_words_does_not_take_over_rows_in_use(history_encoder):
-    tokenizer = BertTokenizer(
-        vocab={
-            token: i for i, token in enumerate(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "a"])
-        }
-    )
-    with pytest.raises(ValueError, match="add_blip_tokens"):
-        add_words(tokenizer, history_encoder, ["Fred"])
-    assert len(add_blip_tokens(add_blip_tokens(tokenizer))) == 8
-    assert tokenizer.convert_tokens_to_ids(["[DEC]", "[ENC]"]) == [6, 7]
-
-
 # caption encoder
 
 
@@ -209,31 +87,7 @@ def test_a_frame_that_is_not_there_gives_no_nan(text_encoder, history_encoder):
     assert torch.isfinite(states).all()
 
 
-def test_lengthened_positions(text_encoder, tmp_path):
-    old = text_encoder.embeddings.position_embedding.weight.detach().clone()
-    ids = torch.arange(5, 15)[None]
-    before = text_encoder(ids).last_hidden_state
-    lengthen_positions(text_encoder, 25, keep=10)
-    new = text_encoder.embeddings.position_embedding.weight
-    assert (
-        new.shape == (25, 32)
-        and new.requires_grad
-        and text_encoder.config.max_position_embeddings == 25
-    )
-    assert torch.equal(new[:10], old[:10])
-    torch.testing.assert_close(new[-1], old[-1])
-    torch.testing.assert_close(new[11], old[10] + (old[11] - old[10]) * 5 / 14)
-    torch.testing.assert_close(text_encoder(ids).last_hidden_state, before)
-    text_encoder.save_pretrained(tmp_path)
-    back = CLIPTextModel.from_pretrained(tmp_path).eval()
-    long = torch.randint(0, 50, (2, 25))
-    torch.testing.assert_close(encode_captions(back, long), encode_captions(text_encoder, long))
-
-
-def test_lengthen_positions_refuses_to_shrink(text_encoder):
-    with pytest.raises(ValueError, match="does not shrink"):
-        lengthen_positions(text_encoder, 8)
-    assert lengthen_positions(text_encoder, 16).config.max_position_embeddings == 16
+def test_a_caption_longer_than_the_table_is_refused(text_encoder):
     with pytest.raises(ValueError, match="17 tokens"):
         encode_captions(text_encoder, torch.zeros(1, 17, dtype=torch.long))
 
@@ -265,11 +119,11 @@ def test_history_encoder_is_bidirectional_unless_causal(history_encoder):
     ids, pixels = torch.full((1, 8), 6), torch.randn(1, 3, 16, 16)
     late = ids.clone()
     late[:, 5] = 9
-    moved = lambda causal: (
-        (history_encoder(pixels, ids, causal=causal) - history_encoder(pixels, late, causal=causal))
-        .abs()
-        .amax((0, 2))
-    )
+
+    def moved(causal):
+        before, after = (history_encoder(pixels, x, causal=causal) for x in (ids, late))
+        return (after - before).abs().amax((0, 2))
+
     assert (moved(False)[:5] > 0).all()
     assert (moved(True)[:5] == 0).all() and (moved(True)[5:] > 0).all()
 
@@ -458,7 +312,10 @@ def reference_context(
 def story(task, B=2, V=3, S=4, D=8, seed=0):
     generator = torch.Generator().manual_seed(seed)
     blocks = V + (task == "continuation")
-    draw = lambda *shape: torch.randn(shape, generator=generator)
+
+    def draw(*shape):
+        return torch.randn(shape, generator=generator)
+
     caption_mask, history_mask = (
         torch.arange(S) < torch.randint(1, S + 1, (B, n, 1), generator=generator)
         for n in (V, blocks)
@@ -487,9 +344,9 @@ def awake(context, scale=0.5):
 @given(st.sampled_from(["visualization", "continuation"]), st.integers(1, 8), st.integers(0, 1000))
 def test_assembly_equals_ar_ldm(task, V, seed):
     s, context = story(task, V=V, seed=seed), awake(StoryContext(8, context_layers=1))
-    captions, histories = drop_conditions(
-        s["captions"], s["histories"], s["dropped"], s["null_caption"], s["null_history"]
-    )
+    without = s["dropped"][..., None, None]
+    captions = torch.where(without, s["null_caption"], s["captions"])
+    histories = torch.where(without[..., None], s["null_history"], s["histories"][:, None])
     got = context(captions, histories, context_layer=False)
     expected = reference_context(
         s["captions"],
@@ -531,7 +388,7 @@ def test_context_layer_starts_as_ar_ldm_and_moves_when_trained(task):
 
 
 def independent_layers(context, tokens, mask, distance):
-    "The context layers token by token on the visible tokens only, with torch's own attention as a second opinion."
+    "The context layers on the visible tokens only, torch's own attention as a second opinion."
     tokens = tokens[mask]
     hidden = tokens + context.distance_embedding.weight[distance[mask]]
     for layer in context.layers:
@@ -631,6 +488,115 @@ def test_one_frame_at_a_time_with_frame_times():
         torch.testing.assert_close(one_weights, weights[:, i : i + 1, :known])
 
 
+def rows_of(tensor, frames):
+    "(B, V, ...) and (B, n) frame numbers -> (B, n, ...): other frames of every story."
+    return torch.stack([row[index] for row, index in zip(tensor, frames)])
+
+
+@pytest.mark.parametrize("task", ["visualization", "continuation"])
+def test_every_story_may_have_its_own_times(task):
+    V, frames = 5, torch.tensor([[4, 1], [0, 3]])  # any two frames of each story, in any order
+    s = story(task, V=V)
+    context = awake(StoryContext(8, context_layers=2, heads=2, relevance=True))
+    allowed = frame_mask("weighted", V, task)
+    mask = token_mask(allowed, s["caption_mask"], s["history_mask"])
+    whole = context(s["captions"], s["histories"], mask)
+    weights = context.relevance(whole, allowed, s["caption_mask"], s["history_mask"])
+    times = frames + (task == "continuation")
+    captions, caption_mask = rows_of(s["captions"], frames), rows_of(s["caption_mask"], frames)
+    part_mask, part_allowed = rows_of(mask, frames), allowed[frames]
+    part = context(captions, s["histories"], part_mask, frame_times=times)
+    part_weights = context.relevance(
+        part, part_allowed, caption_mask, s["history_mask"], frame_times=times
+    )
+    torch.testing.assert_close(part[part_mask], rows_of(whole, frames)[part_mask])
+    torch.testing.assert_close(part_weights, rows_of(weights, frames))
+    for b in range(2):  # the same, a story a call with times of shape (V,)
+        one = slice(b, b + 1)
+        alone = context(captions[one], s["histories"][one], part_mask[one], frame_times=times[b])
+        torch.testing.assert_close(alone[part_mask[one]], part[one][part_mask[one]])
+        alone_weights = context.relevance(
+            alone, part_allowed[b], caption_mask[one], s["history_mask"][one], frame_times=times[b]
+        )
+        torch.testing.assert_close(alone_weights, part_weights[one])
+
+
+def test_times_of_the_wrong_shape_are_refused():
+    s, context = story("visualization"), StoryContext(8, context_layers=1, relevance=True)
+    mask = token_mask(frame_mask("full", 3, "visualization"), s["caption_mask"], s["history_mask"])
+    for shape in ((2,), (3, 3), (2, 2), (1, 2, 3), ()):
+        times = torch.zeros(shape, dtype=torch.long)
+        with pytest.raises(ValueError, match="frame_times"):
+            context(s["captions"], s["histories"], mask, frame_times=times)
+        with pytest.raises(ValueError, match="frame_times"):
+            context.relevance(
+                torch.zeros(2, 3, 16, 8),
+                frame_mask("full", 3, "visualization"),
+                s["caption_mask"],
+                s["history_mask"],
+                frame_times=times,
+            )
+
+
+@pytest.mark.parametrize("more", [{}, dict(context_layers=1, heads=2, relevance=True)])
+def test_a_grown_context(more, tmp_path):
+    s, context = story("continuation"), awake(StoryContext(8, n_times=4, **more))
+    frames = frame_mask("weighted", 3, "continuation")
+    mask = token_mask(frames, s["caption_mask"], s["history_mask"])
+
+    def run():
+        states = context(s["captions"], s["histories"], mask)
+        if not more:
+            return [states]
+        return [
+            states,
+            context.relevance(states, frames, s["caption_mask"], s["history_mask"]),
+        ]
+
+    before = run()
+    old = {name: value.clone() for name, value in context.state_dict().items()}
+    assert context.grow(4) is context and context.config.n_times == 4
+    context.time_embedding.weight.requires_grad_(False)
+    assert context.grow(9) is context and context.config.n_times == 9
+    assert not context.time_embedding.weight.requires_grad
+    assert context.time_embedding.num_embeddings == 9
+    assert list(old) == list(context.state_dict())
+    grown = [name for name, value in context.state_dict().items() if len(value) != len(old[name])]
+    tables = ["time_embedding.weight"]
+    if more:
+        tables += ["distance_embedding.weight", "relevance_head.distance_bias"]
+        assert context.distance_embedding.weight.requires_grad
+    assert sorted(grown) == sorted(tables)
+    for name, value in context.state_dict().items():
+        assert torch.equal(value[: len(old[name])], old[name])
+        if name in tables:
+            assert len(value) == 9
+            assert torch.equal(value[4:], value[3:4].expand_as(value[4:]))
+    for now, then in zip(run(), before):
+        assert torch.equal(now, then)
+    long = story("continuation", V=8)
+    allowed = frame_mask("full", 8, "continuation")
+    long_mask = token_mask(allowed, long["caption_mask"], long["history_mask"])
+    expected = context(long["captions"], long["histories"], long_mask)
+    context.save_pretrained(tmp_path)
+    again = StoryContext.from_pretrained(tmp_path)
+    assert again.config.n_times == 9
+    assert torch.equal(again(long["captions"], long["histories"], long_mask), expected)
+    with pytest.raises(ValueError, match="does not shrink"):
+        context.grow(8)
+
+
+def test_far_off_is_read_as_the_furthest_that_was_learned():
+    s = story("visualization", V=1)
+    context = awake(StoryContext(8, n_times=3, context_layers=1, heads=2))
+    mask = token_mask(torch.ones(1, 1).bool(), s["caption_mask"], s["history_mask"])
+    far = torch.tensor([7])
+    before = context(s["captions"], s["histories"], mask, frame_times=far)
+    assert torch.equal(
+        context.grow(12)(s["captions"], s["histories"], mask, frame_times=far), before
+    )
+
+
 def test_a_story_that_sees_nothing_gives_no_nan():
     s, context = (
         story("visualization"),
@@ -654,9 +620,11 @@ def test_relevance_starts_equal_sums_to_one_and_learns(task):
     s, context = story(task), StoryContext(8, context_layers=1, heads=2, relevance=True)
     frames = frame_mask("weighted", 3, task)
     mask = token_mask(frames, s["caption_mask"], s["history_mask"])
-    weigh = lambda: context.relevance(
-        context(s["captions"], s["histories"], mask), frames, s["caption_mask"], s["history_mask"]
-    )
+
+    def weigh():
+        states = context(s["captions"], s["histories"], mask)
+        return context.relevance(states, frames, s["caption_mask"], s["history_mask"])
+
     equal = frames / frames.sum(1, keepdim=True).clamp(min=1)
     torch.testing.assert_close(weigh(), equal.expand(2, -1, -1), rtol=0, atol=1e-7)
     (weigh()[..., 0].sum()).backward()
@@ -672,9 +640,12 @@ def test_relevance_starts_equal_sums_to_one_and_learns(task):
 def test_relevance_ignores_padding():
     s, context = story("visualization"), awake(StoryContext(8, relevance=True))
     frames = frame_mask("weighted", 3, "visualization")
-    weigh = lambda captions, histories, **more: context.relevance(
-        context(captions, histories), frames, s["caption_mask"], s["history_mask"], **more
-    )
+
+    def weigh(captions, histories, **more):
+        return context.relevance(
+            context(captions, histories), frames, s["caption_mask"], s["history_mask"], **more
+        )
+
     captions, histories = s["captions"].clone(), s["histories"].clone()
     captions[~s["caption_mask"]] = torch.randn(8)
     histories[~s["history_mask"]] = torch.randn(8)
@@ -812,10 +783,13 @@ def test_half_precision(dtype, history_encoder):
     )
     frames = frame_mask("weighted", 3, "visualization")
     mask = token_mask(frames, s["caption_mask"], s["history_mask"])
-    run = lambda module, dtype: module(s["captions"].to(dtype), s["histories"].to(dtype), mask)
-    weigh = lambda module, states: module.relevance(
-        states, frames, s["caption_mask"], s["history_mask"]
-    )
+
+    def run(module, dtype):
+        return module(s["captions"].to(dtype), s["histories"].to(dtype), mask)
+
+    def weigh(module, states):
+        return module.relevance(states, frames, s["caption_mask"], s["history_mask"])
+
     exact = run(context, torch.float32)
     exact_weights = weigh(context, exact)
     half = context.to(dtype)

@@ -46,6 +46,7 @@ from causal_story.training import (
     load_checkpoint,
     make_accelerator,
 )
+from causal_story.words import STORY_DATA
 
 ROOT = Path(__file__).resolve().parent.parent
 World = namedtuple("World", "folder sd blip data")
@@ -300,8 +301,7 @@ def test_word_rows_go_to_their_words(world, arldm, tmp_path):
     assert key in dict(report.partly) and "do not fit the new words" in dict(report.partly)[key]
     after = pipe.history_encoder.get_input_embeddings().weight
     n_base = len(pipe.history_tokenizer) - sum(
-        word in pipe.history_tokenizer.get_added_vocab()
-        for word in presets.STORY_DATA["pororo"]["words"]
+        word in pipe.history_tokenizer.get_added_vocab() for word in STORY_DATA["pororo"]["words"]
     )
     assert torch.equal(after[:n_base], state[key][:n_base]) and torch.equal(
         after[n_base:], before[n_base:]

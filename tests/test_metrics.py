@@ -7,6 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
+from causal_story.cartoon import CHARACTERS
 from causal_story.metrics import (
     OPTIONS,
     FrameReader,
@@ -29,7 +30,7 @@ from causal_story.metrics import (
     summarise,
     train_reader,
 )
-from causal_story.storyworld import CHARACTERS, make_stories
+from causal_story.storyworld import make_stories
 
 STORIES = make_stories(6, split="val", seed=3)
 TRUTHS = [story.truth() for story in STORIES]

@@ -23,7 +23,6 @@ from causal_story.encoders import (
     StoryContext,
     tiny_history_encoder,
     tiny_text_encoder,
-    tiny_tokenizers,
 )
 from causal_story.metrics import FrameReader
 from causal_story.miniature import pretraining_schedule
@@ -37,6 +36,7 @@ from causal_story.pipeline import (
 )
 from causal_story.storyworld import make_stories
 from causal_story.unet import UNetAdapters, cross_attention_sites, tiny_unet
+from causal_story.words import tiny_tokenizers
 
 STEPS = 4
 STORIES = make_stories(2, seed=4)

@@ -1,4 +1,7 @@
-"What a reader of 04_unet need not see: odd attention flags, other dtypes, fresh processes, LoRA files, wrong bases."
+"""What a reader of the U-Net lesson need not see.
+
+Odd attention flags, other dtypes, fresh processes, LoRA files, wrong bases, compiled U-Nets,
+stale caches."""
 
 import copy
 import subprocess
@@ -18,11 +21,14 @@ from causal_story.unet import (
     TUNING_METHODS,
     AttentionRecord,
     BottleneckAdapter,
+    ContextMemory,
     CrossAttnAdapterProcessor,
+    SelfAttnProcessor,
     UNetAdapters,
     add_adapters,
     attach_adapters,
     cached_context,
+    check_processors,
     cross_attention_sites,
     parameter_table,
     record_attention,
@@ -204,9 +210,10 @@ def expected_names(model, method):
 
 
 def both_of(tuning):
-    return nn.ModuleDict(
-        dict(unet=tuning.unet, **({"adapters": tuning.module} if tuning.module is not None else {}))
-    )
+    parts = dict(unet=tuning.unet)
+    if tuning.module is not None:
+        parts["adapters"] = tuning.module
+    return nn.ModuleDict(parts)
 
 
 @pytest.mark.parametrize("method", TUNING_METHODS)
@@ -370,6 +377,112 @@ def test_a_second_call_takes_the_adapters_out_again(base, inputs):
     assert_close(predict(unet, inputs), predict(base, inputs), atol=1e-6, rtol=1e-5)
 
 
+@pytest.mark.parametrize("method", TUNING_METHODS)
+def test_adapters_that_are_there_stay_and_train_only_by_their_own_method(base, inputs, method):
+    adapters = enliven(add_adapters(copy.deepcopy(base), 4)).module
+    unet = attach_adapters(copy.deepcopy(base), adapters)
+    expected = predict(unet, inputs)
+    assert not torch.allclose(expected, predict(base, inputs), atol=1e-3)
+    tuning = add_adapters(unet, 4, method, adapters)
+    assert tuning.module is adapters
+    assert_close(predict(unet, inputs), expected, atol=1e-6, rtol=1e-5)
+    model = both_of(tuning)
+    trains = {name for name, p in model.named_parameters() if p.requires_grad}
+    assert trains == expected_names(model, method)
+    assert {name.split(".", 1)[1] for name in trains} == set(tuning.state_dict())
+    if method != "none":
+        predict(unet, inputs).square().mean().backward()
+    if method != "adapter":
+        assert all(p.grad is None for p in adapters.parameters())
+
+
+@pytest.mark.parametrize("method", TUNING_METHODS)
+def test_a_lora_that_is_there_trains_further(base, inputs, method):
+    unet = enliven(add_adapters(copy.deepcopy(base), 4, "lora")).unet
+    before = predict(unet, inputs)
+    again = add_adapters(unet, 8, method)
+    assert_close(predict(unet, inputs), before, atol=0, rtol=0)
+    trains = set(again.state_dict())
+    if method == "lora":
+        assert trains == set(add_adapters(copy.deepcopy(base), 4, "lora").state_dict())
+    elif method in ("adapter", "none"):
+        assert not any("lora_" in name for name in trains)
+
+
+def test_attaching_again_keeps_the_processors(base, inputs):
+    unet = copy.deepcopy(base)
+    adapters = enliven(add_adapters(unet, 4)).module
+    processors = list(unet.attn_processors.values())
+    with record_attention(unet) as record:
+        for attached in (adapters, None, adapters):
+            attach_adapters(unet, attached)
+            assert all(new is old for new, old in zip(unet.attn_processors.values(), processors))
+            predict(unet, inputs)
+    assert all(len(calls) == 3 for calls in record.mass.values())
+    with pytest.raises(ValueError, match="another U-Net"):
+        attach_adapters(unet, UNetAdapters.for_unet(tiny_unet(width=D), 4))
+    site = "mid_block.attentions.0.transformer_blocks.0.attn2"
+    assert cross_attention_sites(unet)[site].processor.adapter is adapters[site]
+
+
+def test_records_nest(base, inputs):
+    unet = add_adapters(copy.deepcopy(base), method="none").unet
+    with record_attention(unet) as outer:
+        predict(unet, inputs)
+        with record_attention(unet) as inner:
+            predict(unet, inputs)
+        predict(unet, inputs)
+    assert {len(calls) for calls in outer.mass.values()} == {2}
+    assert {len(calls) for calls in inner.mass.values()} == {1}
+
+
+def test_processors_that_another_call_took_away_are_named(base, inputs):
+    unet = copy.deepcopy(base)
+    with pytest.raises(ValueError, match="AttnProcessor2_0.*attach_adapters"):
+        check_processors(unet)
+    adapters = enliven(add_adapters(unet, 4)).module
+    expected = predict(unet, inputs)
+    for thief, name in (
+        (lambda: unet.set_attn_processor(AttnProcessor2_0()), "AttnProcessor2_0"),
+        (lambda: unet.set_attention_slice("auto"), "SlicedAttnProcessor"),
+        (unet.fuse_qkv_projections, "FusedAttnProcessor2_0"),
+    ):
+        check_processors(unet)
+        thief()
+        with pytest.raises(ValueError, match=f"computed by {name}, "):
+            check_processors(unet)
+        attach_adapters(unet, adapters)
+        assert_close(predict(unet, inputs), expected, atol=0, rtol=0)
+    one = cross_attention_sites(unet)["mid_block.attentions.0.transformer_blocks.0.attn2"]
+    one.set_processor(SelfAttnProcessor())
+    with pytest.raises(ValueError, match="at mid_block.attentions.0.transformer_blocks.0.attn2"):
+        check_processors(unet)
+
+
+@pytest.mark.parametrize("method, compiled", [("adapter", "whole"), ("lora", "inner")])
+def test_compiled_unets_have_the_same_sites_names_and_predictions(base, inputs, method, compiled):
+    plain = add_adapters(copy.deepcopy(base), 4, method)
+    unet = copy.deepcopy(base)
+    if compiled == "whole":
+        unet = torch.compile(unet, backend="eager")
+    else:
+        unet.mid_block = torch.compile(unet.mid_block, backend="eager")
+    tuning = add_adapters(unet, 4, method)
+    check_processors(unet)
+    assert set(cross_attention_sites(unet)) == set(cross_attention_sites(base))
+    assert {p.site for p in unet.attn_processors.values() if hasattr(p, "site")} == set(
+        site_channels(base)
+    )
+    enliven(plain)
+    assert set(tuning.state_dict()) == set(plain.state_dict())
+    tuning.load_state_dict(plain.state_dict())
+    if method == "lora":  # peft draws lora_A at random: load_state_dict has set both factors
+        assert any(p.abs().sum() > 0 for p in tuning.parameters())
+    with torch.no_grad(), cached_context(unet), record_attention(unet) as record:
+        assert_close(predict(unet, inputs), predict(plain.unet, inputs), atol=1e-5, rtol=1e-5)
+    assert set(record.mass) == set(cross_attention_sites(base))
+
+
 def test_recording_counts_calls_keeps_maps_and_ends_after_an_error(base, inputs):
     unet = add_adapters(copy.deepcopy(base), method="none").unet
     with pytest.raises(KeyError), record_attention(unet, keep_maps=True) as record:
@@ -431,10 +544,6 @@ def test_size_and_adapter_share_of_the_miniature():
     [
         (lambda unet: add_adapters(unet, method="prefix"), "method must be one of"),
         (lambda unet: add_adapters(unet, width=0), "width must be at least 1"),
-        (
-            lambda unet: add_adapters(unet, method="full", adapters=UNetAdapters.for_unet(unet, 4)),
-            "use method='adapter'",
-        ),
         (lambda unet: tiny_unet(block_channels=(48, 64)), "multiples of head_width"),
     ],
 )
@@ -476,6 +585,12 @@ def projections(unet):
     ]
 
 
+def memories(unet):
+    "What each site remembers: context -> keys and values; None outside `cached_context`."
+    found = [attn.processor.project_context for attn in cross_attention_sites(unet).values()]
+    return [project.known if isinstance(project, ContextMemory) else None for project in found]
+
+
 class Counting:
     "A layer's `forward` that counts its calls."
 
@@ -487,13 +602,19 @@ class Counting:
         return self.forward(x)
 
 
+def count_projections(unet):
+    counters = []
+    for layer in projections(unet):
+        counters.append(Counting(layer))
+        layer.forward = counters[-1]
+    return counters
+
+
 @pytest.mark.parametrize("method", [None, *TUNING_METHODS])
 def test_remembering_changes_no_bit(base, inputs, method):
-    unet = (
-        copy.deepcopy(base)
-        if method is None
-        else enliven(add_adapters(copy.deepcopy(base), 4, method)).unet
-    )
+    unet = copy.deepcopy(base)
+    if method is not None:
+        enliven(add_adapters(unet, 4, method))
     mask = torch.ones(N, T, dtype=torch.bool)
     mask[1, 3:] = False
     kinds, names = dict(unet.attn_processors), list(unet.state_dict())
@@ -504,62 +625,83 @@ def test_remembering_changes_no_bit(base, inputs, method):
             for _ in range(3):
                 assert torch.equal(predict(unet, inputs, mask=mask), expected)
         assert torch.equal(predict(unet, inputs, mask=mask), expected)
-    assert dict(unet.attn_processors) == kinds and not any(
-        "forward" in vars(module) for module in unet.modules()
-    )
+    assert dict(unet.attn_processors) == kinds
+    if method is not None:
+        assert memories(unet) == [None] * len(memories(unet))
 
 
-@pytest.mark.parametrize("ours", [True, False])
-def test_every_projection_runs_once_a_context(base, inputs, ours):
-    unet = copy.deepcopy(base)
-    if ours:
-        add_adapters(unet, 4)
-    counters = []
-    for layer in projections(unet):
-        counters.append(Counting(layer))
-        layer.forward = counters[-1]
+def test_every_projection_runs_once_a_context(base, inputs):
+    unet = add_adapters(copy.deepcopy(base), 4).unet
+    counters = count_projections(unet)
     other = dict(inputs, encoder_hidden_states=inputs["encoder_hidden_states"][:, :4].clone())
     with torch.no_grad(), cached_context(unet):
         for _ in range(3):
             predict(unet, inputs)
             predict(unet, other)
         assert {c.calls for c in counters} == {2}
-    assert [layer.forward for layer in projections(unet)] == counters, (
-        "what stood there before stands there again"
-    )
     with torch.no_grad():
         predict(unet, inputs)
         predict(unet, inputs)
     assert {c.calls for c in counters} == {4}
 
 
+def test_attaching_inside_the_block_forgets_nothing(base, inputs):
+    unet = copy.deepcopy(base)
+    adapters = enliven(add_adapters(unet, 4)).module
+    counters = count_projections(unet)
+    with torch.no_grad(), cached_context(unet):
+        predict(unet, inputs)
+        attach_adapters(unet, adapters)
+        predict(unet, inputs)
+    assert {c.calls for c in counters} == {1}
+
+
+def test_another_strength_of_a_lora_is_another_answer(base, inputs):
+    unet = enliven(add_adapters(copy.deepcopy(base), 4, "lora")).unet
+    with torch.no_grad():
+        weak = unet(**inputs, cross_attention_kwargs={"scale": 0.25}).sample
+        expected = predict(unet, inputs)
+        with cached_context(unet):
+            assert torch.equal(predict(unet, inputs), expected)
+            again = unet(**inputs, cross_attention_kwargs={"scale": 0.25}).sample
+            assert torch.equal(again, weak)
+            unet.disable_adapters()
+            assert_close(predict(unet, inputs), predict(base, inputs), atol=1e-6, rtol=1e-5)
+    assert not torch.allclose(weak, expected, atol=1e-4)
+
+
 @settings(max_examples=20, deadline=None)
 @given(
     acts=st.lists(
         st.sampled_from(
-            ("call", "other", "write", "weight", "swap", "half", "result", "grad", "copy")
+            ("call", "other", "write", "weight", "swap", "norm", "half", "grad", "copy")
         ),
         min_size=1,
         max_size=8,
-    )
+    ),
+    norm_cross=st.sampled_from((None, "layer_norm")),
 )
-def test_no_answer_is_stale_whatever_happens_in_between(acts):
+def test_no_answer_is_stale_whatever_happens_in_between(acts, norm_cross):
     torch.manual_seed(0)
-    attn = Attention(query_dim=8, cross_attention_dim=6, heads=2, dim_head=4).eval()
-    unet, pixels, contexts = (
-        nn.ModuleDict(dict(attn2=attn)),
-        torch.randn(2, 5, 8),
-        [torch.randn(2, 3, 6), torch.randn(2, 3, 6)],
+    options = dict(
+        query_dim=8,
+        cross_attention_dim=6,
+        heads=2,
+        dim_head=4,
+        cross_attention_norm=norm_cross,
+        processor=CrossAttnAdapterProcessor(),
     )
+    attn = Attention(**options).eval()
+    unet = nn.ModuleDict(dict(attn2=attn))
+    pixels = torch.randn(2, 5, 8)
+    contexts = [torch.randn(2, 3, 6), torch.randn(2, 3, 6)]
 
     def check(module, context):
-        fresh = Attention(query_dim=8, cross_attention_dim=6, heads=2, dim_head=4).eval()
+        fresh = Attention(**options | dict(processor=CrossAttnAdapterProcessor())).eval()
         fresh.load_state_dict(module.state_dict())
         for _ in range(2):
-            assert torch.equal(
-                module(pixels, encoder_hidden_states=context),
-                fresh(pixels, encoder_hidden_states=context),
-            )
+            found = module(pixels, encoder_hidden_states=context)
+            assert torch.equal(found, fresh(pixels, encoder_hidden_states=context))
 
     with torch.no_grad(), cached_context(unet):
         for act in ["call", *acts]:
@@ -569,8 +711,8 @@ def test_no_answer_is_stale_whatever_happens_in_between(acts):
                 attn.to_k.weight.mul_(1.5)
             if act == "swap":
                 attn.to_v.weight = nn.Parameter(torch.randn_like(attn.to_v.weight))
-            if act == "result":
-                attn.to_v(contexts[0]).add_(1)
+            if act == "norm" and norm_cross:
+                attn.norm_cross.weight.mul_(1.5)
             if act == "half":
                 with torch.autocast("cpu", torch.bfloat16):
                     check(attn, contexts[0])
@@ -585,27 +727,27 @@ def test_no_answer_is_stale_whatever_happens_in_between(acts):
 
 
 def test_fresh_contexts_leave_nothing_behind(base, inputs):
-    unet = copy.deepcopy(base)
+    unet = add_adapters(copy.deepcopy(base), method="none").unet
     with torch.no_grad(), cached_context(unet):
         for _ in range(3):
-            predict(
-                unet, dict(inputs, encoder_hidden_states=inputs["encoder_hidden_states"].clone())
-            )
-        assert all(len(layer.forward.known) == 0 for layer in projections(unet))
+            tokens = inputs["encoder_hidden_states"].clone()
+            predict(unet, dict(inputs, encoder_hidden_states=tokens))
+        del tokens
+        assert all(len(memory) == 0 for memory in memories(unet))
         predict(unet, inputs)
-        assert all(len(layer.forward.known) == 1 for layer in projections(unet))
+        assert all(len(memory) == 1 for memory in memories(unet))
 
 
 def test_blocks_nest_and_end_after_an_error(base, inputs):
-    unet = copy.deepcopy(base)
+    unet = add_adapters(copy.deepcopy(base), method="none").unet
     with torch.no_grad(), pytest.raises(KeyError), cached_context(unet):
         expected = predict(unet, inputs)
-        outer = [layer.forward for layer in projections(unet)]
+        outer = memories(unet)
         with cached_context(unet):
             assert torch.equal(predict(unet, inputs), expected)
-        assert [layer.forward for layer in projections(unet)] == outer
+        assert all(now is before for now, before in zip(memories(unet), outer))
         raise KeyError("interrupted")
-    assert not any("forward" in vars(module) for module in unet.modules())
+    assert memories(unet) == [None] * len(outer)
 
 
 @pytest.mark.parametrize("method", ["adapter", "lora", "full"])
@@ -623,18 +765,18 @@ def test_training_inside_is_training_outside(base, inputs, method):
         with torch.no_grad():
             predict(unet, inputs)
         found = gradients(tunings[1])
-    assert found.keys() == expected.keys() and all(
-        torch.equal(found[name], expected[name]) for name in expected
-    )
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
 
 
 def test_inference_mode_is_served_without_memory(base, inputs):
-    unet = copy.deepcopy(base)
+    unet = add_adapters(copy.deepcopy(base), method="none").unet
     with torch.no_grad():
         expected = predict(unet, inputs)
     with torch.inference_mode(), cached_context(unet):
-        assert torch.equal(predict(unet, inputs), expected)
-        assert all(len(layer.forward.known) == 0 for layer in projections(unet))
+        own = dict(inputs, encoder_hidden_states=inputs["encoder_hidden_states"].clone())
+        assert torch.equal(predict(unet, own), expected)
+        assert all(len(memory) == 0 for memory in memories(unet))
 
 
 def test_there_must_be_a_context():

@@ -8,7 +8,7 @@ from pathlib import Path
 import matplotlib.pyplot as plt
 from matplotlib.patches import FancyArrowPatch
 
-from causal_story.storyworld import Actor, Scene, render
+from causal_story.cartoon import Actor, Scene, render
 
 CAPTIONS = [
     "Milo is at the beach\nholding a ball.",
@@ -40,7 +40,7 @@ ROWS = [
 
 
 def draw_arrow(axis, source, target, weight, colour):
-    "One arrow over the frames; arrows of one frame are nested, so that they do not cross on the way in."
+    "One arrow over the frames; arrows of one frame are nested, so that they do not cross."
     start, end = (
         source * STEP + 0.62 - 0.09 * (target - source),
         target * STEP + 0.28 + 0.13 * (target - source),

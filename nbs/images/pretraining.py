@@ -1,8 +1,9 @@
 """Draws pretraining.png, captions drawn by the base at several steps of its pre-training:
 
-    python nbs/images/pretraining.py CHECKPOINTS   a folder of step-XXXXXXXX.safetensors, copies of the text_to_image
-                                                   checkpoints of a run of `causal-story pretrain`
+    python nbs/images/pretraining.py CHECKPOINTS
 
+CHECKPOINTS is a folder of step-XXXXXXXX.safetensors, copies of the text_to_image checkpoints of a
+run of `causal-story pretrain`.
 The autoencoder, the tokenizer and the last row are those that come with the package.
 """
 
@@ -17,7 +18,8 @@ from safetensors.torch import load_file
 
 from causal_story.miniature import draw_captions
 from causal_story.pipeline import story_pipeline
-from causal_story.storyworld import describe, random_scene, render
+from causal_story.captions import describe
+from causal_story.cartoon import random_scene, render
 
 
 def averaged(pipe, path):
