@@ -194,7 +194,7 @@ def _tokens_read(n_frames: int, max_length: int, seen: int, drop: float) -> floa
         total += (
             drop ** sum(dropped)
             * (1 - drop) ** (n_frames - sum(dropped))
-            * sum(tokens[..., 0].numel() for _, tokens, *_ in groups)
+            * sum(group.mask.numel() for group in groups)
         )
     return total
 

@@ -17,6 +17,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from uuid import uuid4
 
 import h5py
 import numpy as np
@@ -290,7 +291,8 @@ def _fill(file, model, dataset, collator, settings, contents, shapes, batch_size
 def _target(out: Path | None, need: int):
     "(HDF5 file to fill, a check of what the disk said). None: in memory; the caller closes it."
     if out is None:
-        yield h5py.File("features", "w", driver="core", backing_store=False), lambda: None
+        name = f"features-{uuid4()}"  # HDF5 opens no name twice, not even in memory
+        yield h5py.File(name, "w", driver="core", backing_store=False), lambda: None
         return
     check_disk(out.parent, need, f"the cache {out.name}")
     with atomic_path(out) as partial, PatientFile(partial, "w+") as disk:
@@ -479,9 +481,9 @@ def cached_story_batch(
     names = [str(index) for _, index in pairs]
     told = [layout.history_captions for layout in layouts]
     batch = {}
-    tokens = collator._tokens(collator.caption_tokenizer, captions, names)
+    tokens = collator.tokens(collator.caption_tokenizer, captions, names)
     batch["caption_ids"], batch["caption_mask"] = tokens
-    tokens = collator._tokens(collator.history_tokenizer, told, names)
+    tokens = collator.tokens(collator.history_tokenizer, told, names)
     batch["history_ids"], batch["history_mask"] = tokens
     V, n_blocks = batch["caption_ids"].shape[1], batch["history_ids"].shape[1]
     batch["frame_valid"] = torch.tensor([[k < len(row) for k in range(V)] for row in frames])

@@ -6,6 +6,7 @@
 __all__ = ['prepare_tuning', 'as_dataset', 'check_lengths', 'recipe_loss', 'tune']
 
 # %% ../nbs/09_tuning.ipynb #tun00003
+from contextlib import ExitStack
 from dataclasses import replace
 
 import torch
@@ -139,32 +140,34 @@ def tune(
 
     prepare_tuning(pipe, recipe, config.seed)
     model = pipe.model.to(accelerator.device).eval()
-    if gradient_checkpointing:
-        pipe.unet.enable_gradient_checkpointing()
     collator = pipe.collator()
-    kept = None
-    if cache:
-        alone = accelerator.num_processes == 1
-        history = recipe.reconstructed_history
-        kept = open_cache(model, dataset, collator, half, history, build=alone, progress=progress)
-    batches = StoryBatches(
-        dataset,
-        collator,
-        config,
-        recipe.tasks,
-        kept,
-        recipe.frames_a_story,
-        accelerator.process_index,
-        accelerator.num_processes,
-        accelerator.device,
-    )
     loss = recipe_loss(recipe, accelerator)
-    result = fit(model, loss, batches, config, folder, accelerator, progress=progress, **options)
-
-    if kept is not None:
-        kept.close()
-    if gradient_checkpointing:
-        pipe.unet.disable_gradient_checkpointing()
+    with ExitStack() as at_the_end:  # also when a run is interrupted
+        if gradient_checkpointing:
+            pipe.unet.enable_gradient_checkpointing()
+            at_the_end.callback(pipe.unet.disable_gradient_checkpointing)
+        kept = None
+        if cache:
+            history = recipe.reconstructed_history
+            alone = accelerator.num_processes == 1
+            kept = open_cache(
+                model, dataset, collator, half, history, build=alone, progress=progress
+            )
+            at_the_end.callback(kept.close)
+        batches = StoryBatches(
+            dataset,
+            collator,
+            config,
+            recipe.tasks,
+            kept,
+            recipe.frames_a_story,
+            accelerator.process_index,
+            accelerator.num_processes,
+            accelerator.device,
+        )
+        result = fit(
+            model, loss, batches, config, folder, accelerator, progress=progress, **options
+        )
     result.use_ema(model).eval()
     pipe.register_to_config(
         history_policy=recipe.policy.name,
