@@ -51,6 +51,7 @@ from .storage import fingerprint, load_part
 from .diffusion import sample_generator
 from .training import TrainingConfig, batch_indices, fit
 from .unet import tiny_unet
+from .loading import read_base
 
 # %% ../nbs/09_miniature.ipynb #cd8e8c96
 @dataclass

@@ -46,8 +46,8 @@ from causal_story.diffusion import (
     normalise_latents,
     sample_generator,
 )
-from .experiments import causal_effect
-from .metrics import read_frames
+from .effects import causal_effect
+from .reader import read_frames
 from .pipeline import check_links, to_pil
 from .storage import atomic_folder
 from .storyworld import LENGTHS, make_story

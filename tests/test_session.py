@@ -15,7 +15,7 @@ import causal_story.session as session
 from causal_story.cartoon import CHARACTERS, SETTINGS, Actor, Scene, render
 from causal_story.causal_mask import HistoryPolicy, frame_mask
 from causal_story.data import StoryRecord
-from causal_story.experiments import draw_stories
+from causal_story.drawing import draw_stories
 from causal_story.session import (
     EXAMPLES,
     RECIPE_KINDS,
