@@ -1353,8 +1353,6 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/causal-story', 'doc_host':
                                       'causal_story.session.save_story': ('library/session.html#save_story', 'causal_story/session.py'),
                                       'causal_story.session.story_changes': ( 'library/session.html#story_changes',
                                                                               'causal_story/session.py'),
-                                      'causal_story.session.story_generator': ( 'library/session.html#story_generator',
-                                                                                'causal_story/session.py'),
                                       'causal_story.session.story_gif': ('library/session.html#story_gif', 'causal_story/session.py'),
                                       'causal_story.session.story_page': ('library/session.html#story_page', 'causal_story/session.py'),
                                       'causal_story.session.unknown_words': ( 'library/session.html#unknown_words',
