@@ -5,9 +5,7 @@
 # %% auto #0
 __all__ = ['FREE_SETTINGS', 'as_setting', 'read_settings', 'read_yaml', 'package_versions', 'start_run', 'MetricsLog',
            'read_metrics', 'SamplePictures', 'load_pipeline', 'new_pipeline', 'sample_stories', 'story_of',
-           'draw_folder', 'read_json', 'read_picture', 'claim_folder', 'DrawnStories', 'score', 'WorldJudge',
-           'together', 'distance', 'ClassifierJudge', 'InceptionJudge', 'in_range', 'ClipJudge', 'read_network',
-           'evaluate_stories', 'print_scores', 'best_device', 'main']
+           'draw_folder', 'read_json', 'read_picture', 'claim_folder', 'DrawnStories', 'best_device', 'main']
 
 # %% ../nbs/14_command_line.ipynb #9c913b0a
 import argparse
@@ -30,19 +28,15 @@ import torch
 import yaml
 from PIL import Image
 from tqdm.auto import tqdm
-from transformers import CLIPModel, CLIPTokenizer
 
 from .causal_mask import POLICIES
 from causal_story.data import (
-    CLIP_IMAGE_MEAN,
-    CLIP_IMAGE_STD,
     StoryDataset,
     atomic_path,
     convert_flintstones,
     convert_folder,
     convert_pororo,
     open_stories,
-    pixels,
     show_story,
     write_folder,
 )
@@ -55,18 +49,7 @@ from causal_story.experiments import (
     train_stories,
     with_and_without_history,
 )
-from causal_story.metrics import (
-    FrameReader,
-    character_f1,
-    frame_accuracy,
-    frames_tensor,
-    frechet_distance,
-    protocol_frames,
-    read_frames,
-    score_facts,
-    scene_targets,
-    summarise,
-)
+from .judges import JudgeSettings, evaluate_stories, make_judges, print_scores
 from .miniature import PRESETS, SECOND, STAGES, continue_pretraining, pretrain
 from .model import sample_generator
 from causal_story.pipeline import (
@@ -88,10 +71,10 @@ from causal_story.presets import (
     local_folder,
     open_cache,
     prepare_preset,
-    read_part,
     story_collator,
     train_full_scale,
 )
+from .reader import FrameReader
 from .storyworld import make_stories
 from causal_story.training import (
     TrainingConfig,
@@ -617,287 +600,6 @@ class DrawnStories:
             )
         return [read_picture(path) for path in names]
 
-# %% ../nbs/14_command_line.ipynb #8040531f
-def score(
-    name: str,  # of the score
-    rows: list,  # dicts with story and correct (any number)
-    which=lambda row: True,  # which rows count
-) -> list:  # one dict (name, value, low, high, n), or nothing if no row counts
-    "A mean with its 95 % interval by bootstrap over stories."
-    if not (rows := [row for row in rows if which(row)]):
-        return []
-    line = summarise(rows)[0]
-    return [
-        dict(name=name, value=line["accuracy"], low=line["low"], high=line["high"], n=line["n"])
-    ]
-
-# %% ../nbs/14_command_line.ipynb #ea45fbce
-class WorldJudge:
-    "The frame reader on stories of the world: facts, characters, and a distance on its features."
-
-    def __init__(self, reader):  # FrameReader
-        self.reader = reader
-
-    @torch.no_grad()
-    def look(self, record, drawn, task) -> dict:
-        "What one story shows."
-        if record.truth is None:
-            raise ValueError(
-                f"story {record.id!r} has no truth for our frame reader to compare with: leave the reader out"
-            )
-        given = int(task == "continuation")
-        features = lambda frames: self.reader.features(
-            frames_tensor(frames).to(self.reader.device)
-        ).cpu()
-        return dict(
-            rows=[
-                row | dict(story=record.id)
-                for row in score_facts(self.reader, [drawn], [record.truth], task)
-            ],
-            ceiling=[
-                row | dict(story=record.id)
-                for row in score_facts(self.reader, [record.frames[given:]], [record.truth], task)
-            ],
-            seen=torch.from_numpy(read_frames(self.reader, drawn)["presence"]),
-            there=scene_targets(record.truth["scenes"][given:])["presence"] > 0,
-            real=features(record.frames[given:]),
-            drawn=features(drawn),
-        )
-
-    def scores(self, findings: list) -> list:  # what `look` found, story by story
-        "Scores of all stories together."
-        rows, seen, there = (
-            [row for finding in findings for row in finding["rows"]],
-            together(findings, "seen"),
-            together(findings, "there"),
-        )
-        return [
-            *score("facts drawn right", rows),
-            *score(
-                "facts that only the history tells, drawn right",
-                rows,
-                lambda row: row["history_only"],
-            ),
-            *score(
-                "facts read right off the true frames (the ceiling)",
-                [row for finding in findings for row in finding["ceiling"]],
-            ),
-            dict(name="character F1 (frame reader)", value=character_f1(seen, there), n=len(seen)),
-            dict(
-                name="frame accuracy (frame reader)", value=frame_accuracy(seen, there), n=len(seen)
-            ),
-            *distance(
-                "Fréchet distance on the frame reader's features (not an FID)",
-                together(findings, "real"),
-                together(findings, "drawn"),
-            ),
-        ]
-
-# %% ../nbs/14_command_line.ipynb #47697495
-def together(findings: list, name: str) -> torch.Tensor:
-    "One tensor of all findings, frame after frame."
-    return torch.cat([finding[name] for finding in findings])
-
-
-def distance(name: str, real: torch.Tensor, drawn: torch.Tensor) -> list:
-    "A Fréchet distance of features (N, D) (rounding below zero cut off), or nothing where there are fewer than two frames."
-    return (
-        [dict(name=name, value=max(0.0, frechet_distance(real, drawn)), n=len(drawn))]
-        if len(drawn) > 1
-        else []
-    )
-
-# %% ../nbs/14_command_line.ipynb #45e2e08e
-class ClassifierJudge:
-    "A character classifier on drawn and on true frames."
-
-    def __init__(
-        self,
-        network,  # nn.Module: (V, 3, size, size) -> (V, C) logits
-        size: int = 299,  # pixels a side that it expects
-        value_range=(-1.0, 1.0),  # pixel values that it expects
-        device="cpu",
-    ):
-        self.network, self.size, self.value_range, self.device = network, size, value_range, device
-
-    @torch.no_grad()
-    def look(self, record, drawn, task) -> dict:
-        "What one story shows."
-        shown = lambda frames: (
-            self.network(
-                in_range(pixels(frames, self.size), self.value_range).to(self.device)
-            ).cpu()
-            > 0
-        )
-        return dict(seen=shown(drawn), there=shown(record.frames[int(task == "continuation") :]))
-
-    def scores(self, findings: list) -> list:  # what `look` found, story by story
-        "Scores of all stories together."
-        seen, there = together(findings, "seen"), together(findings, "there")
-        return [
-            dict(
-                name=f"{name} (your classifier, against what it sees in the true frames)",
-                value=function(seen, there),
-                n=len(seen),
-            )
-            for name, function in (
-                ("character F1", character_f1),
-                ("frame accuracy", frame_accuracy),
-            )
-        ]
-
-# %% ../nbs/14_command_line.ipynb #8c6c1697
-class InceptionJudge:
-    "FID in both protocols, on the features of a network that is handed in."
-
-    protocols = dict(
-        arldm="FID, AR-LDM's protocol (over 64 pixels)", standard="FID, standard protocol"
-    )
-
-    def __init__(
-        self,
-        network,  # nn.Module: (V, 3, 299, 299) -> (V, D)
-        value_range=(-1.0, 1.0),  # pixel values that it expects
-        device="cpu",
-    ):
-        self.network, self.value_range, self.device = network, value_range, device
-
-    @torch.no_grad()
-    def look(self, record, drawn, task) -> dict:
-        "Features of one story's frames, by protocol."
-
-        def features(frames, protocol):
-            x = in_range(protocol_frames(frames_tensor(frames), protocol), self.value_range)
-            return self.network(x.to(self.device)).flatten(1).cpu()
-
-        return {
-            protocol: dict(
-                real=features(record.frames[int(task == "continuation") :], protocol),
-                drawn=features(drawn, protocol),
-            )
-            for protocol in self.protocols
-        }
-
-    def scores(self, findings: list) -> list:  # what `look` found, story by story
-        "Scores of all stories together."
-        lines = []
-        for protocol, name in self.protocols.items():
-            found = [finding[protocol] for finding in findings]
-            lines += distance(name, together(found, "real"), together(found, "drawn"))
-        return lines
-
-# %% ../nbs/14_command_line.ipynb #9e731534
-def in_range(
-    frames: torch.Tensor,  # any shape, in [-1, 1]
-    value_range,  # (low, high)
-) -> torch.Tensor:
-    "Pixel values as a network wants them."
-    low, high = value_range
-    return (frames + 1) / 2 * (high - low) + low
-
-# %% ../nbs/14_command_line.ipynb #fdc17740
-class ClipJudge:
-    "CLIP score (Hessel et al. 2021, without their factor 2.5) of every frame with its caption; captions are cut to CLIP's length."
-
-    def __init__(
-        self,
-        source,  # folder or hub id of a CLIPModel
-        device="cpu",
-    ):
-        folder = local_folder(source, "clip", "config.json, weights and a tokenizer of CLIP")
-        self.model, self.tokenizer = (
-            read_part(CLIPModel, folder).to(device),
-            read_part(CLIPTokenizer, folder),
-        )
-
-    @torch.no_grad()
-    def look(self, record, drawn, task) -> list:
-        "One row a frame."
-        captions, config, device = (
-            record.captions[int(task == "continuation") :],
-            self.model.config,
-            self.model.device,
-        )
-        words = self.tokenizer(
-            captions,
-            padding=True,
-            truncation=True,
-            max_length=config.text_config.max_position_embeddings,
-            return_tensors="pt",
-        ).to(device)
-        seen = pixels(drawn, config.vision_config.image_size, CLIP_IMAGE_MEAN, CLIP_IMAGE_STD).to(
-            device
-        )
-        out = self.model(
-            input_ids=words.input_ids, attention_mask=words.attention_mask, pixel_values=seen
-        )
-        cosines = torch.nn.functional.cosine_similarity(out.image_embeds, out.text_embeds)  # (V,)
-        return [
-            dict(story=record.id, correct=100 * max(0.0, cosine)) for cosine in cosines.tolist()
-        ]
-
-    def scores(self, findings: list) -> list:  # what `look` found, story by story
-        "Scores of all stories together."
-        return score(
-            "CLIP score, 100 max(0, cos)", [row for finding in findings for row in finding]
-        )
-
-# %% ../nbs/14_command_line.ipynb #cb9bac8e
-def read_network(
-    path,  # TorchScript file
-    argument: str,  # named in the error
-    device="cpu",
-):
-    "A network from a file. Raises FileNotFoundError, or ValueError if it is no TorchScript."
-    if not Path(path).is_file():
-        raise FileNotFoundError(
-            f"{argument}={str(path)!r}: there is no such file; save your network with torch.jit.script(network).save(...)"
-        )
-    try:
-        return torch.jit.load(str(path), map_location=device).eval()
-    except RuntimeError as error:
-        raise ValueError(
-            f"{argument}={str(path)!r}: not a TorchScript file ({str(error).splitlines()[0][:100]})"
-        ) from None
-
-# %% ../nbs/14_command_line.ipynb #20e7bf7c
-def evaluate_stories(
-    drawn: DrawnStories,
-    dataset,  # StoryDataset that they were drawn from
-    judges: list,  # objects with look(record, frames, task) and scores(findings)
-    task: str = "visualization",
-    index=None,  # which stories; None: all that are drawn
-    progress: bool = True,
-    accelerator=None,  # accelerate.Accelerator of several processes: each looks at its share, all get the scores
-) -> list:  # dicts: name, value, n, and low, high where there is an interval
-    "Show every drawn story, with its truth, to every judge. Raises ValueError naming a story that does not fit."
-    index = sorted(drawn.paths) if index is None else list(index)
-    share = (
-        index
-        if accelerator is None
-        else index[accelerator.process_index :: accelerator.num_processes]
-    )
-    findings = []
-    for k in tqdm(share, desc="judging stories", unit="story", disable=not progress):
-        record = story_of(dataset, k)
-        frames = drawn.frames(k, record, task)
-        findings.append((k, [judge.look(record, frames, task) for judge in judges]))
-    if accelerator is not None:
-        from accelerate.utils import gather_object
-
-        findings = gather_object(findings)
-    by_judge = zip(*(found for _, found in sorted(findings, key=lambda pair: pair[0])))
-    return [line for judge, found in zip(judges, by_judge) for line in judge.scores(list(found))]
-
-# %% ../nbs/14_command_line.ipynb #c7cf33d5
-def print_scores(scores: list):
-    "One line a score."
-    for line in scores:
-        interval = (
-            f"   95 % interval [{line['low']:.3f}, {line['high']:.3f}]" if "low" in line else ""
-        )
-        print(f"{line['name']}: {line['value']:.3f}{interval}   n = {line['n']}")
-
 # %% ../nbs/14_command_line.ipynb #3a939f60
 def _prepare(a):
     if Path(a.out).exists():
@@ -1173,7 +875,7 @@ def _evaluate(a):
     )
     dataset = StoryDataset(a.data, split, task)
     _check_kind(a, dataset)
-    judges = _judges(a, story_of(dataset, 0).truth is not None)
+    judges = _judges(a, story_of(dataset, 0))
     with contextlib.ExitStack() as stack:
         if drawn is None:
             if not a.folder and int(os.environ.get("WORLD_SIZE", 1)) > 1:
@@ -1192,8 +894,6 @@ def _evaluate(a):
         scores = evaluate_stories(drawn, dataset, judges, task, index, accelerator=team)
     if not team.is_main_process:
         return
-    print(f"{len(index)} of {len(dataset)} stories of split {split!r}, {task}, reference tile 0")
-    print_scores(scores)
     if a.out:
         record = dict(
             model=str(a.model),
@@ -1208,6 +908,9 @@ def _evaluate(a):
         )
         with atomic_path(a.out) as partial:
             partial.write_text(json.dumps(record, indent=1, ensure_ascii=False), encoding="utf-8")
+    print(f"{len(index)} of {len(dataset)} stories of split {split!r}, {task}, reference tile 0")
+    print_scores(scores)
+    if a.out:
         print(f"wrote {a.out}")
 
 # %% ../nbs/14_command_line.ipynb #2f7e0747
@@ -1232,35 +935,16 @@ def _agreed(a, drawn, name, default):
     return asked or known or default
 
 # %% ../nbs/14_command_line.ipynb #e9e6175c
-def _judges(a, truth: bool) -> list:
-    device, judges = best_device(a.device), []
-    if a.reader not in (None, "none") or (a.reader is None and truth):
-        reader = (
-            "miniature"
-            if a.reader in (None, "miniature")
-            else local_folder(a.reader, "reader", "a frame reader that save_pretrained wrote")
-        )
-        judges.append(WorldJudge(FrameReader.from_pretrained(reader).to(device)))
-    if a.classifier:
-        judges.append(
-            ClassifierJudge(
-                read_network(a.classifier, "classifier", device),
-                a.classifier_size,
-                a.value_range,
-                device,
-            )
-        )
-    if a.inception:
-        judges.append(
-            InceptionJudge(read_network(a.inception, "inception", device), a.value_range, device)
-        )
-    if a.clip:
-        judges.append(ClipJudge(a.clip, device))
-    if not judges:
-        raise ValueError(
-            "nothing to judge with: our frame reader needs stories of the world (and no --reader none); give --classifier, --inception or --clip"
-        )
-    return judges
+def _judges(a, record) -> list:
+    settings = JudgeSettings(
+        reader=a.reader,
+        classifier=a.classifier,
+        classifier_size=a.classifier_size,
+        inception=a.inception,
+        clip=a.clip,
+        value_range=a.value_range,
+    )
+    return make_judges(settings, record, best_device(a.device))
 
 # %% ../nbs/14_command_line.ipynb #192fa158
 def _experiment(a):

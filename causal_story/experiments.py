@@ -29,17 +29,7 @@ from tqdm.auto import tqdm
 
 from .causal_mask import frame_mask
 from .data import StoryCollator, StoryDataset, StoryRecord
-from causal_story.metrics import (
-    FrameReader,
-    fact_rows,
-    frames_tensor,
-    paired_difference,
-    read_frames,
-    scarf_appearances,
-    scarf_consistency,
-    score_facts,
-    summarise,
-)
+from .metrics import paired_difference, summarise
 from causal_story.model import (
     draw_randomness,
     latent_posterior,
@@ -54,6 +44,15 @@ from causal_story.pipeline import (
     load_base,
     story_pipeline,
     to_pil,
+)
+from causal_story.reader import (
+    FrameReader,
+    fact_rows,
+    frames_tensor,
+    read_frames,
+    scarf_appearances,
+    scarf_consistency,
+    score_facts,
 )
 from .storyworld import CHARACTERS, PROPS, SCARVES, SETTINGS, make_stories
 from .training import TrainingConfig, cache_stories, check_history, story_length, tune

@@ -37,7 +37,8 @@ from causal_story.encoders import (
     tiny_text_encoder,
     tiny_tokenizers,
 )
-from causal_story.metrics import (
+from .model import normalise_latents, prediction_target, shift_timesteps, tiny_vae
+from causal_story.reader import (
     OPTIONS,
     FrameReader,
     Residual,
@@ -45,7 +46,6 @@ from causal_story.metrics import (
     reader_loss,
     scene_targets,
 )
-from .model import normalise_latents, prediction_target, shift_timesteps, tiny_vae
 from causal_story.storyworld import (
     ACTIONS,
     CHARACTERS,

@@ -16,7 +16,7 @@ from transformers.utils import logging
 
 import causal_story.miniature as miniature
 from causal_story.encoders import HistoryEncoder, tiny_history_encoder, tiny_tokenizers
-from causal_story.metrics import FrameReader, reader_accuracy, scene_targets
+from causal_story.reader import FrameReader, reader_accuracy, scene_targets
 from causal_story.miniature import (
     LATENT_CHANNELS,
     SAVED_PARTS,
