@@ -27,8 +27,7 @@ from transformers import AutoImageProcessor, AutoModel, CLIPModel, CLIPTokenizer
 
 from .data import CLIP_IMAGE_MEAN, CLIP_IMAGE_STD, pixels
 from .metrics import frechet_distance, summarise
-from .storage import load_part
-from .storage import local_folder
+from .presets import local_folder, read_part
 from causal_story.reader import (
     FrameReader,
     fact_verdicts,
@@ -38,7 +37,7 @@ from causal_story.reader import (
     scarf_verdicts,
     scene_targets,
 )
-from .cartoon import CHARACTERS
+from .storyworld import CHARACTERS
 
 # %% ../nbs/library/judges.ipynb #j2000002
 @dataclass(frozen=True)
@@ -803,8 +802,8 @@ class ClipJudge(VisionJudge):
     ):
         contents = "config.json, weights and a tokenizer of CLIP"
         folder = local_folder(source, "clip", contents)
-        self.model = load_part(CLIPModel, folder).to(device)
-        self.tokenizer = load_part(CLIPTokenizer, folder)
+        self.model = read_part(CLIPModel, folder).to(device)
+        self.tokenizer = read_part(CLIPTokenizer, folder)
         size = self.model.config.vision_config.image_size
 
         def prepare(frames):

@@ -12,6 +12,8 @@ import numpy
 import torch
 from torch import nn
 
+from .reader import FrameReader, read_frames, scarf_consistency, score_facts
+
 # %% ../nbs/10_metrics.ipynb #95fa66b9
 def bootstrap_means(
     values,  # (n,) numbers
