@@ -181,12 +181,12 @@ class CausalStoryPipeline(DiffusionPipeline):
         if name in COMPONENTS and value is not None and self._was_empty(name):
             self.register_modules(**{name: value})  # so that it is saved, too; comes back here
             return
+        inside = {part: self.__dict__.get(part) for part in ("unet", "adapters")}
+        if name in inside and {"unet", "adapters"} <= {name, *self.__dict__}:
+            attach_adapters(**inside | {name: value})  # or ValueError, and nothing is exchanged
         super().__setattr__(name, value)
-        if name not in COMPONENTS:
-            return
-        self._model = None  # made anew when it is asked for
-        if name in ("unet", "adapters") and {"unet", "adapters"} <= self.__dict__.keys():
-            attach_adapters(self.unet, self.adapters)
+        if name in COMPONENTS:
+            self._model = None  # made anew when it is asked for
 
     def _was_empty(self, name: str) -> bool:
         "Whether the table of contents says that there is no such part."
@@ -639,7 +639,6 @@ def from_pretrained(
         return _from_whole(cls, name, options)
     dtype = options.pop("torch_dtype", options.pop("dtype", None))
     parts, record, settings = read_tuned(folder, base, blip)
-    parts["scheduler"] = make_scheduler("dpm", parts["scheduler"])
     unknown = [option for option in options if option not in parts]
     if unknown:
         raise ValueError(
