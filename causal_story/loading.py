@@ -277,7 +277,7 @@ def _load_lora(unet, folder: Path):
 
 
 def _load_scheduler(record: dict, folder: Path, schedule):
-    "The scheduler that a model was stored with; version 0.1.0 stored none and drew by DPM-Solver++."
+    "The scheduler a model was stored with; version 0.1.0 stored none and drew by DPM-Solver++."
     name = record.get("scheduler")
     if name is None:
         return DPMSolverMultistepScheduler.from_config(schedule.config)

@@ -1,4 +1,4 @@
-"""What is counted is what happens: memory by PyTorch's profiler, tokens by the model's own calls."""
+"""What is counted is what happens: memory by PyTorch's profiler, tokens by the model's calls."""
 
 import pytest
 import torch

@@ -288,6 +288,18 @@ def test_a_batch_that_cannot_be_shared_is_refused(world):
         StoryBatches(dataset, small(world).collator(), config, n_processes=2)
 
 
+def test_checkpointing_computes_again_and_changes_nothing(world):
+    settings = TrainingConfig(**SETTINGS | dict(steps=2, batch_size=2, checkpoint_every=0))
+    options = dict(config=settings, progress=False)
+    found = []
+    for checkpointing in (False, True):
+        pipe = small(world)
+        result = tune(pipe, world.data, gradient_checkpointing=checkpointing, **options)
+        found.append(torch.tensor(result.losses))
+        assert not pipe.unet.is_gradient_checkpointing
+    torch.testing.assert_close(*found, rtol=1e-5, atol=0)
+
+
 def test_mixed_precision_trains_nearly_the_same(world, tmp_path):
     settings = SETTINGS | dict(steps=3, batch_size=2, checkpoint_every=3)
     whole = tune(small(world), world.data, config=TrainingConfig(**settings), progress=False)
