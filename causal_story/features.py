@@ -326,7 +326,7 @@ def write_cache(
 class FeatureCache:
     """An open cache. Rows are found by the bytes of a picture or the text of a caption.
 
-    Raises ValueError, naming the file, for a stale or foreign one; FileNotFoundError without any."""
+    Raises ValueError, naming the file, for a stale or foreign one; FileNotFoundError if none."""
 
     def __init__(
         self,
