@@ -270,7 +270,8 @@ def _load_lora(unet, folder: Path):
     "LoRA layers into a U-Net. Raises ValueError that names the folder unless all of them arrive."
     with reading(folder, "LoRA layers of this U-Net"):
         stored = load_file(folder / LORA_FILE)
-        unet.load_lora_adapter(str(folder), prefix=None, weight_name=LORA_FILE)
+        options = dict(prefix=None, weight_name=LORA_FILE, adapter_name="default")
+        unet.load_lora_adapter(str(folder), **options)  # "default": the name that a new one has
         own = [name for name in unet.state_dict() if ".lora_" in name]
         if len(own) != len(stored):
             raise ValueError(f"{len(stored)} weights are stored, {len(own)} are needed")

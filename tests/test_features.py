@@ -66,6 +66,25 @@ def test_a_cache_in_memory_is_that_of_a_file(world, tmp_path):
     torch.testing.assert_close(*found, rtol=1e-5, atol=0)
 
 
+@pytest.mark.parametrize("kept", [(), ("latents",)], ids=["nothing kept", "vision not kept"])
+def test_without_a_cache_the_history_is_shown_alike(world, tmp_path, kept):
+    "Reconstructed is reconstructed: what a recipe says does not depend on what is kept."
+    model, dataset, collator = parts_of_training(world)
+    config = TrainingConfig(batch_size=3)
+    cache = open_cache(model, dataset, collator, reconstructed=True, progress=False)
+    expected = losses(model, StoryBatches(dataset, collator, config, cache=cache), 2)
+    cache.close()
+    cache = None
+    if kept:
+        model.history_encoder.vision.requires_grad_(True)
+        cache = open_cache(model, dataset, collator, reconstructed=True, progress=False)
+        assert "image_features" not in cache.file
+    true = StoryBatches(dataset, collator, config, cache=cache)
+    shown = StoryBatches(dataset, collator, config, cache=cache, shown_by=model.vae)
+    torch.testing.assert_close(losses(model, shown, 2), expected, rtol=1e-5, atol=0)
+    assert not torch.allclose(losses(model, true, 2), expected, rtol=1e-5, atol=0)
+
+
 def test_two_caches_in_memory_live_side_by_side(world):
     "Also where the first was never closed, because somebody interrupted a cell."
     model, _, collator = parts_of_training(world)

@@ -520,6 +520,9 @@ def test_lora_comes_back_whole_or_not_at_all(tmp_path):
     one, two = pipe.unet.state_dict(), loaded.unet.state_dict()
     assert one.keys() == two.keys()
     assert all(torch.equal(one[name], two[name]) for name in one)
+    loaded.save_pretrained(tmp_path, only_tuned=True)  # what came back can be saved again
+    two = CausalStoryPipeline.from_pretrained(tmp_path).unet.state_dict()
+    assert all(torch.equal(one[name], two[name]) for name in one)
     spoil(tmp_path / "lora")
     with pytest.raises(ValueError, match="lora is not LoRA layers of this U-Net"):
         CausalStoryPipeline.from_pretrained(tmp_path)
