@@ -1,4 +1,4 @@
-"""What every test gets: no network, repeatable hypothesis runs, and a table of notebook times at the end."""
+"""What every test gets: no network, repeatable hypothesis runs, a table of notebook times."""
 
 import os
 import socket
