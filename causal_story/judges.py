@@ -27,7 +27,8 @@ from transformers import AutoImageProcessor, AutoModel, CLIPModel, CLIPTokenizer
 
 from .data import CLIP_IMAGE_MEAN, CLIP_IMAGE_STD, pixels
 from .metrics import frechet_distance, summarise
-from .presets import local_folder, read_part
+from .storage import load_part
+from .storage import local_folder
 from causal_story.reader import (
     FrameReader,
     fact_verdicts,
@@ -37,7 +38,7 @@ from causal_story.reader import (
     scarf_verdicts,
     scene_targets,
 )
-from .storyworld import CHARACTERS
+from .cartoon import CHARACTERS
 
 # %% ../nbs/library/judges.ipynb #j2000002
 @dataclass(frozen=True)
@@ -802,8 +803,8 @@ class ClipJudge(VisionJudge):
     ):
         contents = "config.json, weights and a tokenizer of CLIP"
         folder = local_folder(source, "clip", contents)
-        self.model = read_part(CLIPModel, folder).to(device)
-        self.tokenizer = read_part(CLIPTokenizer, folder)
+        self.model = load_part(CLIPModel, folder).to(device)
+        self.tokenizer = load_part(CLIPTokenizer, folder)
         size = self.model.config.vision_config.image_size
 
         def prepare(frames):

@@ -19,8 +19,8 @@ from torch import nn
 from torch.nn import functional
 
 from .causal_mask import TASKS
-from .pipeline import load_part, shipped_weights
-from .storyworld import ACTIONS, CHARACTERS, PROPS, SCARVES, SETTINGS
+from .storage import load_part, shipped_weights
+from .cartoon import ACTIONS, CHARACTERS, PROPS, SCARVES, SETTINGS
 
 # %% ../nbs/library/reader.ipynb #r400dcfa
 OPTIONS = dict(prop=PROPS, scarf=SCARVES, action=ACTIONS)  # what is asked of each character

@@ -16,7 +16,7 @@ from transformers import CLIPConfig, CLIPModel, Dinov2Config, Dinov2Model
 from transformers.utils import logging
 
 from causal_story.data import CLIP_IMAGE_MEAN, CLIP_IMAGE_STD, StoryRecord, pixels
-from causal_story.encoders import tiny_tokenizers
+from causal_story.words import tiny_tokenizers
 from causal_story.judges import (
     METRICS,
     ClassifierJudge,
@@ -53,7 +53,8 @@ from causal_story.judges import (
 )
 from causal_story.metrics import frechet_distance
 from causal_story.reader import FrameReader, frames_tensor
-from causal_story.storyworld import CHARACTERS, make_stories
+from causal_story.cartoon import CHARACTERS
+from causal_story.storyworld import make_stories
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*torch.jit"),
