@@ -853,13 +853,12 @@ def _check_plain(word: str, settings: dict):
 def _values(words: list, setting: Setting) -> list:
     "Take the words that belong to a flag off the front of those that are left."
     taken = []
-    while words and not words[0].startswith("--") and len(taken) < (setting.many or len(words) + 1):
+    wanted = setting.many or len(words)
+    while words and len(taken) < wanted and not words[0].startswith("--"):
         if setting.is_switch and str not in get_args(setting.kind):
             if words[0].lower() not in ("true", "false"):
                 break
         taken.append(words.pop(0))
-        if setting.many == 0 and not words:
-            break
     return taken or (["true"] if setting.is_switch else [])
 
 
