@@ -60,7 +60,7 @@ class TrainingConfig:
     warmup_steps: int = 40  # linear warm-up
     final_lr: float = 0.02  # share of the peak that is left at the end of the cosine
     weight_decay: float = 1e-4  # AdamW
-    betas: tuple = (0.9, 0.99)  # AdamW
+    betas: tuple[float, float] = (0.9, 0.99)  # AdamW
     max_grad_norm: float = 1.0  # gradient clipping
     gradient_accumulation_steps: int = 1  # backward passes a step
     ema_decay: float = 0.99  # moving average of the weights; 0 = none
