@@ -13,7 +13,12 @@ import nbformat
 from nbconvert import MarkdownExporter
 
 ROOT = Path(__file__).resolve().parent.parent
-HEADER = "<!-- Written from nbs/index.ipynb by tests/readme.py: change the notebook, not this file. -->\n\n"
+sys.path.insert(0, str(ROOT / "nbs" / "site"))
+from pages import is_outside, slug  # noqa: E402
+
+HEADER = (
+    "<!-- Written from nbs/index.ipynb by tests/readme.py: change the notebook, not this file. -->"
+)
 LINK = re.compile(r"""(\]\(|src=["']|href=["'])([^)"'\s]+)""")
 FENCE = re.compile(r"(^```.*?^```)", re.MULTILINE | re.DOTALL)
 
@@ -23,13 +28,15 @@ def from_root(
 ) -> str:  # the same link, seen from the top level
     "Turn a link that is relative to nbs/ into one that is relative to the top level."
     opening, target = match.groups()
-    if re.match(r"[a-z]+:|#|/", target):
+    if target.startswith("#"):  # GitHub's headings have small letters, JupyterLab's keep capitals
+        return opening + "#" + slug(target[1:])
+    if is_outside(target) or target.startswith("/"):
         return match.group()
     return opening + posixpath.normpath(posixpath.join("nbs", target))
 
 
 def make_readme(notebook_path: Path = ROOT / "nbs" / "index.ipynb") -> str:  # Markdown text
-    "Turn the index notebook into the README: prose, visible code, text outputs; pictures only as linked files."
+    "The README: the index's prose, visible code and text outputs; pictures as linked files."
     notebook = nbformat.read(notebook_path, as_version=4)
     notebook.cells = [
         cell for cell in notebook.cells if not re.match(r"#\|\s*(hide|default_exp)\b", cell.source)
@@ -47,7 +54,7 @@ def make_readme(notebook_path: Path = ROOT / "nbs" / "index.ipynb") -> str:  # M
     parts = FENCE.split(text)
     parts[::2] = [LINK.sub(from_root, part) for part in parts[::2]]
     text = re.sub(r"[ \t]+$", "", "".join(parts), flags=re.MULTILINE)
-    return HEADER + re.sub(r"\n{3,}", "\n\n", text).strip() + "\n"
+    return HEADER + "\n\n" + re.sub(r"\n{3,}", "\n\n", text).strip() + "\n"
 
 
 def main(arguments: list[str]) -> int:  # exit status

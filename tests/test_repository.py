@@ -1,38 +1,47 @@
-"""The repository as a whole: notebooks, modules and README in step; nothing that belongs to one machine; packaging."""
+"""The repository as a whole: all in step, nothing that belongs to one machine, packaging."""
 
 import ast
 import configparser
+import graphlib
 import json
 import os
 import re
 import shutil
-import statistics
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import wheel
+import yaml
 from nbformat import validate
+from reading_time import is_lesson, lessons
 from readme import make_readme
 
 ROOT = Path(__file__).resolve().parent.parent
-NOTEBOOKS = sorted((ROOT / "nbs").glob("*.ipynb"))
+sys.path.insert(0, str(ROOT / "nbs" / "site"))
+import pages  # noqa: E402
+
+NOTEBOOKS = pages.reading_order()
 MODULES = sorted(
     path for path in (ROOT / "causal_story").glob("*.py") if not path.name.startswith("_")
 )
-each_notebook = pytest.mark.parametrize("path", NOTEBOOKS, ids=[path.stem for path in NOTEBOOKS])
+NAMES = [path.relative_to(ROOT / "nbs").with_suffix("").as_posix() for path in NOTEBOOKS]
+each_notebook = pytest.mark.parametrize("path", NOTEBOOKS, ids=NAMES)
+each_lesson = pytest.mark.parametrize("path", lessons(), ids=[path.stem for path in lessons()])
 each_module = pytest.mark.parametrize("path", MODULES, ids=[path.stem for path in MODULES])
 
 IMPORT_NAMES = {
     "PIL": "pillow",
     "yaml": "pyyaml",
 }  # where the name to import is not the name to install
-AT_TOP_ONLY_IN = {  # imports that some readers cannot or need not have: at the top of these modules only
+AT_TOP_ONLY_IN = {  # imports that not every reader needs: at the top of these modules only
     "matplotlib": {"experiments", "explorer"},
     "ipywidgets": {"explorer"},
     "accelerate": {"training", "miniature"},
 }
-LARGEST_NOTEBOOK = 900_000  # bytes of a notebook before a reader has to wait for it
+LARGEST_NOTEBOOK = 600_000  # bytes of a notebook before a reader has to wait for it
+LONGEST_LINE = 100  # columns that a laptop shows without scrolling sideways
 
 
 def read_settings() -> configparser.SectionProxy:
@@ -75,17 +84,18 @@ def python_call(code: str, folder: Path, **environment) -> subprocess.CompletedP
     )
 
 
-# ---------------------------------------------------------------- notebooks, modules and README in step
+# ---------------------------------------------------------------- notebooks, modules, README
 
 
 @pytest.fixture(scope="module")
 def remade(tmp_path_factory) -> Path:
     "A copy of the project in which notebooks were cleaned and all modules exported anew from them."
     copy = tmp_path_factory.mktemp("remade")
-    (copy / "nbs").mkdir()
     (copy / "causal_story").mkdir()
     for path in NOTEBOOKS:
-        shutil.copy(path, copy / "nbs")
+        place = copy / path.relative_to(ROOT)
+        place.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(path, place)
     shutil.copy(ROOT / "settings.ini", copy)
     shutil.copy(ROOT / "causal_story" / "__init__.py", copy / "causal_story")
     done = python_call(
@@ -116,9 +126,8 @@ def test_every_module_is_what_its_notebook_exports(remade):
 
 @each_notebook
 def test_notebook_is_clean(path, remade):
-    assert path.read_bytes() == (remade / "nbs" / path.name).read_bytes(), (
-        f"run nbdev_clean --fname nbs/{path.name}"
-    )
+    name = path.relative_to(ROOT)
+    assert path.read_bytes() == (remade / name).read_bytes(), f"run nbdev_clean --fname {name}"
 
 
 def test_readme_is_made_from_its_notebook():
@@ -143,11 +152,8 @@ def test_readme_links_lead_somewhere():
 
 
 def test_readme_lists_every_notebook():
-    missing = (
-        {path.name for path in NOTEBOOKS}
-        - {"index.ipynb"}
-        - {Path(link).name for link in readme_links()}
-    )
+    present = {path.relative_to(ROOT).as_posix() for path in NOTEBOOKS}
+    missing = present - {"nbs/index.ipynb"} - set(readme_links())
     assert not missing, "nbs/index.ipynb has no link to these"
 
 
@@ -188,30 +194,30 @@ def test_saved_outputs_are_results(path):
 def test_notebook_was_run(path):
     if len(code_cells(path)) > 5:
         assert outputs(path), "no saved output at all"
-        assert any("image/png" in output.get("data", {}) for output in outputs(path)), (
-            "not one picture"
-        )
+
+
+@each_lesson
+def test_lesson_has_pictures(path):
+    assert any("image/png" in output.get("data", {}) for output in outputs(path)), "not one picture"
 
 
 @each_notebook
 def test_notebook_explains_itself(path):
     prose = sum(cell["cell_type"] == "markdown" for cell in read_cells(path))
-    lengths = [
-        sum(
-            bool(line.strip())
-            for line in "".join(cell["source"]).splitlines()
-            if not line.startswith("#|")
-        )
-        for cell in code_cells(path)
-    ]
-    code, median = len(lengths), statistics.median(lengths or [0])
+    code = len(code_cells(path))
     assert 2 * prose >= code, f"{prose} prose cells for {code} code cells: at least one to two"
-    assert median <= 8, f"the median code cell has {median} lines; about 6 are enough"
 
 
-def test_notebook_numbers_are_unique():
-    numbers = [path.name.split("_")[0] for path in NOTEBOOKS if path.name[0].isdigit()]
-    assert len(numbers) == len(set(numbers))
+def test_lessons_are_numbered_in_reading_order():
+    numbers = [int(path.name[:2]) for path in lessons()]
+    assert numbers == list(range(numbers[0], numbers[0] + len(numbers)))
+
+
+@each_notebook
+def test_notebook_stands_in_a_part(path):
+    "The course has numbers, the library is a folder; anything else has no place in the menu."
+    in_library = path.parent == ROOT / "nbs" / "library"
+    assert is_lesson(path) or in_library or path == ROOT / "nbs" / "index.ipynb"
 
 
 # ---------------------------------------------------------------- modules
@@ -263,23 +269,75 @@ def test_third_party_imports_are_requirements(path):
     assert not missing, "add these to requirements in settings.ini"
 
 
-def notebook_number(module: str) -> str:
-    "The number of the notebook that a module comes from."
-    text = (ROOT / "causal_story" / f"{module}.py").read_text(encoding="utf-8")
-    return re.search(r"File to edit: \.\./nbs/(\w+?)_", text).group(1)
+def home_of(path: Path) -> Path:
+    "The notebook that a module comes from."
+    text = path.read_text(encoding="utf-8")
+    name = re.search(r"File to edit: (?:\.\./)*nbs/(\S+\.ipynb)", text).group(1)
+    return ROOT / "nbs" / name
+
+
+def own_imports(path: Path) -> set[str]:
+    "Our own modules that a module imports, also inside its functions."
+    names = imported(ast.parse(path.read_text(encoding="utf-8")))
+    return {name.split(".")[1] for name in names if name.startswith("causal_story.")} - {path.stem}
+
+
+def test_imports_run_one_way():
+    try:
+        tuple(graphlib.TopologicalSorter({p.stem: own_imports(p) for p in MODULES}).static_order())
+    except graphlib.CycleError as error:
+        pytest.fail("these modules import each other: " + " <- ".join(error.args[1]))
 
 
 @each_module
-def test_modules_import_only_earlier_ones(path):
-    used = {
-        name.split(".")[1]
-        for name in imported(ast.parse(path.read_text(encoding="utf-8")))
-        if name.startswith("causal_story.")
-    }
-    later = {
-        name for name in used - {path.stem} if notebook_number(name) > notebook_number(path.stem)
-    }
+def test_a_lesson_imports_only_earlier_lessons(path):
+    order = {notebook: number for number, notebook in enumerate(lessons())}
+    here = order.get(home_of(path))
+    if here is None:
+        return  # a room of the library: it may use any lesson, see the test above
+    homes = {home_of(ROOT / "causal_story" / f"{name}.py") for name in own_imports(path)}
+    later = [home.stem for home in homes if order.get(home, -1) > here]
     assert not later, f"{path.stem} comes before these in the course"
+
+
+def private_names(tree: ast.Module) -> set[str]:
+    "Names with one leading underscore that a module defines: functions, values, attributes."
+    names = set()
+    for node in ast.walk(tree):
+        if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
+            names.add(node.name)
+        elif isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
+            names.add(node.id)
+        elif isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Store):
+            names.add(node.attr)
+    return {name for name in names if re.match(r"_[a-zA-Z]", name)}
+
+
+@each_module
+def test_private_names_stay_private(path):
+    trees = {module: ast.parse(module.read_text(encoding="utf-8")) for module in MODULES}
+    others = set().union(*[private_names(tree) for module, tree in trees.items() if module != path])
+    foreign = others - private_names(trees[path])
+    used = set()
+    for node in ast.walk(trees[path]):
+        if isinstance(node, ast.Attribute) and node.attr in foreign:
+            used.add(node.attr)
+        if isinstance(node, ast.ImportFrom) and (node.level or "causal_story" in node.module):
+            used |= {alias.name for alias in node.names if alias.name.startswith("_")}
+    assert not used, "these belong to another module"
+
+
+@each_module
+def test_no_line_is_too_long(path):
+    "What nbdev writes by itself (the list of names, the notebook's sentence) cannot be broken."
+    lines = path.read_text(encoding="utf-8").splitlines()
+    first_cell = next(n for n, line in enumerate(lines) if line.startswith("# %% ../"))
+    long = [
+        number + 1
+        for number, line in enumerate(lines)
+        if number >= first_cell and len(line) > LONGEST_LINE and not re.search(r"\S{80}", line)
+    ]
+    assert not long, "lines; change the notebook"
 
 
 @each_module
@@ -307,7 +365,9 @@ def test_public_names_have_docstrings(path):
 def test_no_file_is_unpickled_with_code_execution(path):
     source = path.read_text(encoding="utf-8")
     assert not re.search(r"pickle\.loads?\(|allow_pickle=True|weights_only=False", source)
-    assert all("weights_only=True" in call for call in re.findall(r"torch\.load\([^\n]*", source))
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Call) and ast.unparse(node.func) == "torch.load":
+            assert "weights_only=True" in ast.unparse(node), f"line {node.lineno}"
 
 
 def test_modules_import_without_network():
@@ -327,7 +387,7 @@ def test_modules_import_without_network():
 
 
 def tracked() -> list[Path]:
-    "The files that git knows; without git (an unpacked archive), all files that are not hidden or generated."
+    "The files that git knows; without git (an unpacked archive), those not hidden or generated."
     done = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True)
     if done.returncode == 0 and done.stdout:
         return [ROOT / name for name in done.stdout.split("\0") if name and (ROOT / name).exists()]
@@ -384,10 +444,17 @@ def test_top_level_is_as_promised():
         "tests",
         "README.md",
         ".ci",
+        ".gitattributes",
+        ".github",
         ".gitignore",
+        ".pre-commit-config.yaml",
+        "CHANGELOG.md",
+        "CITATION.cff",
+        "CONTRIBUTING.md",
         "LICENSE",
         "MANIFEST.in",
         "constraints.txt",
+        "ruff.toml",
     }
     assert {path.relative_to(ROOT).parts[0] for path in tracked()} <= allowed
 
@@ -408,7 +475,8 @@ def test_everything_required_is_pinned():
     pinned = {pin.split("==")[0].lower().replace("-", "_") for pin in pins}
     required = {
         re.split(r"[<>=!~\[]", item)[0].lower().replace("-", "_")
-        for item in (settings["requirements"] + " " + settings["dev_requirements"]).split()
+        for kind in ("requirements", "dev_requirements", "docs_requirements")
+        for item in settings[kind].split()
     }
     assert required <= pinned
 
@@ -425,31 +493,68 @@ def test_console_script_exists():
         assert function in names
 
 
-def test_built_package_holds_modules_and_weights(tmp_path):
-    for name in ("setup.py", "settings.ini", "LICENSE", "MANIFEST.in"):
-        shutil.copy(ROOT / name, tmp_path)
-    (tmp_path / "causal_story").mkdir()
-    for path in (ROOT / "causal_story").glob("*.py"):
-        shutil.copy(path, tmp_path / "causal_story")
-    weights = tmp_path / "causal_story" / "weights" / "unet"
-    weights.mkdir(parents=True)
-    for path in (weights / "model.safetensors", weights.parent / "model_index.json"):
-        path.write_text("stands for a file that we ship")
-    code = (
-        "import sys, runpy\n"
-        "sys.argv = ['setup.py', '--quiet', 'build_py', '--build-lib', 'built']\n"
-        "runpy.run_path('setup.py', run_name='__main__')\n"
-        "assert 'pkg_resources' not in sys.modules\n"
-    )
-    done = python_call(code, tmp_path)
-    assert done.returncode == 0, done.stderr
-    built = {
-        path.relative_to(tmp_path / "built").as_posix()
-        for path in (tmp_path / "built").rglob("*")
-        if path.is_file()
-    }
-    assert {f"causal_story/{path.name}" for path in (ROOT / "causal_story").glob("*.py")} <= built
-    assert {
-        "causal_story/weights/model_index.json",
-        "causal_story/weights/unet/model.safetensors",
-    } <= built
+def test_wheel_and_source_archive(tmp_path):
+    "Weights and modules are in, notebooks are not, and the metadata are those of settings.ini."
+    built, archive = wheel.build(tmp_path)
+    assert not wheel.check_contents(built, archive)
+    assert not wheel.check_metadata(built)
+    assert not wheel.check_page(built, archive)
+
+
+# ---------------------------------------------------------------- what introduces the repository
+
+
+def test_versions_agree():
+    version = read_settings()["version"]
+    assert f'"{version}"' in (ROOT / "causal_story" / "__init__.py").read_text(encoding="utf-8")
+    assert yaml.safe_load((ROOT / "CITATION.cff").read_text(encoding="utf-8"))["version"] == version
+    changelog = (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
+    assert re.search(r"(?m)^## (\S+)", changelog).group(1) == version
+
+
+def test_citation_is_complete():
+    "What version 1.2.0 of the format requires, of this work and of the paper."
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text(encoding="utf-8"))
+    assert citation["cff-version"] == "1.2.0" and {"message", "title", "authors"} <= set(citation)
+    paper = citation["preferred-citation"]
+    assert {"type", "title", "authors", "year"} <= set(paper) and len(paper["authors"]) == 5
+
+
+def pins() -> dict[str, str]:
+    "The versions of constraints.txt."
+    lines = (ROOT / "constraints.txt").read_text(encoding="utf-8").splitlines()
+    return dict(line.split("==") for line in lines if "==" in line)
+
+
+def test_hooks_use_the_pinned_tools():
+    configuration = yaml.safe_load((ROOT / ".pre-commit-config.yaml").read_text(encoding="utf-8"))
+    hooks = [hook for repo in configuration["repos"] for hook in repo["hooks"]]
+    assert {repo["repo"] for repo in configuration["repos"]} == {"local"}
+    assert {hook["id"] for hook in hooks} >= {"ruff-format", "ruff-check", "nbdev-clean"}
+    for hook in hooks:
+        for name, version in (tool.split("==") for tool in hook["additional_dependencies"]):
+            assert pins()[name] == version, f"{hook['id']}: {name}"
+
+
+def steps_of(workflow: str) -> tuple[str, dict]:  # all that it runs, and the whole file
+    "Read a workflow."
+    path = ROOT / ".github" / "workflows" / workflow
+    content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    steps = [step for job in content["jobs"].values() for step in job["steps"]]
+    return "\n".join(step.get("run", "") for step in steps), content
+
+
+def test_workflow_does_what_ci_does():
+    run, content = steps_of("test.yml")
+    systems = content["jobs"]["test"]["strategy"]["matrix"]["os"]
+    assert {name.split("-")[0] for name in systems} == {"ubuntu", "macos", "windows"}
+    ci = (ROOT / ".ci" / "run").read_text(encoding="utf-8")
+    steps = re.findall(r"-m ruff [a-z]+|nbdev\.\w+ import \w+|tests/readme\.py", ci)
+    assert len(set(steps)) >= 5
+    for step in [*steps, "-m pytest tests", "git diff --exit-code"]:
+        assert step in run, f"test.yml does not run {step}"
+
+
+def test_workflow_builds_the_site():
+    run, _ = steps_of("site.yml")
+    assert "python nbs/site/build.py" in run and "pytest tests/test_site.py" in run

@@ -40,7 +40,7 @@ ROWS = [
 
 
 def draw_arrow(axis, source, target, weight, colour):
-    "One arrow over the frames; arrows of one frame are nested, so that they do not cross on the way in."
+    "One arrow over the frames; arrows of one frame are nested, so that they do not cross."
     start, end = (
         source * STEP + 0.62 - 0.09 * (target - source),
         target * STEP + 0.28 + 0.13 * (target - source),

@@ -1,8 +1,9 @@
 """Draws pretraining.png, captions drawn by the base at several steps of its pre-training:
 
-    python nbs/images/pretraining.py CHECKPOINTS   a folder of step-XXXXXXXX.safetensors, copies of the text_to_image
-                                                   checkpoints of a run of `causal-story pretrain`
+    python nbs/images/pretraining.py CHECKPOINTS
 
+CHECKPOINTS is a folder of step-XXXXXXXX.safetensors, copies of the text_to_image checkpoints of a
+run of `causal-story pretrain`.
 The autoencoder, the tokenizer and the last row are those that come with the package.
 """
 
