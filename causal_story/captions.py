@@ -6,7 +6,7 @@
 __all__ = ['PLACES', 'WAYS', 'FORMS', 'MENTIONED', 'SOLO', 'PAIR', 'STORY_SOLO', 'STORY_PAIR', 'actor_words', 'place_words',
            'pair_words', 'write', 'stated_by', 'describe']
 
-# %% ../nbs/library/captions.ipynb #bcaa249c
+# %% ../nbs/library/captions.ipynb #a4a8d07c
 import random
 import re
 
@@ -20,7 +20,7 @@ from causal_story.cartoon import (
     check_choice,
 )
 
-# %% ../nbs/library/captions.ipynb #1625998a
+# %% ../nbs/library/captions.ipynb #7bbe9491
 PLACES = dict(
     beach="at the beach",
     forest="in the forest",
@@ -75,7 +75,7 @@ def pair_words(
         words["do"] = words["do1"]
     return words
 
-# %% ../nbs/library/captions.ipynb #db80e43e
+# %% ../nbs/library/captions.ipynb #b371d2c8
 _FIELD = re.compile(r"{(\w+)}")
 _OPTIONAL = re.compile(r"\[([^\[\]]*)\]")
 
@@ -108,7 +108,7 @@ def write(
     caption = re.sub(r"(^|[.!] )([a-z])", lambda match: match[1] + match[2].upper(), text)
     return caption, _fields(template)
 
-# %% ../nbs/library/captions.ipynb #a713d144
+# %% ../nbs/library/captions.ipynb #ea3db3df
 def _attribute_of_field():
     "Which attribute a field of a template states."
     attributes = dict(name="character", place="setting", way="setting")
@@ -136,7 +136,7 @@ def stated_by(
             stated |= {(attribute, name) for name in about}
     return frozenset(stated)
 
-# %% ../nbs/library/captions.ipynb #18f23f1a
+# %% ../nbs/library/captions.ipynb #b90c24dc
 SOLO = dict(
     train=(
         "{name}[ is {place} and] {does}[, holding {prop}][, in {scarf}].",
@@ -169,7 +169,7 @@ SOLO = dict(
     ),
 )
 
-# %% ../nbs/library/captions.ipynb #81fe46eb
+# %% ../nbs/library/captions.ipynb #e58021b7
 PAIR = dict(
     train=(
         (
@@ -257,7 +257,7 @@ PAIR = dict(
     ),
 )
 
-# %% ../nbs/library/captions.ipynb #34f50fde
+# %% ../nbs/library/captions.ipynb #74c6377d
 def describe(
     scene: Scene,  # what to tell
     rng: random.Random,  # chooses the template
@@ -277,7 +277,7 @@ def describe(
         templates = (SOLO if alone else PAIR)["test" if split == "test" else "train"]
     return write(templates, words, rng)[0]
 
-# %% ../nbs/library/captions.ipynb #425eb839
+# %% ../nbs/library/captions.ipynb #e7cdfc1a
 STORY_SOLO = dict(
     intro=dict(
         train=(
@@ -392,7 +392,7 @@ STORY_SOLO = dict(
     ),
 )
 
-# %% ../nbs/library/captions.ipynb #7ce86c29
+# %% ../nbs/library/captions.ipynb #15a9d4df
 STORY_PAIR = dict(
     arrive=dict(
         train=(

@@ -8,7 +8,7 @@ __all__ = ['SETTINGS', 'PRONOUNS', 'CHARACTERS', 'SPLITS', 'INK', 'WHITE', 'SUPE
            'check_choice', 'Actor', 'Scene', 'held_out', 'random_scene', 'render', 'colour_pixels', 'contact_sheet',
            'draw_truth']
 
-# %% ../nbs/library/cartoon.ipynb #e5285dca
+# %% ../nbs/library/cartoon.ipynb #32a1d42d
 import math
 import random
 import textwrap
@@ -18,19 +18,19 @@ from functools import lru_cache
 
 from PIL import Image, ImageDraw
 
-# %% ../nbs/library/cartoon.ipynb #767cdeb8
+# %% ../nbs/library/cartoon.ipynb #b2808474
 SETTINGS = ("beach", "forest", "home", "snow", "moon")
 PRONOUNS = {"Milo": "he", "Bruno": "he", "Pip": "he", "Kiki": "she", "Luna": "she", "Zaza": "she"}
 CHARACTERS = tuple(PRONOUNS)
 SPLITS = ("train", "val", "test")
 
-# %% ../nbs/library/cartoon.ipynb #1d10689d
+# %% ../nbs/library/cartoon.ipynb #f048fbbf
 INK = (58, 40, 62)
 WHITE = (255, 255, 255)
 SUPERSAMPLING = 4
 _CIRCLE = [(math.cos(2 * math.pi * k / 24), math.sin(2 * math.pi * k / 24)) for k in range(24)]
 
-# %% ../nbs/library/cartoon.ipynb #837c1184
+# %% ../nbs/library/cartoon.ipynb #c2dec152
 class Pen:
     """Draws outlined shapes in its own coordinates.
 
@@ -98,7 +98,7 @@ class Pen:
         for x, y in (points[0], points[-1]):
             self.draw.ellipse((x - r, y - r, x + r, y + r), fill=fill)
 
-# %% ../nbs/library/cartoon.ipynb #9652465a
+# %% ../nbs/library/cartoon.ipynb #6d8cc8ce
 def _curve(x, y, rx, ry, start, stop, n=9):
     "Points of an arc of an ellipse, angles in degrees, clockwise on the screen from 3 o'clock."
     angles = [math.radians(start + (stop - start) * k / (n - 1)) for k in range(n)]
@@ -125,7 +125,7 @@ def _cloud(pen, x, y, colour=WHITE):
     for dx, dy, r in ((-0.07, 0.012, 0.045), (0, -0.012, 0.065), (0.075, 0.014, 0.042)):
         pen.ellipse(x + dx, y + dy, r * 1.15, r, colour, ink=False)
 
-# %% ../nbs/library/cartoon.ipynb #b89956b8
+# %% ../nbs/library/cartoon.ipynb #90c38e03
 def _beach(pen, draw, size, rng):
     "Sky, sea, sand, the sun and a palm."
     _gradient(draw, (120, 205, 250), (205, 240, 255), 0, 0.5, size)
@@ -147,7 +147,7 @@ def _beach(pen, draw, size, rng):
     for x, y in ((0.115, 0.29), (0.15, 0.295)):
         pen.ellipse(x, y, 0.022, 0.022, (120, 78, 50), ink=False)
 
-# %% ../nbs/library/cartoon.ipynb #fd05f62f
+# %% ../nbs/library/cartoon.ipynb #6007c516
 def _forest(pen, draw, size, rng):
     "Pale trees behind, four dark ones in front, two mushrooms."
     _gradient(draw, (205, 240, 214), (232, 248, 205), 0, 0.7, size)
@@ -172,7 +172,7 @@ def _tree(pen, x, base, r, tint):
     light = (84 + tint, 168, 104)
     pen.ellipse(x - r * 0.25, base - 0.33 - r * 0.7, r * 0.36, r * 0.3, light, ink=False)
 
-# %% ../nbs/library/cartoon.ipynb #9038ec76
+# %% ../nbs/library/cartoon.ipynb #c90a05d9
 def _home(pen, draw, size, rng):
     "Wallpaper and floor, a window, a lamp, a carpet."
     _gradient(draw, (255, 222, 188), (252, 208, 172), 0, 0.68, size)
@@ -203,7 +203,7 @@ def _window(pen, x, rng):
     for side in (-1, 1):
         pen.polygon([(x + side * dx, y) for dx, y in curtain], (214, 120, 150), ink=False)
 
-# %% ../nbs/library/cartoon.ipynb #33cc0fdc
+# %% ../nbs/library/cartoon.ipynb #1851a63a
 def _snow(pen, draw, size, rng):
     "Three mountains, two firs, twelve flakes."
     _gradient(draw, (176, 196, 236), (226, 232, 250), 0, 0.7, size)
@@ -243,7 +243,7 @@ def _fir(pen, x):
         white = [(x - half * 0.5, y - 0.085), tip, (x + half * 0.5, y - 0.085)]
         pen.polygon(white, WHITE, ink=False)
 
-# %% ../nbs/library/cartoon.ipynb #40eef40b
+# %% ../nbs/library/cartoon.ipynb #a936aa14
 _STARS = (
     *((0.06, 0.1), (0.16, 0.3), (0.24, 0.07), (0.31, 0.2), (0.42, 0.11), (0.53, 0.05)),
     *((0.58, 0.24), (0.08, 0.5), (0.28, 0.44), (0.46, 0.38), (0.93, 0.43), (0.72, 0.42)),
@@ -278,7 +278,7 @@ def _moon(pen, draw, size, rng):
         pen.ellipse(x, y, r, r * 0.36, (138, 136, 164), ink=False)
         pen.ellipse(x, y + 0.01, r * 0.84, r * 0.26, (160, 158, 184), ink=False)
 
-# %% ../nbs/library/cartoon.ipynb #3270ce35
+# %% ../nbs/library/cartoon.ipynb #ea2409fc
 _BACKGROUNDS = dict(beach=_beach, forest=_forest, home=_home, snow=_snow, moon=_moon)
 
 
@@ -296,7 +296,7 @@ def _background(
     _BACKGROUNDS[setting](pen, draw, pixels, random.Random(f"{setting} {variant}"))
     return image
 
-# %% ../nbs/library/cartoon.ipynb #f5f3c0eb
+# %% ../nbs/library/cartoon.ipynb #137d290d
 @dataclass(frozen=True)
 class Look:
     "How one character is built; lengths in character heights."
@@ -309,7 +309,7 @@ class Look:
     species: str  # which ears, muzzle and tail
     hat: str  # which hat
 
-# %% ../nbs/library/cartoon.ipynb #89a48dd0
+# %% ../nbs/library/cartoon.ipynb #1c649d1a
 LOOKS = {
     "Milo": Look((246, 142, 62), (255, 240, 222), 1.0, (0.25, 0.2), (0.14, 0.17), "fox", "captain"),
     "Bruno": Look(
@@ -328,7 +328,7 @@ LOOKS = {
 }
 _HEAD = -0.585
 
-# %% ../nbs/library/cartoon.ipynb #baea84b4
+# %% ../nbs/library/cartoon.ipynb #60a08b94
 def _ears(pen, look):
     "What sticks out behind the head."
     for side in (-1, 1):
@@ -373,7 +373,7 @@ def _tail(pen, look):
     if look.species == "bear":
         pen.ellipse(-0.2, -0.14, 0.05, 0.05, look.fur)
 
-# %% ../nbs/library/cartoon.ipynb #433f0cdf
+# %% ../nbs/library/cartoon.ipynb #e0d9b0ec
 def _muzzle(pen, look):
     "The part of the face that tells the species."
     y = _HEAD + 0.045
@@ -406,7 +406,7 @@ def _whiskers(pen, y):
             line = [(side * 0.17, y + dy), (side * 0.265, y + dy * 1.6 - 0.015)]
             pen.stroke(line, 0.012, INK, ink=False)
 
-# %% ../nbs/library/cartoon.ipynb #8446c96c
+# %% ../nbs/library/cartoon.ipynb #d1305795
 @dataclass(frozen=True)
 class Pose:
     "How a body tells an action; lengths in character heights, the left one first."
@@ -457,7 +457,7 @@ POSES = dict(
     ),
 )
 
-# %% ../nbs/library/cartoon.ipynb #c6c1b2ef
+# %% ../nbs/library/cartoon.ipynb #e1014448
 def _eyes(pen, look, pose):
     "Open and looking at the reader, or closed in sleep."
     x, y = (0.135, _HEAD - 0.1) if look.species == "frog" else (0.1, _HEAD - 0.03)
@@ -500,7 +500,7 @@ def _limbs(pen, look, pose):
         pen.stroke([shoulder, elbow, (x, y)], 0.08, look.fur)
         pen.ellipse(x, y, 0.05, 0.05, look.fur)
 
-# %% ../nbs/library/cartoon.ipynb #7df85f7d
+# %% ../nbs/library/cartoon.ipynb #99104195
 def _captain(pen, top):
     "A white cap with a dark peak and a badge."
     crown = [
@@ -564,7 +564,7 @@ _HATS = dict(
     captain=_captain, beanie=_beanie, propeller=_propeller, bow=_bow, witch=_witch, straw=_straw
 )
 
-# %% ../nbs/library/cartoon.ipynb #694cfa00
+# %% ../nbs/library/cartoon.ipynb #8a299c78
 SCARF_COLOURS = dict(
     red=(226, 36, 44), blue=(36, 84, 226), green=(30, 154, 50), yellow=(255, 222, 30)
 )
@@ -579,7 +579,7 @@ def _wear_scarf(pen, look, scarf):
     lower = _curve(0, -0.34, width, 0.055, 0, 180)
     pen.polygon(upper + lower, colour)
 
-# %% ../nbs/library/cartoon.ipynb #4b92376e
+# %% ../nbs/library/cartoon.ipynb #7b3f0d97
 def _ball(pen):
     "White with three coloured pieces."
     pen.ellipse(0, 0, 0.16, 0.16, WHITE)
@@ -625,7 +625,7 @@ def _hold_prop(pen, prop):
     "In the hand."
     _PROPS[prop](pen)
 
-# %% ../nbs/library/cartoon.ipynb #ea7dc629
+# %% ../nbs/library/cartoon.ipynb #32ab73d3
 @dataclass(frozen=True)
 class Attribute:
     "What every character has in every frame: values, words, drawing, and its part in a story."
@@ -643,7 +643,7 @@ class Attribute:
         "Can an earlier frame tell it?"
         return self.changes != "every frame"
 
-# %% ../nbs/library/cartoon.ipynb #c627802f
+# %% ../nbs/library/cartoon.ipynb #26cf9b53
 def _a(noun):
     "A noun with its article."
     return f"an {noun}" if noun[0] in "aeiou" else f"a {noun}"
@@ -666,7 +666,7 @@ def _action_words(action):
     do, doing = _ACTION_FORMS[action]
     return dict(does=action, doing=doing, do=do)
 
-# %% ../nbs/library/cartoon.ipynb #b7c32370
+# %% ../nbs/library/cartoon.ipynb #4d950355
 ATTRIBUTES = dict(
     prop=Attribute(tuple(_PROPS), _prop_words, changes="sometimes", held=_hold_prop, mentioned=0.8),
     scarf=Attribute(
@@ -684,7 +684,7 @@ PROPS = ATTRIBUTES["prop"].values
 SCARVES = ATTRIBUTES["scarf"].values
 ACTIONS = ATTRIBUTES["action"].values
 
-# %% ../nbs/library/cartoon.ipynb #540c1f2c
+# %% ../nbs/library/cartoon.ipynb #1e20ec19
 def check_choice(
     name: str,  # used in the error
     value,  # what the caller gave
@@ -726,7 +726,7 @@ class Scene:
         if len(names) not in (1, 2) or len(set(names)) != len(names):
             raise ValueError(f"Scene.actors must be one or two different characters, not {names}")
 
-# %% ../nbs/library/cartoon.ipynb #541085a0
+# %% ../nbs/library/cartoon.ipynb #19ebe532
 def held_out(
     scene: Scene,  # any scene
 ) -> bool:  # does it show a combination reserved for the test split?
@@ -759,7 +759,7 @@ def _random_actor(rng, name):
     attributes = [field.name for field in fields(Actor)][1:]
     return Actor(name, **{each: rng.choice(ATTRIBUTES[each].values) for each in attributes})
 
-# %% ../nbs/library/cartoon.ipynb #f145b172
+# %% ../nbs/library/cartoon.ipynb #5c858a20
 def _figure(pen, actor):
     "One character without what it holds, feet at the origin, about one unit high."
     look = LOOKS[actor.name]
@@ -799,7 +799,7 @@ def _draw_actor(draw, actor, x, ground, height, line):
         if attribute.held:
             attribute.held(Pen(draw, line, hand_x, hand_y, height), getattr(actor, name))
 
-# %% ../nbs/library/cartoon.ipynb #1a0a5dc0
+# %% ../nbs/library/cartoon.ipynb #a624e00a
 def render(
     scene: Scene,  # what to draw
     size: int = 64,  # side of the square picture in pixels, at least 16
@@ -823,7 +823,7 @@ def render(
         _draw_actor(draw, actor, x * pixels, ground * pixels, height * pixels, line * pixels)
     return image.resize((size, size), Image.Resampling.LANCZOS)
 
-# %% ../nbs/library/cartoon.ipynb #a22a2810
+# %% ../nbs/library/cartoon.ipynb #3c5dbae4
 def colour_pixels(
     image: Image.Image,  # RGB
     colour: tuple,  # red, green, blue
@@ -836,7 +836,7 @@ def colour_pixels(
         count += sum(abs(a - b) for a, b in zip(pixel, colour)) < tolerance
     return count
 
-# %% ../nbs/library/cartoon.ipynb #8e902709
+# %% ../nbs/library/cartoon.ipynb #9d83fd17
 def contact_sheet(
     images: list,  # PIL images of one size
     columns: int = 6,  # pictures in a row
@@ -862,7 +862,7 @@ def _with_palette(picture, colours=255):
     "Few colours, chosen for the picture."
     return picture.quantize(colours, Image.Quantize.MAXCOVERAGE, kmeans=2, dither=Image.Dither.NONE)
 
-# %% ../nbs/library/cartoon.ipynb #bf8f74cd
+# %% ../nbs/library/cartoon.ipynb #c3919686
 _DARK, _ARC, _PALE_ARC = "#4a3f6b", "#e07a1f", "#f0c9a0"
 
 
@@ -917,7 +917,7 @@ def _plot_arc(ax, start, end, bend, strong):
     )
     ax.annotate("", end, start, zorder=2 if strong else 1, arrowprops=style)
 
-# %% ../nbs/library/cartoon.ipynb #5d41b26d
+# %% ../nbs/library/cartoon.ipynb #b63353a6
 def _wide_truth(story, size):
     "Frames from left to right, facts below."
     from matplotlib.figure import Figure
@@ -957,7 +957,7 @@ def _plot_wide_fact(ax, row, fact):
         ends = (source + 0.17, row - 0.17), (fact.frame - 0.17, row - 0.17)
         _plot_arc(ax, *ends, bend, strong=source == max(fact.sources))
 
-# %% ../nbs/library/cartoon.ipynb #37047463
+# %% ../nbs/library/cartoon.ipynb #e394103a
 def _tall_truth(story, size, frame):
     "Frames from top to bottom, facts beside them, arcs to the facts of one frame."
     from matplotlib.figure import Figure

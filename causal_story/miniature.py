@@ -29,12 +29,12 @@ from diffusers import DDPMScheduler
 from torch import nn
 from tqdm.auto import tqdm
 
-from .captions import describe
-from .cartoon import ACTIONS, CHARACTERS, PROPS, SCARVES, SETTINGS, random_scene, render
 from .data import CLIP_IMAGE_MEAN, CLIP_IMAGE_STD
 from .data import pixels as normalise_pixels
 from .encoders import encode_captions, tiny_history_encoder, tiny_text_encoder
-from causal_story.metrics import (
+from .words import tiny_tokenizers
+from .diffusion import normalise_latents, prediction_target, shift_timesteps, tiny_vae
+from causal_story.reader import (
     OPTIONS,
     FrameReader,
     Residual,
@@ -42,12 +42,14 @@ from causal_story.metrics import (
     reader_loss,
     scene_targets,
 )
-from .model import normalise_latents, prediction_target, shift_timesteps, tiny_vae
+from .captions import describe
+from .cartoon import ACTIONS, CHARACTERS, PROPS, SCARVES, SETTINGS, random_scene, render
 from .storyworld import make_stories
-from .pipeline import fingerprint, load_base, load_part, shipped_weights
-from .training import TrainingConfig, batch_indices, fit, sample_generator
+from .loading import read_base
+from .storage import fingerprint, load_part, shipped_weights
+from .diffusion import sample_generator
+from .training import TrainingConfig, batch_indices, fit
 from .unet import tiny_unet
-from .words import tiny_tokenizers
 
 # %% ../nbs/09_miniature.ipynb #cd8e8c96
 @dataclass
@@ -1188,7 +1190,7 @@ def pretrain(
 # %% ../nbs/09_miniature.ipynb #f0a2c2fc
 def _finished_parts(start) -> dict:
     "Every part of finished weights, by the names of `SAVED_PARTS`."
-    parts = {**load_base(start), "scheduler": pretraining_schedule()}
+    parts = {**read_base(start)[0], "scheduler": pretraining_schedule()}
     parts["reader"] = load_part(
         FrameReader,
         shipped_weights("reader") if str(start) == "miniature" else Path(start) / "reader",
@@ -1277,7 +1279,7 @@ def continue_pretraining(
 ) -> dict:  # stage -> losses, one a step
     """A second round for decoder and U-Net; every other part is taken over from `start`.
 
-    Interrupted, it goes on when called again. Raises what `pretrain` and `load_base` raise, and ValueError for a stage that cannot go on."""
+    Interrupted, it goes on when called again. Raises what `pretrain` and `read_base` raise, and ValueError for a stage that cannot go on."""
     folder, frames, configs = (
         Path(folder),
         frames or SECOND["frames"],

@@ -7,7 +7,7 @@ __all__ = ['ARRIVALS', 'NEXT', 'SHORT', 'SIZES', 'SPELLS', 'CODAS', 'BACK', 'IN_
            'draw_event', 'two_friends', 'tell_short', 'Thread', 'draw_threads', 'begin_spell', 'continue_spell',
            'tell_long', 'tell_story', 'Fact', 'Story']
 
-# %% ../nbs/library/narrator.ipynb #a4f1d43c
+# %% ../nbs/library/narrator.ipynb #56d6232f
 import random
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
@@ -31,7 +31,7 @@ from causal_story.cartoon import (
     render,
 )
 
-# %% ../nbs/library/narrator.ipynb #394d8358
+# %% ../nbs/library/narrator.ipynb #fbba74fa
 @dataclass(frozen=True)
 class NarratedFrame:
     "One frame as the narrator knows it."
@@ -41,7 +41,7 @@ class NarratedFrame:
     stated: frozenset  # (attribute, character or None) that the caption says
     changed: frozenset  # (attribute, character) that are new in this frame
 
-# %% ../nbs/library/narrator.ipynb #402e928f
+# %% ../nbs/library/narrator.ipynb #f4758183
 ARRIVALS = ("arrive", "join", "visit")  # events in which the first of two comes to the second
 
 
@@ -150,7 +150,7 @@ class Narrator:
         for name in names:
             self.new_action(name, same)
 
-# %% ../nbs/library/narrator.ipynb #8663401c
+# %% ../nbs/library/narrator.ipynb #91f25de1
 NEXT = dict(  # who was shown last: what may come next, and how often
     alone=dict(stay=11, move=6, pick=5, elsewhere=67, arrive=11),
     hero=dict(stay=10, move=6, pick=5, meanwhile=50, meanwhile_pick=10, join=19),
@@ -214,7 +214,7 @@ def _continue_short(narrator):
     else:
         narrator.tell_one(friend if "meanwhile" in event else hero, event)
 
-# %% ../nbs/library/narrator.ipynb #f233e60c
+# %% ../nbs/library/narrator.ipynb #33e645db
 SHORT = 8  # frames; longer stories have threads
 SIZES = ((1, 2), (2, 1), (2, 2), (1, 1, 1), (1, 1, 2), (1, 2, 1), (2, 1, 1))  # of threads
 SPELLS = (1, 1, 1, 1, 2, 2, 3, 5)  # frames
@@ -242,7 +242,7 @@ def draw_threads(rng: random.Random) -> list:
         names = names[size:]
     return threads
 
-# %% ../nbs/library/narrator.ipynb #96309609
+# %% ../nbs/library/narrator.ipynb #652bba1a
 BACK = dict(  # by the number of characters: how a thread comes back, and how often
     one=dict(meanwhile=8, meanwhile_there=6, meanwhile_pick=3, meanwhile_move=2),
     two=dict(meanwhile=8, meanwhile_there=6),
@@ -282,7 +282,7 @@ def begin_spell(narrator: Narrator, thread: Thread):
         clear = rivals == [name] or event == "meanwhile_there"
         narrator.tell_one(name, event, without=() if clear else ("he", "him", "his"))
 
-# %% ../nbs/library/narrator.ipynb #6949415e
+# %% ../nbs/library/narrator.ipynb #247b6ffd
 def continue_spell(narrator: Narrator, thread: Thread, threads: list):
     "A further frame of a spell; visits and partings change `threads`."
     if len(thread.names) == 2:
@@ -330,7 +330,7 @@ def _visitors(thread, threads):
         and PRONOUNS[other.names[0]] != PRONOUNS[thread.names[0]]
     ]
 
-# %% ../nbs/library/narrator.ipynb #16a88383
+# %% ../nbs/library/narrator.ipynb #d4eb5b23
 def tell_long(
     rng: random.Random,
     split: str,  # one of `SPLITS`
@@ -379,7 +379,7 @@ def tell_story(
     "A story of two friends, or of several threads if it has more than `SHORT` frames."
     return (tell_short if n_frames <= SHORT else tell_long)(rng, split, n_frames)
 
-# %% ../nbs/library/narrator.ipynb #657d49a9
+# %% ../nbs/library/narrator.ipynb #12501136
 @dataclass(frozen=True)
 class Fact:
     "One attribute of one frame, and where a reader of the story can know it from."

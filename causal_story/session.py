@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['EXAMPLES', 'ORANGE', 'TEAL', 'GREY', 'RED', 'VIOLET', 'RECIPE_KINDS', 'RECIPE_KEY', 'known_words', 'nearest_words',
-           'unknown_words', 'replace_word', 'Example', 'StorySettings', 'StoryState', 'story_generator', 'StorySession',
-           'DrawingStep', 'clean_guess', 'latent_picture', 'StoryLook', 'world_story', 'arcs_png', 'arcs_over_frames',
-           'look_png', 'named_changes', 'story_changes', 'recipe', 'check_recipe', 'from_recipe', 'story_page',
-           'story_gif', 'save_story', 'read_recipe']
+           'unknown_words', 'replace_word', 'Example', 'StorySettings', 'StoryState', 'StorySession', 'DrawingStep',
+           'clean_guess', 'latent_picture', 'StoryLook', 'world_story', 'arcs_png', 'arcs_over_frames', 'look_png',
+           'named_changes', 'story_changes', 'recipe', 'check_recipe', 'from_recipe', 'story_page', 'story_gif',
+           'save_story', 'read_recipe']
 
 # %% ../nbs/library/session.ipynb #se000003
 import base64
@@ -46,9 +46,10 @@ from causal_story.diffusion import (
     normalise_latents,
     sample_generator,
 )
-from .experiments import causal_effect
-from .metrics import read_frames
-from .pipeline import check_links, to_pil
+from .effects import causal_effect
+from .reader import read_frames
+from .checks import check_mask
+from .pipeline import story_generator, to_pil
 from .storage import atomic_folder
 from .storyworld import LENGTHS, make_story
 from .unet import record_attention
@@ -196,11 +197,6 @@ class StoryState:
     before: list | None = None  # N pictures as they were before the last edit
 
 
-def story_generator(seed: int, index: int = 0) -> torch.Generator:
-    "The noise of a story."
-    return torch.Generator().manual_seed(seed * 1_000_003 + index)
-
-
 _LOCKS = weakref.WeakKeyDictionary()  # pipeline -> lock
 
 
@@ -277,10 +273,10 @@ class StorySession:
             task=s.task,
             history_policy=s.history_policy,
             window=s.window,
-            links=self.links,
+            frame_mask=self.links,
             guidance_scale=s.guidance_scale,
             num_inference_steps=s.num_inference_steps,
-            generator=story_generator(s.seed),
+            generator=story_generator(s.seed, 0),
         )
         if self.given:
             arguments |= dict(source_image=self.pictures[0], source_caption=self.captions[0])
@@ -522,7 +518,7 @@ def look(
 def _conditioning(self: StorySession):
     "What the U-Net reads for every drawn frame: this story's captions and pictures, its own links."
     pipe = self.pipe
-    model = pipe.as_model()
+    model = pipe.model
     caption_ids, caption_mask = pipe.tokens(pipe.tokenizer, [self.captions[self.given :]])
     history_ids, history_mask = pipe.tokens(pipe.history_tokenizer, [self.captions])
     size = pipe.history_encoder.config["vision_config"]["image_size"]
@@ -531,7 +527,7 @@ def _conditioning(self: StorySession):
     return model.condition(
         model.read_captions(caption_ids, caption_mask),
         caption_mask,
-        model.read_history(history_ids, history_mask, frames=pixel_values),
+        model.read_history(history_ids, history_mask, pixel_values),
         history_mask,
         self.links.to(pipe.device),
         frame_times(len(self.links), self.settings.task),
@@ -544,7 +540,7 @@ def _conditioning(self: StorySession):
 def _attention(self: StorySession, conditioning, timesteps):
     "Record one pass over all drawn frames at each noise level."
     pipe = self.pipe
-    model = pipe.as_model()
+    model = pipe.model
     frames = pixels(self.pictures[self.given :], self.size)[None].to(pipe.device)
     latents = normalise_latents(pipe.vae, latent_posterior(pipe.vae, dict(frames=frames))[0])
     noise = torch.randn(latents.shape, generator=sample_generator(0, "attention"))
@@ -597,7 +593,7 @@ def effect(
                 self._other_record(other_seed),
                 task=settings.task,
                 seed=settings.seed,
-                links=self.links,
+                frame_mask=self.links,
                 history_policy=settings.history_policy,
                 window=settings.window,
                 num_inference_steps=steps or settings.num_inference_steps,
@@ -1001,8 +997,8 @@ def from_recipe(
         for k, text in entries["pinned"].items():
             pinned[int(k)] = open_image(base64.b64decode(text), f"pinned picture {k}")
         session = StorySession(pipe, entries["captions"], pinned.get(0), reader, **settings)
-        past = frame_mask("full", len(session.links), session.settings.task)
-        session.links = check_links(entries["links"], past)
+        task = session.settings.task
+        session.links = check_mask(entries["links"], len(session.links), task)
     except (TypeError, KeyError) as error:
         raise ValueError(f"recipe cannot be read: {error}") from error
     for k, picture in pinned.items():

@@ -5,14 +5,14 @@
 # %% auto #0
 __all__ = ['LENGTHS', 'telling_frames', 'facts_of', 'make_story', 'make_stories']
 
-# %% ../nbs/01_storyworld.ipynb #f4f1cee1
+# %% ../nbs/01_storyworld.ipynb #6e9bdebb
 import random
 from itertools import count
 
 from .cartoon import ATTRIBUTES, SPLITS, check_choice, held_out
 from .narrator import Fact, Story, tell_story
 
-# %% ../nbs/01_storyworld.ipynb #ea04fe73
+# %% ../nbs/01_storyworld.ipynb #961ab585
 def telling_frames(
     frames: list,  # `NarratedFrame`s of a story
     frame: int,  # the frame asked about
@@ -28,7 +28,7 @@ def telling_frames(
         if name in [actor.name for actor in frames[k].scene.actors]
     }
 
-# %% ../nbs/01_storyworld.ipynb #314e0e1b
+# %% ../nbs/01_storyworld.ipynb #c08a992d
 def facts_of(
     frames: list,  # `NarratedFrame`s of a story
 ) -> list:  # `Fact`s, frame by frame
@@ -57,7 +57,7 @@ def _fact(frames, k, attribute, actor, value, sources):
     said = any((attribute, name) in frames[source].stated for source in sources)
     return Fact(k, attribute, actor, value, stated, sources, said)
 
-# %% ../nbs/01_storyworld.ipynb #faf5ba90
+# %% ../nbs/01_storyworld.ipynb #88170f98
 LENGTHS = tuple(range(3, 17))  # frames
 
 

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 from hypothesis import settings
+from story_samples import flintstones, made, pororo, version1  # noqa: F401
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
@@ -39,20 +40,20 @@ def root() -> Path:
 
 @pytest.fixture(scope="session")
 def as_if_tuned():
-    "A function that makes a shipped pipeline whose context layer and adapters do something, without any tuning."
+    "A function that makes a pipeline whose context layer and adapters do something, untuned."
     import torch
 
-    from causal_story.pipeline import story_pipeline
+    from causal_story.pipeline import CausalStoryPipeline
 
-    def make(**options):
-        pipe, generator = story_pipeline("miniature", **options), torch.Generator().manual_seed(0)
+    def make(recipe="causal-story", **settings):
+        pipe = CausalStoryPipeline.from_base("miniature", recipe)
+        pipe.register_to_config(**settings)
         pipe.set_progress_bar_config(disable=True)
+        generator = torch.Generator().manual_seed(0)
+        parts = [pipe.story_context.projection, pipe.story_context.relevance_head.query]
+        parts += [bottleneck.up for bottleneck in pipe.adapters.bottlenecks.values()]
         with torch.no_grad():
-            for part in (
-                pipe.story_context.projection,
-                pipe.story_context.relevance_head.query,
-                *[b.up for b in pipe.adapters.bottlenecks.values()],
-            ):
+            for part in parts:
                 part.weight.normal_(std=0.05, generator=generator)
         return pipe
 

@@ -2,10 +2,14 @@
 
 import hashlib
 import itertools
+import os
 import random
 import re
+import subprocess
+import sys
 import time
 from dataclasses import fields
+from pathlib import Path
 
 import PIL
 import pytest
@@ -14,6 +18,7 @@ from hypothesis import settings as effort
 from hypothesis import strategies as st
 from PIL import Image, ImageChops
 
+from causal_story import cartoon
 from causal_story.captions import SOLO
 from causal_story.cartoon import (
     ACTIONS,
@@ -65,6 +70,60 @@ def test_attributes_are_declared_once():
         assert len({tuple(sorted(fields)) for fields in words}) == 1, "one set of fields"
         assert any("{" + field + "}" in t for field in words[0] for t in SOLO["train"])
         assert attribute.worn or attribute.held or attribute.values == tuple(POSES)
+
+
+GLASSES = """
+def _wear_glasses(pen, look, glasses):
+    for side in (-1, 1):
+        pen.ellipse(side * 0.1, _HEAD, 0.08, 0.05 if glasses == "flat" else 0.08, INK)
+
+
+def _glasses_words(glasses):
+    return dict(glasses=f"{glasses} glasses")
+
+
+"""
+CHECK = """
+import random
+from causal_story.captions import describe
+from causal_story.cartoon import draw_truth, random_scene, render
+from causal_story.storyworld import make_stories
+stories = [story for n in (5, 12) for story in make_stories(20, seed=1, n_frames=n)]
+facts = [fact for story in stories for fact in story.facts if fact.attribute == "glasses"]
+assert any(fact.sources for fact in facts) and any(fact.stated for fact in facts)
+assert "glasses" in " ".join(caption for story in stories for caption in story.captions)
+scene = random_scene(random.Random(0))
+texts = [describe(scene, random.Random(seed)) for seed in range(50)]
+assert any(scene.actors[0].glasses in text for text in texts)
+draw_truth(stories[0], 64)
+print(len(facts))
+"""
+
+
+def test_a_new_attribute_touches_few_places(tmp_path):
+    "Drawing, words, entry, field and templates; facts and stories follow by themselves."
+    package = tmp_path / "causal_story"
+    package.mkdir()
+    source = Path(cartoon.__file__).parent
+    (package / "__init__.py").write_text("")
+    for name in ("cartoon", "captions", "narrator", "storyworld"):
+        text = (source / f"{name}.py").read_text(encoding="utf-8")
+        if name == "cartoon":
+            entry = 'glasses=Attribute(("round", "flat", "dark", "big"), _glasses_words,'
+            entry += ' changes="never", worn=_wear_glasses),\n    '
+            text = text.replace("ATTRIBUTES = dict(", GLASSES + "ATTRIBUTES = dict(\n    " + entry)
+            text = text.replace("    scarf: str\n", "    scarf: str\n    glasses: str\n")
+        if name == "captions":
+            text = re.sub(r"((?:in|wearing) {scarf(1?)}\])", r"\1[, with {glasses\2}]", text)
+        (package / f"{name}.py").write_text(text, encoding="utf-8")
+    done = subprocess.run(
+        [sys.executable, "-c", CHECK],
+        cwd=tmp_path,
+        env=os.environ | {"PYTHONPATH": str(tmp_path)},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
 
 
 @pytest.mark.parametrize("attribute", ATTRIBUTES)

@@ -14,12 +14,11 @@ from transformers.utils import logging
 
 import causal_story.experiments as experiments
 from causal_story.causal_mask import frame_mask
+from causal_story.effects import attention_mass, causal_effect
+from causal_story.drawing import draw_stories
+from causal_story.effects import look_hits
 from causal_story.experiments import (
     ARMS,
-    attention_mass,
-    causal_effect,
-    draw_stories,
-    look_hits,
     run_arm,
     run_rows,
     seeds_and_stories,
@@ -27,16 +26,11 @@ from causal_story.experiments import (
     story_records,
     tune_arm,
 )
-from causal_story.metrics import FrameReader, scarf_consistency, score_facts
-from causal_story.pipeline import (
-    BASE_PARTS,
-    CausalStoryPipeline,
-    fingerprint,
-    load_base,
-    load_part,
-    shipped_weights,
-    story_pipeline,
-)
+from causal_story.reader import FrameReader, scarf_consistency, score_facts
+from causal_story.loading import BASE_PARTS
+from causal_story.pipeline import CausalStoryPipeline, load_base, story_pipeline
+from causal_story.storage import shipped_weights
+from causal_story.storage import fingerprint, load_part
 from causal_story.storyworld import make_stories
 from causal_story.training import TrainingConfig, cached_batches
 

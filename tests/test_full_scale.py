@@ -16,29 +16,29 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from causal_story import presets
-from causal_story.data import StoryDataset, convert_folder, count_tiles, write_folder
-from causal_story.presets import (
-    FULL_SCALE,
+from causal_story.data import StoryDataset, count_tiles
+from causal_story.arldm import arldm_name, arldm_state, import_arldm_checkpoint, read_lightning
+from causal_story.costs import saved_bytes
+from causal_story.drawing import draw_stories
+from causal_story.features import (
     FeatureCache,
     StoryBatches,
-    arldm_name,
-    arldm_state,
     cache_path,
     cache_settings,
-    draw_stories,
+    scan_stories,
+    write_cache,
+)
+from causal_story.full_scale import write_tiny_folders
+from causal_story.presets import (
+    FULL_SCALE,
     find_preset,
     full_scale_pipeline,
-    import_arldm_checkpoint,
     prepare_preset,
-    read_lightning,
-    saved_bytes,
-    scan_stories,
     shared_loss,
     story_collator,
     train_full_scale,
-    write_cache,
-    write_tiny_folders,
 )
+from causal_story.raw import convert_folder, write_folder
 from causal_story.storyworld import make_stories
 from causal_story.training import (
     TrainingConfig,

@@ -15,10 +15,9 @@ from transformers import AutoTokenizer, CLIPTextModel
 from transformers.utils import logging
 
 import causal_story.miniature as miniature
-from causal_story.captions import describe
-from causal_story.cartoon import CHARACTERS, Actor, Scene, held_out, random_scene
 from causal_story.encoders import HistoryEncoder, tiny_history_encoder
-from causal_story.metrics import FrameReader, reader_accuracy, scene_targets
+from causal_story.words import tiny_tokenizers
+from causal_story.reader import FrameReader, reader_accuracy, scene_targets
 from causal_story.miniature import (
     LATENT_CHANNELS,
     SAVED_PARTS,
@@ -43,11 +42,12 @@ from causal_story.miniature import (
     training_caption,
     with_stories,
 )
-from causal_story.model import decode_latents, normalise_latents, tiny_vae
+from causal_story.diffusion import decode_latents, normalise_latents, tiny_vae
 from causal_story.pipeline import story_pipeline
+from causal_story.captions import describe
+from causal_story.cartoon import CHARACTERS, Actor, Scene, held_out, random_scene
 from causal_story.storyworld import make_stories
 from causal_story.training import TrainingConfig
-from causal_story.words import tiny_tokenizers
 
 STEPS = dict(autoencoder=3, decoder=2, captions=2, text_to_image=2, history=2, reader=2)
 SMALL = dict(

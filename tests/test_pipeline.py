@@ -1,4 +1,4 @@
-"What a reader of 06_pipeline need not see: exactness of the fast loop for every task and setting, and where guidance is computed."
+"""The pipeline: exactness of the fast loop, where guidance is computed, models that are whole."""
 
 import json
 import math
@@ -6,11 +6,16 @@ import os
 import shutil
 from contextlib import nullcontext
 from pathlib import Path
-from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
-from diffusers import DDIMScheduler, DDPMScheduler, DPMSolverMultistepScheduler
+from diffusers import (
+    DDIMScheduler,
+    DDPMScheduler,
+    DiffusionPipeline,
+    DPMSolverMultistepScheduler,
+)
 from diffusers.utils import logging as diffusers_logging
 from hypothesis import given
 from hypothesis import strategies as st
@@ -19,23 +24,20 @@ from safetensors.torch import load_file, save_file
 from torch.testing import assert_close
 
 import causal_story.pipeline as pipeline
-from causal_story.encoders import (
-    StoryContext,
-    tiny_history_encoder,
-    tiny_text_encoder,
-)
-from causal_story.metrics import FrameReader
-from causal_story.miniature import pretraining_schedule
-from causal_story.model import tiny_vae
-from causal_story.pipeline import (
-    CausalStoryPipeline,
-    check_interval,
-    guide,
-    guided_steps,
-    use_scheduler,
-)
+from causal_story.checks import check_interval
+from causal_story.diffusion import guide, tiny_vae
+from causal_story.encoders import StoryContext, tiny_history_encoder, tiny_text_encoder
+from causal_story.model import CausalStoryModel
+from causal_story.pipeline import CausalStoryPipeline, guided_steps, make_scheduler
+from causal_story.recipes import find_recipe
 from causal_story.storyworld import make_stories
-from causal_story.unet import UNetAdapters, cross_attention_sites, tiny_unet
+from causal_story.unet import (
+    UNetAdapters,
+    cross_attention_sites,
+    our_processors,
+    project_context,
+    tiny_unet,
+)
 from causal_story.words import tiny_tokenizers
 
 STEPS = 4
@@ -47,15 +49,15 @@ SCHEDULE = dict(
     beta_end=0.012,
     prediction_type="v_prediction",
 )
+MODELS = ("unet", "vae", "text_encoder", "history_encoder", "story_context", "adapters")
 
 
 def make_pipe(adapters=True, scheduler=DDIMScheduler, **settings):
+    "A pipeline of random weights in which every part does something."
     torch.manual_seed(0)
-    tokenizer, history_tokenizer = tiny_tokenizers(
-        [caption for story in STORIES for caption in story.captions], max_length=24
-    )
+    captions = [caption for story in STORIES for caption in story.captions]
+    tokenizer, history_tokenizer = tiny_tokenizers(captions, max_length=24)
     unet = tiny_unet(block_channels=(32, 64))
-    bottlenecks = UNetAdapters.for_unet(unet, 8) if adapters else None
     pipe = CausalStoryPipeline(
         tiny_vae(),
         tiny_text_encoder(tokenizer),
@@ -65,7 +67,7 @@ def make_pipe(adapters=True, scheduler=DDIMScheduler, **settings):
         tiny_history_encoder(history_tokenizer),
         history_tokenizer,
         StoryContext(128, context_layers=1, relevance=True),
-        bottlenecks,
+        UNetAdapters.for_unet(unet, 8) if adapters else None,
         history_policy="weighted",
         num_inference_steps=STEPS,
         guidance_scale=3.0,
@@ -86,33 +88,42 @@ def pipe():
 
 
 def draw(pipe, task="visualization", **options):
-    source = (
-        dict(
-            source_image=[s.frames(64)[0] for s in STORIES],
-            source_caption=[s.captions[0] for s in STORIES],
-        )
-        if task == "continuation"
-        else {}
-    )
-    seeds = [torch.Generator().manual_seed(n) for n in (1, 2)]
-    return pipe(
-        CAPTIONS, task=task, generator=seeds, output_type="latent", **source, **options
-    ).frames
+    "Clean latents, unrounded."
+    source = {}
+    if task == "continuation":
+        source["source_image"] = [story.frames(64)[0] for story in STORIES]
+        source["source_caption"] = [story.captions[0] for story in STORIES]
+    generators = [torch.Generator().manual_seed(n) for n in (1, 2)]
+    options = dict(generator=generators, output_type="latent") | source | options
+    return pipe(CAPTIONS, task=task, **options).frames
+
+
+def with_loop(pipe, loop):
+    "The same pipeline with another way from noise to latents."
+    kind = type("OtherLoop", (CausalStoryPipeline,), dict(_denoise=loop))
+    other = kind(**pipe.components, **pipe.settings)
+    other.set_progress_bar_config(disable=True)
+    return other
 
 
 @pytest.fixture
 def rows(pipe, monkeypatch):
     "How many rows each U-Net call got."
-    seen, forward = [], pipe.unet.forward
-    monkeypatch.setattr(
-        pipe.unet,
-        "forward",
-        lambda sample, *a, **k: seen.append(len(sample)) or forward(sample, *a, **k),
-    )
-    return seen
+    counted, forward = [], pipe.unet.forward
+
+    def counting(sample, *arguments, **options):
+        counted.append(len(sample))
+        return forward(sample, *arguments, **options)
+
+    monkeypatch.setattr(pipe.unet, "forward", counting)
+    return counted
 
 
 # ---------------------------------------------------------------- keys and values once a frame
+
+
+def nothing_is_remembered(unet) -> bool:
+    return all(processor.project_context is project_context for processor in our_processors(unet))
 
 
 @pytest.mark.parametrize("scheduler", [DDIMScheduler, DPMSolverMultistepScheduler])
@@ -121,6 +132,7 @@ def rows(pipe, monkeypatch):
 def test_remembered_keys_and_values_change_no_bit(task, adapters, scheduler, monkeypatch):
     pipe = make_pipe(adapters, scheduler)
     fast = draw(pipe, task)
+    assert nothing_is_remembered(pipe.unet)
     assert not any("forward" in vars(module) for module in pipe.unet.modules())
     monkeypatch.setattr(pipeline, "cached_context", lambda unet: nullcontext())
     assert torch.equal(draw(pipe, task), fast)
@@ -131,29 +143,28 @@ def test_remembered_keys_and_values_change_no_bit(task, adapters, scheduler, mon
 def test_each_context_is_projected_once_a_frame(interval, contexts, dtype, monkeypatch):
     pipe = make_pipe()
     pipe.unet.to(dtype)  # its context comes in float32
-    groups, calls = [], []
-    made = pipeline.CausalStoryModel.predict
+    shown, calls = [], []
+    predict = CausalStoryModel.predict
 
-    def predict(model, noisy, timesteps, conditioning, *a):
-        groups.extend(
-            tokens for _, tokens, _, _ in conditioning
-        )  # kept alive, so that no two share an id
-        return made(model, noisy, timesteps, conditioning, *a)
+    def noting(model, noisy, timesteps, conditioning, *arguments):
+        # kept alive, so that no two share an id
+        shown.extend(group.tokens for group in conditioning)
+        return predict(model, noisy, timesteps, conditioning, *arguments)
 
-    monkeypatch.setattr(pipeline.CausalStoryModel, "predict", predict)
-    for attn in cross_attention_sites(pipe.unet).values():
+    monkeypatch.setattr(CausalStoryModel, "predict", noting)
+    sites = cross_attention_sites(pipe.unet).values()
+    for attn in sites:
         for layer in (attn.to_k, attn.to_v):
-            forward = layer.forward
-            monkeypatch.setattr(
-                layer, "forward", lambda x, forward=forward: calls.append(id(x)) or forward(x)
-            )
+
+            def counting(x, forward=layer.forward):
+                calls.append(id(x))
+                return forward(x)
+
+            monkeypatch.setattr(layer, "forward", counting)
     draw(pipe, guidance_interval=interval)
-    n_layers, different = (
-        2 * len(cross_attention_sites(pipe.unet)),
-        len({id(tokens) for tokens in groups}),
-    )
-    assert len(CAPTIONS[0]) * contexts <= different < len(groups)
-    assert len(calls) == n_layers * different
+    different = len({id(tokens) for tokens in shown})
+    assert len(CAPTIONS[0]) * contexts <= different < len(shown)
+    assert len(calls) == 2 * len(sites) * different
 
 
 def test_an_interrupted_story_leaves_the_unet_as_it_was(pipe):
@@ -162,6 +173,7 @@ def test_an_interrupted_story_leaves_the_unet_as_it_was(pipe):
 
     with pytest.raises(KeyError):
         draw(pipe, callback_on_step_end=stop)
+    assert nothing_is_remembered(pipe.unet)
     assert not any("forward" in vars(module) for module in pipe.unet.modules())
 
 
@@ -176,57 +188,48 @@ def test_intervals_that_touch_share_no_step_and_leave_none_out(edges, n):
 
 
 def test_the_whole_interval_is_the_plain_loop(pipe):
-    def plain_loop(self, model, latents, told, empty, steps, scale, interval, frame, bar, callback):
-        self.scheduler.set_timesteps(steps)
-        latents, both = (
-            latents * self.scheduler.init_noise_sigma,
-            pipeline._stack(empty, told, len(latents)),
-        )
+    def plain_loop(self, latents, with_story, empty, request, frame, bar):
+        self.scheduler.set_timesteps(request.num_inference_steps)
+        latents = latents * self.scheduler.init_noise_sigma
+        both = pipeline._stacked(empty, with_story)
         for t in self.scheduler.timesteps:
             twice = self.scheduler.scale_model_input(latents, t).repeat(2, 1, 1, 1)
-            prediction = model.predict(twice[:, None], t.expand(len(twice), 1), both)[:, 0]
-            latents = self.scheduler.step(
-                guide(*prediction.chunk(2), scale), t, latents
-            ).prev_sample
+            at = t.expand(len(twice), 1)
+            without, told = self.model.predict(twice[:, None], at, both)[:, 0].chunk(2)
+            guided = guide(without, told, request.guidance_scale)
+            latents = self.scheduler.step(guided, t, latents).prev_sample
         return latents
 
-    plain = type("PlainPipeline", (CausalStoryPipeline,), dict(_denoise=plain_loop))(
-        **pipe.components, history_policy="weighted", num_inference_steps=STEPS, guidance_scale=3.0
-    )
-    plain.set_progress_bar_config(disable=True)
+    plain = with_loop(pipe, plain_loop)
     for task in ("visualization", "continuation"):
         expected = draw(plain, task)
-        assert torch.equal(draw(pipe, task), expected) and torch.equal(
-            draw(pipe, task, guidance_interval=(0, 1)), expected
-        )
+        assert torch.equal(draw(pipe, task), expected)
+        assert torch.equal(draw(pipe, task, guidance_interval=(0, 1)), expected)
 
 
 @pytest.mark.parametrize("interval", [(0, 0.5), (0.25, 0.75), (0.5, 1)])
 def test_part_of_the_steps_equals_two_separate_questions(pipe, interval):
-    def by_hand(self, model, latents, told, empty, steps, scale, interval, frame, bar, callback):
-        self.scheduler.set_timesteps(steps)
-        empty = pipeline._stack(empty, told, len(latents))
+    def by_hand(self, latents, with_story, empty, request, frame, bar):
+        n_steps = request.num_inference_steps
+        self.scheduler.set_timesteps(n_steps)
         latents = latents * self.scheduler.init_noise_sigma
+        empty = empty.map(lambda part: part.expand(len(latents), *part.shape[1:]))
+
+        def ask(conditioning, t):
+            at = t.expand(len(latents), 1)
+            return self.model.predict(latents[:, None], at, conditioning, trim=False)[:, 0]
+
         for step, t in enumerate(self.scheduler.timesteps):
-            ask = lambda context, rows: model.predict(
-                torch.cat([latents] * rows)[:, None],
-                t.expand(rows * len(latents), 1),
-                context,
-                False,
-            )[:, 0]
-            v = ask(told, 1)
-            if interval[0] * steps <= step < interval[1] * steps:
-                v_empty = ask(empty, 2)[: len(latents)]
-                v = v_empty + scale * (v - v_empty)
+            v = ask(with_story, t)
+            if interval[0] * n_steps <= step < interval[1] * n_steps:
+                without = ask(empty, t)
+                v = without + request.guidance_scale * (v - without)
             latents = self.scheduler.step(v, t, latents).prev_sample
         return latents
 
-    slow = type("ByHand", (CausalStoryPipeline,), dict(_denoise=by_hand))(
-        **pipe.components, history_policy="weighted", num_inference_steps=STEPS, guidance_scale=3.0
-    )
-    slow.set_progress_bar_config(disable=True)
+    slow = draw(with_loop(pipe, by_hand), guidance_interval=interval)
     found = draw(pipe, guidance_interval=interval)
-    torch.testing.assert_close(found, draw(slow, guidance_interval=interval), atol=1e-4, rtol=1e-4)
+    assert_close(found, slow, atol=1e-4, rtol=1e-4)
     assert not torch.allclose(found, draw(pipe), atol=1e-3)
 
 
@@ -242,9 +245,10 @@ def test_outside_the_interval_half_as_many_rows_go_in(pipe, rows):
         return steps
 
     B, V = len(CAPTIONS), len(CAPTIONS[0])
+    middle = (0.25, 0.75)
     assert per_step() == [2 * B] * STEPS * V
-    assert per_step(guidance_interval=(0.25, 0.75)) == [B, 2 * B, 2 * B, B] * V
-    assert per_step(guidance_scale=1.0, guidance_interval=(0.25, 0.75)) == [B] * STEPS * V
+    assert per_step(guidance_interval=middle) == [B, 2 * B, 2 * B, B] * V
+    assert per_step(guidance_scale=1.0, guidance_interval=middle) == [B] * STEPS * V
 
 
 def test_an_interval_without_a_step_is_no_guidance(pipe):
@@ -270,7 +274,7 @@ BAD = [
 
 @pytest.mark.parametrize("interval", BAD, ids=str)
 def test_a_bad_interval_is_refused_before_any_computing(pipe, interval, monkeypatch):
-    def never(*a, **k):
+    def never(*_, **__):
         raise AssertionError("computed something")
 
     monkeypatch.setattr(pipe.text_encoder, "forward", never)
@@ -278,12 +282,10 @@ def test_a_bad_interval_is_refused_before_any_computing(pipe, interval, monkeypa
     with pytest.raises(ValueError, match="guidance_interval=.* 0 <= start < stop <= 1"):
         draw(pipe, guidance_interval=interval)
     with pytest.raises(ValueError, match="guidance_interval"):
-        make_pipe(guidance_interval=interval)
+        CausalStoryPipeline(**pipe.components, guidance_interval=interval)
 
 
 def test_numbers_of_other_kinds_are_numbers():
-    import numpy as np
-
     assert check_interval([np.float32(0.25), np.int64(1)]) == (0.25, 1.0)
 
 
@@ -300,37 +302,65 @@ def test_the_interval_is_stored_and_loading_says_nothing(tmp_path, caplog):
     assert tuple(loaded.config.guidance_interval) == (0.25, 0.75)
     drawn = draw(loaded)
     assert torch.equal(drawn, draw(loaded, guidance_interval=(0.25, 0.75)))
-    for name in ("unet", "vae", "text_encoder", "history_encoder", "story_context", "adapters"):
+    for name in MODELS:
         one, other = (getattr(p, name).state_dict() for p in (loaded, pipe))
-        assert one.keys() == other.keys() and all(
-            torch.equal(one[key], other[key]) for key in one
-        ), name
-    assert_close(
-        drawn, draw(pipe), atol=1e-5, rtol=1e-5
-    )  # the same weights elsewhere in memory: the last bit rounds otherwise on some machines
+        assert one.keys() == other.keys(), name
+        assert all(torch.equal(one[key], other[key]) for key in one), name
+    # the same weights elsewhere in memory: the last bit rounds otherwise on some machines
+    assert_close(drawn, draw(pipe), atol=1e-5, rtol=1e-5)
     assert (drawn - draw(loaded, guidance_interval=(0.0, 1.0))).abs().max() > 1e-2
 
 
-def test_tuned_parts_store_it_and_older_ones_guide_everywhere(tmp_path):
-    pipe = pipeline.story_pipeline("miniature")
+def test_what_was_tuned_stores_the_interval_and_version_0_1_0_guides_everywhere(tmp_path):
+    pipe = CausalStoryPipeline.from_pretrained("miniature")
     pipe.register_to_config(guidance_interval=(0.0, 0.5))
-    pipe.save_tuned(tmp_path / "tuned")
-    assert CausalStoryPipeline.from_tuned(tmp_path / "tuned").config.guidance_interval == (0.0, 0.5)
-    record = json.loads((tmp_path / "tuned" / "tuned.json").read_text())
-    del record["guidance_interval"]
-    (tmp_path / "tuned" / "tuned.json").write_text(json.dumps(record))
-    assert CausalStoryPipeline.from_tuned(tmp_path / "tuned").config.guidance_interval == (0.0, 1.0)
+    pipe.save_pretrained(tmp_path, only_tuned=True)
+    loaded = CausalStoryPipeline.from_pretrained(tmp_path)
+    assert tuple(loaded.config.guidance_interval) == (0.0, 0.5)
+    record = json.loads((tmp_path / "tuned.json").read_text())
+    del record["settings"]["guidance_interval"]
+    (tmp_path / "tuned.json").write_text(json.dumps(record))
+    loaded = CausalStoryPipeline.from_pretrained(tmp_path)
+    assert tuple(loaded.config.guidance_interval) == (0.0, 1.0)
 
 
 @pytest.mark.parametrize("name", ["ddim", "ddpm"])
-def test_no_scheduler_clips_latents(name):
-    "Schedulers for pixels clip to [-1, 1] unless told not to; latents of unit spread would be ruined."
-    for stored in (pretraining_schedule(), DDPMScheduler()):
-        pipe = use_scheduler(SimpleNamespace(scheduler=stored), name)
-        assert not pipe.scheduler.config.clip_sample
+def test_no_scheduler_clips_latents(name, pipe):
+    """Schedulers for pixels clip to [-1, 1] unless told not to; latents of unit spread would be
+    ruined."""
+    other = CausalStoryPipeline(**pipe.components)
+    for stored in (DDPMScheduler(**SCHEDULE, clip_sample=False), DDPMScheduler()):
+        other.scheduler = stored
+        assert not other.use_scheduler(name).scheduler.config.clip_sample
+        assert not make_scheduler(name, stored).config.clip_sample
 
 
-# ---------------------------------------------------------------- stored models are whole, or refused
+# ---------------------------------------------------------------- models are whole, or refused
+
+
+@pytest.fixture(scope="module")
+def shipped():
+    return CausalStoryPipeline.from_pretrained("miniature")
+
+
+@pytest.fixture(scope="module")
+def stored_whole(shipped, tmp_path_factory):
+    "A whole pipeline in a folder; copy it before it is spoiled."
+    folder = tmp_path_factory.mktemp("whole")
+    shipped.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def stored_tuned(shipped, tmp_path_factory):
+    "What tuning changed, in a folder; copy it before it is spoiled."
+    folder = tmp_path_factory.mktemp("tuned")
+    shipped.save_pretrained(folder, only_tuned=True)
+    return folder
+
+
+def copied(folder, to) -> Path:
+    return Path(shutil.copytree(folder, to))
 
 
 def spoil(folder):
@@ -341,65 +371,70 @@ def spoil(folder):
     save_file(tensors, path, {"format": "pt"})
 
 
-def test_a_tuned_model_comes_back_whole_or_not_at_all(tmp_path):
-    folder = tmp_path / "tuned"
-    for part in ("adapters", "story_context", "history_encoder"):
-        pipeline.story_pipeline("miniature").save_tuned(folder)
-        shutil.rmtree(folder / part)
-        with pytest.raises(FileNotFoundError, match=f"{part} is missing"):
-            CausalStoryPipeline.from_tuned(folder)
-        pipeline.story_pipeline("miniature").save_tuned(folder)
-        spoil(folder / part)
-        with pytest.raises(ValueError, match=f"{part} cannot be read"):
-            CausalStoryPipeline.from_tuned(folder)
-    pipeline.story_pipeline("miniature").save_tuned(folder)
-    (folder / "tuned.json").write_text((folder / "tuned.json").read_text()[:40])
-    with pytest.raises(ValueError, match="tuned.json is not a whole JSON file"):
-        CausalStoryPipeline.from_tuned(folder)
+@pytest.mark.parametrize("part", ["adapters", "story_context", "history_encoder"])
+def test_a_tuned_model_comes_back_whole_or_not_at_all(stored_tuned, tmp_path, part):
+    folder = copied(stored_tuned, tmp_path / "tuned")
+    spoil(folder / part)
+    with pytest.raises(ValueError, match=f"{part} cannot be read"):
+        CausalStoryPipeline.from_pretrained(folder)
+    shutil.rmtree(folder / part)
+    with pytest.raises(FileNotFoundError, match=f"{part} is missing"):
+        CausalStoryPipeline.from_pretrained(folder)
+
+
+def test_a_damaged_record_is_named(stored_tuned, tmp_path):
+    path = copied(stored_tuned, tmp_path / "tuned") / "tuned.json"
+    text = path.read_text()
+    path.write_text(text[:40])
+    with pytest.raises(ValueError, match="tuned.json is not a JSON file.*copy it again"):
+        CausalStoryPipeline.from_pretrained(path.parent)
+    path.write_text("[]")
+    with pytest.raises(ValueError, match="tuned.json holds a list"):
+        CausalStoryPipeline.from_pretrained(path.parent)
+    path.write_text(text.replace('"story_context"', '"story_contest"'))
+    with pytest.raises(ValueError, match="tuned.json is damaged .parts: .'story_contest'"):
+        CausalStoryPipeline.from_pretrained(path.parent)
 
 
 @pytest.mark.parametrize("part", ["unet", "vae", "text_encoder"])
-def test_another_base_is_refused_whichever_part_differs(tmp_path, part):
-    pipe = pipeline.story_pipeline("miniature")
-    with torch.no_grad():
-        next(getattr(pipe, part).parameters()).add_(1)
-    pipe.save_tuned(tmp_path / "tuned")
+def test_another_base_is_refused_whichever_part_differs(stored_tuned, tmp_path, part):
+    folder = copied(stored_tuned, tmp_path / "tuned")
+    record = json.loads((folder / "tuned.json").read_text())
+    record["base"]["fingerprints"][part] = "0123456789abcdef"
+    (folder / "tuned.json").write_text(json.dumps(record))
     with pytest.raises(ValueError, match=f"another base than miniature: {part} differs"):
-        CausalStoryPipeline.from_tuned(tmp_path / "tuned")
+        CausalStoryPipeline.from_pretrained(folder)
 
 
-@pytest.mark.parametrize(
-    "part", ["unet", "vae", "text_encoder", "history_encoder", "story_context", "adapters"]
-)
-def test_a_stored_pipeline_that_lacks_a_tensor_is_refused(tmp_path, part):
-    pipeline.story_pipeline("miniature").save_pretrained(tmp_path)
-    spoil(tmp_path / part)
+@pytest.mark.parametrize("part", MODELS)
+def test_a_stored_pipeline_that_lacks_a_tensor_is_refused(stored_whole, tmp_path, part):
+    folder = copied(stored_whole, tmp_path / "whole")
+    spoil(folder / part)
     with pytest.raises(ValueError, match=f"{part} cannot be read"):
-        CausalStoryPipeline.from_pretrained(tmp_path)
+        CausalStoryPipeline.from_pretrained(folder)
 
 
-def test_a_stored_pipeline_takes_a_dtype(tmp_path):
-    pipeline.story_pipeline("miniature").save_pretrained(tmp_path)
-    for word in ("torch_dtype", "dtype"):
-        half = CausalStoryPipeline.from_pretrained(tmp_path, **{word: torch.bfloat16})
-        assert {
-            getattr(half, name).dtype
-            for name in ("unet", "vae", "history_encoder", "story_context", "adapters")
-        } == {torch.bfloat16}
+@pytest.mark.parametrize("word", ["torch_dtype", "dtype"])
+def test_a_stored_pipeline_takes_a_dtype(stored_whole, stored_tuned, word):
+    for folder in (stored_whole, stored_tuned):
+        half = CausalStoryPipeline.from_pretrained(folder, **{word: torch.bfloat16})
+        assert {getattr(half, name).dtype for name in MODELS} == {torch.bfloat16}
 
 
-def test_the_table_of_contents_decides_what_is_loaded(tmp_path):
-    pipeline.story_pipeline("miniature", adapter_width=0).save_pretrained(tmp_path)
-    pipeline.story_pipeline("miniature").adapters.save_pretrained(
-        tmp_path / "adapters"
-    )  # left behind by somebody else
+def test_the_table_of_contents_decides_what_is_loaded(shipped, stored_whole, tmp_path):
+    without = CausalStoryPipeline.from_base("miniature", find_recipe("attention"))
+    assert without.adapters is None
+    without.save_pretrained(tmp_path)
+    shipped.adapters.save_pretrained(tmp_path / "adapters")  # left behind by somebody else
     assert CausalStoryPipeline.from_pretrained(tmp_path).adapters is None
     (tmp_path / "model_index.json").write_text("{")
-    with pytest.raises(ValueError, match="model_index.json is damaged"):
+    with pytest.raises(ValueError, match="model_index.json is not a JSON file.*damaged"):
         CausalStoryPipeline.from_pretrained(tmp_path)
 
 
 def test_a_stored_reader_that_lacks_a_tensor_is_refused(tmp_path):
+    from causal_story.reader import FrameReader
+
     FrameReader.from_pretrained("miniature").save_pretrained(tmp_path / "reader")
     assert not FrameReader.from_pretrained(tmp_path / "reader").training
     spoil(tmp_path / "reader")
@@ -407,99 +442,153 @@ def test_a_stored_reader_that_lacks_a_tensor_is_refused(tmp_path):
         FrameReader.from_pretrained(tmp_path / "reader")
 
 
+# ---------------------------------------------------------------- folders of version 0.1.0
+
+
+def latents(pipe):
+    pipe.set_progress_bar_config(disable=True)
+    generator = torch.Generator().manual_seed(1)
+    return pipe(CAPTIONS[0], num_inference_steps=2, output_type="latent", generator=generator)
+
+
+def test_a_whole_folder_of_version_0_1_0_draws_the_same(shipped, stored_whole, tmp_path):
+    "Its table of contents named no base."
+    folder = copied(stored_whole, tmp_path / "whole")
+    index = json.loads((folder / "model_index.json").read_text())
+    del index["base"]
+    (folder / "model_index.json").write_text(json.dumps(index))
+    loaded = CausalStoryPipeline.from_pretrained(folder)
+    assert_close(latents(loaded).frames, latents(shipped).frames, atol=1e-5, rtol=1e-5)
+    with pytest.raises(ValueError, match="from_base"):  # nobody knows what was tuned
+        loaded.save_pretrained(tmp_path / "tuned", only_tuned=True)
+    loaded.save_pretrained(tmp_path / "again")
+    again = CausalStoryPipeline.from_pretrained(tmp_path / "again")
+    assert_close(latents(again).frames, latents(shipped).frames, atol=1e-5, rtol=1e-5)
+
+
+def test_what_was_tuned_with_version_0_1_0_draws_the_same(shipped, stored_tuned, tmp_path):
+    "Its record was flat, and named three parts of the base."
+    folder = copied(stored_tuned, tmp_path / "tuned")
+    record = json.loads((folder / "tuned.json").read_text())
+    prints = record["base"]["fingerprints"]
+    flat = dict(base=prints["unet"], vae=prints["vae"], text_encoder=prints["text_encoder"])
+    flat |= dict(parts=record["parts"]) | record["settings"]
+    (folder / "tuned.json").write_text(json.dumps(flat))
+    loaded = CausalStoryPipeline.from_pretrained(folder)
+    assert_close(latents(loaded).frames, latents(shipped).frames, atol=1e-5, rtol=1e-5)
+    flat["vae"] = "0123456789abcdef"
+    (folder / "tuned.json").write_text(json.dumps(flat))
+    with pytest.raises(ValueError, match="another base than miniature: vae differs"):
+        CausalStoryPipeline.from_pretrained(folder)
+
+
 # ---------------------------------------------------------------- offloading
 
 
 @pytest.mark.parametrize("task", ["visualization", "continuation"])
 def test_offloading_wakes_every_part_before_it_works(as_if_tuned, monkeypatch, task):
-    "diffusers moves a part to the accelerator when it is called and away when the next one is. On a CPU nothing moves, but who is awake can be followed."
+    """diffusers moves a part to the accelerator when it is called and away when the next one is.
+    On a CPU nothing moves, but who is awake can be followed."""
     from accelerate.hooks import CpuOffload
 
     pipe, awake, asleep = as_if_tuned(), set(), []
-    pipe.set_progress_bar_config(disable=True)
-    request = dict(generator=torch.Generator().manual_seed(0), num_inference_steps=2, task=task)
+    request = dict(num_inference_steps=2, task=task, output_type="latent")
     story = [f"Milo waves {place}." for place in ("at home", "on the moon", "in the snow")]
     if task == "continuation":
-        request |= dict(
-            source_image=Image.new("RGB", (64, 64), "green"),
-            source_caption="Milo jumps at the beach.",
-        )
-    before = pipe(story, **request, output_type="latent").frames
+        request["source_image"] = Image.new("RGB", (64, 64), "green")
+        request["source_caption"] = "Milo jumps at the beach."
+
+    def drawn():
+        return pipe(story, generator=torch.Generator().manual_seed(0), **request).frames
+
+    before = drawn()
     wake, sleep = CpuOffload.pre_forward, CpuOffload.init_hook
-    monkeypatch.setattr(
-        CpuOffload,
-        "pre_forward",
-        lambda self, module, *a, **k: (wake(self, module, *a, **k), awake.add(id(module)))[0],
-    )
-    monkeypatch.setattr(
-        CpuOffload,
-        "init_hook",
-        lambda self, module: (awake.discard(id(module)), sleep(self, module))[1],
-    )
+
+    def waking(self, module, *arguments, **options):
+        answer = wake(self, module, *arguments, **options)
+        awake.add(id(module))
+        return answer
+
+    def sleeping(self, module):
+        awake.discard(id(module))
+        return sleep(self, module)
+
+    monkeypatch.setattr(CpuOffload, "pre_forward", waking)
+    monkeypatch.setattr(CpuOffload, "init_hook", sleeping)
     pipe.enable_model_cpu_offload(device="cpu")
-    monkeypatch.setattr(
-        CausalStoryPipeline, "device", property(lambda self: torch.device("meta"))
-    )  # where weights rest is no place to compute
-    parts = {
-        name: getattr(pipe, name)
-        for name in ("vae", "unet", "text_encoder", "history_encoder", "story_context")
-    }
-    for name, part in parts.items():
+    # where weights rest is no place to compute
+    rest = property(lambda self: torch.device("meta"))
+    monkeypatch.setattr(CausalStoryPipeline, "device", rest)
+    for name in ("vae", "unet", "text_encoder", "history_encoder", "story_context"):
+        part = getattr(pipe, name)
+
+        def look(*_, name=name, part=part):
+            if id(part) not in awake:
+                asleep.append(name)
+
         for leaf in part.modules():
             if not list(leaf.children()):
-                leaf.register_forward_pre_hook(
-                    lambda *_, name=name, part=part: (
-                        asleep.append(name) if id(part) not in awake else None
-                    )
-                )
-    request["generator"] = torch.Generator().manual_seed(0)
-    after = pipe(story, **request, output_type="latent").frames
+                leaf.register_forward_pre_hook(look)
+    after = drawn()
     assert not asleep, f"worked while away from the accelerator: {sorted(set(asleep))}"
     assert not awake  # the last one is sent away as well
     assert_close(after, before, atol=1e-5, rtol=1e-5)
 
 
-def test_an_older_pipeline_is_replaced_only_by_a_whole_one(tmp_path, monkeypatch):
-    pipe = pipeline.story_pipeline("miniature")
-    (tmp_path / "out" / "run").mkdir(parents=True)
-    pipe.save_whole(tmp_path / "out")
-    before = {path: path.read_bytes() for path in (tmp_path / "out").rglob("*") if path.is_file()}
+# ---------------------------------------------------------------- replacing
 
-    def fails(folder, *_, **__):
+
+def files_of(folder) -> dict:
+    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+@pytest.mark.parametrize("only_tuned", [False, True], ids=["whole", "only tuned"])
+def test_an_older_pipeline_is_replaced_only_by_a_whole_one(tmp_path, monkeypatch, only_tuned):
+    pipe = CausalStoryPipeline.from_pretrained("miniature")
+    out, contents = tmp_path / "out", "tuned.json" if only_tuned else "model_index.json"
+    (out / "run").mkdir(parents=True)
+    pipe.save_pretrained(out, only_tuned)
+    before = files_of(out)
+    with torch.no_grad():
+        pipe.story_context.projection.bias.add_(1)
+
+    def fails(self, folder, *_, **__):
         (Path(folder) / "unet").mkdir(parents=True)
         raise OSError("no space left on device")
 
-    monkeypatch.setattr(pipe, "save_pretrained", fails)
+    owner = StoryContext if only_tuned else DiffusionPipeline
+    monkeypatch.setattr(owner, "save_pretrained", fails)
     with pytest.raises(OSError, match="no space"):
-        pipe.save_whole(tmp_path / "out")
-    assert {
-        path: path.read_bytes() for path in (tmp_path / "out").rglob("*") if path.is_file()
-    } == before and (tmp_path / "out" / "run").is_dir()
+        pipe.save_pretrained(out, only_tuned)
+    assert files_of(out) == before and (out / "run").is_dir()
     monkeypatch.undo()
+
     move, moved = os.replace, []
 
     def stuck(source, target):
         if len(moved) == 3:
+            moved.append(None)  # once
             raise OSError(13, "in use")
         moved.append(move(source, target))
 
-    monkeypatch.setattr(pipeline.os, "replace", stuck)
-    with pytest.raises(
-        OSError,
-        match="could not be replaced .in use.; the parts that were not moved are in .*tmp-pipeline",
-    ):
-        pipe.save_whole(tmp_path / "out")
-    assert not (tmp_path / "out" / "model_index.json").exists()
-    parts = {path.parent.name for path in (tmp_path / "out").rglob("*.safetensors")}
-    assert parts == {
-        path.parent.name for path in before if path.suffix == ".safetensors"
-    }  # here or aside, none is lost
+    monkeypatch.setattr(os, "replace", stuck)
+    with pytest.raises(OSError, match="could not be replaced .in use. and is as it was"):
+        pipe.save_pretrained(out, only_tuned)
+    assert files_of(out) == before and (out / "run").is_dir()
     monkeypatch.undo()
-    with torch.no_grad():
-        pipe.unet.conv_in.bias.add_(1)
-    pipe.save_whole(tmp_path / "out")
-    assert torch.equal(
-        CausalStoryPipeline.from_pretrained(tmp_path / "out").unet.conv_in.bias,
-        pipe.unet.conv_in.bias,
-    )
-    assert not [path for path in (tmp_path / "out").iterdir() if path.name.startswith(".")]
+
+    pipe.save_pretrained(out, only_tuned)
+    assert (out / contents).is_file() and (out / "run").is_dir()
+    bias = CausalStoryPipeline.from_pretrained(out).story_context.projection.bias
+    assert torch.equal(bias, pipe.story_context.projection.bias)
+    assert not [path for path in out.iterdir() if path.name.startswith(".")]
+
+
+def test_one_form_takes_the_place_of_the_other(shipped, tmp_path):
+    "A folder never holds a table of contents of one pipeline and parts of another."
+    shipped.save_pretrained(tmp_path)
+    shipped.save_pretrained(tmp_path, only_tuned=True)
+    assert not (tmp_path / "model_index.json").exists() and not (tmp_path / "unet").exists()
+    shipped.save_pretrained(tmp_path)
+    assert not (tmp_path / "tuned.json").exists()
+    assert CausalStoryPipeline.from_pretrained(tmp_path).adapters is not None

@@ -245,14 +245,32 @@ def test_a_lesson_ends_as_promised(path):
     assert not missing, "headings"
 
 
+EFFORT = re.compile(r"(?i)about (?:(?:\d+|[a-z-]+) minutes|half an hour|an hour)")
+
+
 @each_lesson
 def test_exercises_have_an_effort_and_an_answer(path):
     text = pages.markdown_of(path)
     at = re.search(r"(?im)^#+ .*exercises.*$", text)
     assert at, "no exercises"
     exercises = text[at.end() :]
-    assert (
-        len(re.findall(r"about (?:\d+|[a-z-]+) minutes|about (?:an|half an) hour", exercises)) >= 3
-    )
-    assert exercises.count("<summary>") >= 3
+    assert len(EFFORT.findall(exercises)) >= 3, "each with its effort: (about 10 minutes)"
+    assert exercises.count("<summary>") >= 3, "each with a folded answer"
     assert exercises.count("<details") == exercises.count("</details>") >= 3
+
+
+def unread(text: str) -> list[str]:
+    "Markdown that stays as it is typed: in the lines that begin with <details>, up to a blank one."
+    blocks = re.findall(r"(?m)^[ \t]*<details.*(?:\n[ \t]*\S.*)*", pages.FENCE.sub("", text))
+    return [block.strip()[:80] for block in blocks if re.search(r"`|\*\*|\$|\]\(", block)]
+
+
+@each_text
+def test_folded_answers_are_read_as_markdown(path):
+    assert not unread(pages.markdown_of(path)), "put a blank line after </summary>"
+
+
+def test_folded_answers_without_a_blank_line_are_found():
+    assert not unread("<details><summary>A</summary>\n\n`x` and **y**\n\n</details>")
+    assert not unread("1. Why?\n\n   <details><summary>A</summary>Plain words.</details>")
+    assert unread("1. Why?\n\n   <details><summary>A</summary>As `x` says.</details>")

@@ -15,7 +15,8 @@ import causal_story.session as session
 from causal_story.cartoon import CHARACTERS, SETTINGS, Actor, Scene, render
 from causal_story.causal_mask import HistoryPolicy, frame_mask
 from causal_story.data import StoryRecord
-from causal_story.experiments import draw_stories
+from causal_story.drawing import draw_stories
+from causal_story.pipeline import story_generator
 from causal_story.session import (
     EXAMPLES,
     RECIPE_KINDS,
@@ -30,7 +31,6 @@ from causal_story.session import (
     replace_word,
     save_story,
     story_changes,
-    story_generator,
     story_gif,
     story_page,
     unknown_words,

@@ -1,0 +1,23 @@
+"""Stories as pictures."""
+
+import numpy as np
+import pytest
+from story_samples import ORANGE, ToyStory
+
+from causal_story.figures import compact, show_story
+
+
+def test_show_story_makes_a_picture(tmp_path):
+    story = ToyStory(0)
+    rows = [("truth", story.frames()), ("drawn", [None, *story.frames()[1:]])]
+    for figure in (
+        show_story(story.frames(), story.captions, title="A title", given=1),
+        show_story(rows=rows, captions=story.captions),
+        show_story([np.asarray(frame) for frame in story.frames()]),
+    ):
+        shown = compact(figure, colours=32)
+        assert shown.mode == "P" and shown.width > 900 and shown.height > 190
+        assert np.abs(np.asarray(shown.convert("RGB")).astype(int) - ORANGE).sum(-1).min() < 20
+    for nothing in ({}, {"frames": []}, {"rows": []}):
+        with pytest.raises(ValueError, match="at least one frame"):
+            show_story(**nothing)
