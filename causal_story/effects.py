@@ -13,8 +13,8 @@ from torch.nn import functional
 from .causal_mask import HistoryPolicy
 from .data import StoryRecord
 from .diffusion import latent_posterior, normalise_latents, sample_generator
-from .reader import fact_rows, read_frames
 from .pipeline import CausalStoryPipeline, story_generator
+from .reader import fact_rows, read_frames
 from .unet import record_attention
 
 # %% ../nbs/library/effects.ipynb #eff00006

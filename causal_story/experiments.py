@@ -27,6 +27,8 @@ from .data import StoriesInMemory
 from .drawing import draw_stories
 from .effects import look_hits, story_relevance
 from .metrics import paired_difference, summarise
+from .model import trained_by_part
+from .pipeline import CausalStoryPipeline, to_pil
 from causal_story.reader import (
     FrameReader,
     fact_rows,
@@ -35,8 +37,6 @@ from causal_story.reader import (
     scarf_consistency,
     score_facts,
 )
-from .model import trained_by_part
-from .pipeline import CausalStoryPipeline, to_pil
 from .recipes import RECIPES, Recipe, find_recipe
 from .storage import atomic_path, fingerprint, read_json
 from .storyworld import make_stories
@@ -344,7 +344,8 @@ def load_runs(
     bases = {record.get("base") for records in runs.values() for record in records}
     if len(bases) > 1:
         raise ValueError(
-            f"{folder} holds runs on {len(bases)} different bases; keep them in folders of their own"
+            f"{folder} holds runs on {len(bases)} different bases; keep them in folders of their "
+            f"own"
         )
     return {arm: sorted(records, key=lambda r: r["seed"]) for arm, records in runs.items()}
 

@@ -406,7 +406,8 @@ def choose_frames(
     frame_valid,  # (B, V) bool
     frames_a_story: int | None,  # at most so many of a story's frames; None: all
 ) -> torch.Tensor | None:  # (B, n) long, ascending; None: all frames
-    "Which frames of each story a step computes the loss of (our choice: evenly, without replacement)."
+    """Which frames of each story a step computes the loss of (our choice: evenly, without
+    replacement)."""
     n_frames = frame_valid.shape[1]
     if frames_a_story is None or frames_a_story >= n_frames:
         return None

@@ -1,4 +1,6 @@
-"What 14_command_line need not show: settings from everywhere, runs that are stopped, folders that are not ours, judges that are handed in."
+"What 14_command_line need not show: settings from everywhere, runs that are stopped, folders"
+
+"that are not ours, judges that are handed in."
 
 import json
 import os
@@ -12,29 +14,29 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from causal_story.presets import full_scale_pipeline
 from PIL import Image
 from safetensors.torch import load_file
 from transformers import CLIPConfig, CLIPModel
 from transformers.utils import logging
 
 import causal_story.cli as cli
+from causal_story.arldm import arldm_state
 from causal_story.cli import main
-from causal_story.drawing import DrawnStories, draw_folder
-from causal_story.logs import read_metrics
 from causal_story.data import StoryDataset
+from causal_story.diffusion import sample_generator
+from causal_story.drawing import DrawnStories, draw_folder
+from causal_story.full_scale import write_tiny_folders
+from causal_story.logs import read_metrics
+from causal_story.miniature import stage_configs
 from causal_story.raw import (
     convert_flintstones,
     convert_folder,
     write_flintstones_raw,
     write_folder,
 )
-from causal_story.words import tiny_tokenizers
-from causal_story.miniature import stage_configs
-from causal_story.diffusion import sample_generator
-from causal_story.arldm import arldm_state
-from causal_story.full_scale import write_tiny_folders
-from causal_story.presets import full_scale_pipeline
 from causal_story.storyworld import make_stories
+from causal_story.words import tiny_tokenizers
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*torch.jit")
 VERBS = ("prepare", "pretrain", "cache", "train", "sample", "evaluate", "experiment", "demo")
@@ -212,7 +214,8 @@ def read(*words):
 def test_words_and_flags_win_over_the_file_and_the_file_over_defaults(tmp_path):
     path = tmp_path / "run.yaml"
     path.write_text(
-        "base: b\ndata: d.h5\nout: o\nsteps: 7\nlearning-rate: 5e-4\nseed: 3\nwords: [milo, kiki]\nhalf: true\n"
+        "base: b\ndata: d.h5\nout: o\nsteps: 7\nlearning-rate: 5e-4\nseed: 3\nwords: [milo, "
+        "kiki]\nhalf: true\n"
     )
     a = read("--config", path, "steps=8", "--seed", 4, "words=[otto]")
     assert (
@@ -1063,7 +1066,8 @@ def test_two_processes_train_by_command_like_one(data, tmp_path):
     ) == 1
 
 
-# ---------------------------------------------------------------- what a finished command must still say
+# ---------------------------------------------------------------- what a finished command must
+# still say
 
 
 def test_an_experiment_ends_with_its_table(tmp_path, capsys):

@@ -1,4 +1,6 @@
-"What a reader of 06_pipeline and 10_does_it_help need not see: weights that do not fit, runs that go on, hostile requests."
+"What a reader of 06_pipeline and 10_does_it_help need not see: weights that do not fit, runs"
+
+"that go on, hostile requests."
 
 import json
 import random
@@ -14,9 +16,8 @@ from transformers.utils import logging
 
 import causal_story.experiments as experiments
 from causal_story.causal_mask import frame_mask
-from causal_story.effects import attention_mass, causal_effect
 from causal_story.drawing import draw_stories
-from causal_story.effects import look_hits
+from causal_story.effects import attention_mass, causal_effect, look_hits
 from causal_story.experiments import (
     ARMS,
     run_arm,
@@ -26,11 +27,10 @@ from causal_story.experiments import (
     story_records,
     tune_arm,
 )
-from causal_story.reader import FrameReader, scarf_consistency, score_facts
 from causal_story.loading import BASE_PARTS
 from causal_story.pipeline import CausalStoryPipeline, load_base, story_pipeline
-from causal_story.storage import shipped_weights
-from causal_story.storage import fingerprint, load_part
+from causal_story.reader import FrameReader, scarf_consistency, score_facts
+from causal_story.storage import fingerprint, load_part, shipped_weights
 from causal_story.storyworld import make_stories
 from causal_story.training import TrainingConfig, cached_batches
 
@@ -106,7 +106,8 @@ def test_the_shipped_pipeline_is_the_base_and_what_was_tuned():
 
 
 def test_a_story_does_not_depend_on_its_batch(records):
-    "In double precision, where the rounding of a batch of another size stays far below a level of 255."
+    """In double precision, where the rounding of a batch of another size stays far below a level of
+    255."""
     pipe = CausalStoryPipeline.from_pretrained("miniature").to(torch.float64)
     pipe.set_progress_bar_config(disable=True)
     whole = draw_stories(pipe, records, batch_size=3, progress=False, num_inference_steps=2)
