@@ -60,6 +60,14 @@ def as_if_tuned():
     return make
 
 
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    "Tiny folders of the published layouts, and a data set."
+    from published import make_world
+
+    return make_world(tmp_path_factory.mktemp("full_scale"))
+
+
 def pytest_terminal_summary(terminalreporter):
     "Print how long each notebook took."
     reports = [

@@ -4,8 +4,6 @@ import shutil
 from collections import namedtuple
 from pathlib import Path
 
-import pytest
-
 from causal_story.data import StoryDataset
 from causal_story.full_scale import write_tiny_folders
 from causal_story.pipeline import CausalStoryPipeline
@@ -18,10 +16,8 @@ from causal_story.words import story_words
 World = namedtuple("World", "folder sd blip data")
 
 
-@pytest.fixture(scope="module")
-def world(tmp_path_factory) -> World:
+def make_world(folder: Path) -> World:
     "Folders of Stable Diffusion and BLIP, and stories of three and of five frames."
-    folder = tmp_path_factory.mktemp("full_scale")
     stories = [*make_stories(3, seed=1), *make_stories(3, seed=2, n_frames=3)]
     captions = [caption for story in stories for caption in story.captions]
     sd, blip = write_tiny_folders(folder / "tiny", captions + ["dinosaur talks to friends"])

@@ -12,8 +12,6 @@ from causal_story.arldm import (
 )
 from causal_story.words import STORY_DATA
 
-pytest_plugins = ["published"]  # the fixture `world`
-
 
 def fresh_arldm(world):
     return taught(world, "pororo", "ar-ldm")

@@ -24,8 +24,6 @@ from causal_story.recipes import find_recipe
 from causal_story.training import TrainingConfig, list_checkpoints, load_checkpoint
 from causal_story.tuning import prepare_tuning, tune
 
-pytest_plugins = ["published"]  # the fixture `world`
-
 ROOT = Path(__file__).resolve().parent.parent
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 
