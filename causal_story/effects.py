@@ -111,7 +111,9 @@ def causal_effect(
     """Replace one history block at a time, draw again with the same noise, measure what changes.
 
     `changed` counts the attributes that read otherwise (None without a reader), `frames` are all
-    versions drawn, the original first. Raises ValueError on an unknown change or unequal lengths."""
+    versions drawn, the original first.
+
+    Raises ValueError on an unknown change or unequal lengths."""
     if change not in CHANGES:
         raise ValueError(f"change={change!r} is unknown: choose one of {CHANGES}")
     n_blocks = len(record.frames)
