@@ -60,27 +60,27 @@ def arldm_name(
 def read_lightning(
     path,  # Lightning's .ckpt, or a plain dictionary of weights
 ) -> dict:  # name -> tensor
-    "The weights in a checkpoint; no code of the file is run. Raises ValueError if it needs code, is damaged or holds no weights."
+    """The weights in a checkpoint; no code of the file is run.
+
+    Raises FileNotFoundError, or ValueError if it needs code, is damaged or holds no weights."""
     if not Path(path).is_file():
         raise FileNotFoundError(f"{path}: no such checkpoint")
+    mapped = zipfile.is_zipfile(path)  # then it is read when it is used
     try:
-        content = torch.load(
-            path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path)
-        )  # mapped: read when used
-    except Exception as error:
-        asks = (
-            re.search(r"(?:GLOBAL|Unsupported class) ([\w.]+)", str(error))
-            if isinstance(error, pickle.UnpicklingError)
-            else None
-        )
+        content = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
+    except pickle.UnpicklingError as error:
+        asks = re.search(r"(?:GLOBAL|Unsupported class) ([\w.]+)", str(error))
         if asks is None:
             raise ValueError(
-                f"{path}: damaged, or not a checkpoint ({str(error).splitlines()[0][:200]})"
+                f"{path}: damaged, or not a checkpoint ({reason_of(error)})"
             ) from error
         raise ValueError(
-            f"{path}: refused, because opening it would run code ({asks[1]}). Where you trust it, load it once and save "
-            "only its weights: torch.save({'state_dict': checkpoint['state_dict']}, 'weights.ckpt')"
+            f"{path}: refused, because opening it would run code ({asks[1]}). Where you trust it, "
+            "load it once and save only its weights: "
+            "torch.save({'state_dict': checkpoint['state_dict']}, 'weights.ckpt')"
         ) from None
+    except Exception as error:
+        raise ValueError(f"{path}: damaged, or not a checkpoint ({reason_of(error)})") from error
     weights = content.get("state_dict", content) if isinstance(content, dict) else {}
     weights = {name: value for name, value in weights.items() if torch.is_tensor(value)}
     if not weights:
@@ -90,75 +90,80 @@ def read_lightning(
     return weights
 
 # %% ../nbs/library/arldm.ipynb #853607ac
+_CLIP_WORDS, _BLIP_WORDS = "token_embedding.weight", "word_embeddings.weight"
+
+
 def _word_rows(tokenizer, words, n_rows: int):
-    "(rows before the new words, ids in our table of the checkpoint's further rows); None if their number does not fit the words."
-    vocab, words = tokenizer.get_vocab(), [word.lower() for word in words]
+    """(rows before the new words, ids in our table of the checkpoint's further rows).
+
+    The ids are None if their number does not fit the words."""
+    vocab = tokenizer.get_vocab()
+    words = [word.lower() for word in words]
     ours = {word for word in words if word in tokenizer.get_added_vocab()}
     base = len(tokenizer) - len(ours)
     appended = [word for word in words if word not in vocab or word in ours]
     ids = [tokenizer(word, add_special_tokens=False).input_ids for word in appended]
-    return base, [i[0] for i in ids] if n_rows - base == len(ids) and all(
-        len(i) == 1 for i in ids
-    ) else None
+    fits = n_rows - base == len(ids) and all(len(row) == 1 for row in ids)
+    return base, [row[0] for row in ids] if fits else None
+
+
+def _fitted_words(value, target, tokenizer, words):
+    "A word table in our shape and a remark, or None if it does not fit."
+    base, ids = _word_rows(tokenizer, words, len(value))
+    if len(value) < base:
+        return None
+    fitted = target.clone()
+    fitted[:base] = value[:base].to(target)
+    if ids is None:
+        further = len(value) - base
+        remark = f"{further} further rows do not fit the new words {list(words)}"
+        return fitted, f"{base} of {len(value)} rows: {remark}"
+    if ids:
+        fitted[ids] = value[base:].to(target)
+    return fitted, ""
 
 
 def _fitted(name: str, value, target, pipeline, words):
     "(value in our shape, remark), or None if it does not fit."
-    if value.shape == target.shape and not name.endswith(
-        ("token_embedding.weight", "word_embeddings.weight")
-    ):
+    are_words = name.endswith((_CLIP_WORDS, _BLIP_WORDS))
+    if value.shape == target.shape and not are_words:
         return value, ""
     if value.ndim != target.ndim or value.shape[1:] != target.shape[1:]:
         return None
+    if are_words:
+        clip = name.endswith(_CLIP_WORDS)
+        tokenizer = pipeline.tokenizer if clip else pipeline.history_tokenizer
+        return _fitted_words(value, target, tokenizer, words)
     if name == "story_context.time_embedding.weight" and len(value) < len(target):
-        return torch.cat(
-            [value.to(target), target[len(value) :]]
-        ), f"{len(value)} of {len(target)} rows"
-    if not name.endswith(("token_embedding.weight", "word_embeddings.weight")):
-        return None
-    base, ids = _word_rows(
-        pipeline.tokenizer if "token_emb" in name else pipeline.history_tokenizer, words, len(value)
-    )
-    if len(value) < base:
-        return None
-    out = target.clone()
-    out[:base] = value[:base].to(target)
-    if ids:
-        out[ids] = value[base:].to(target)
-    return (
-        out,
-        ""
-        if ids is not None
-        else f"{base} of {len(value)} rows: {len(value) - base} further rows do not fit the new words {list(words)}",
-    )
+        longer = torch.cat([value.to(target), target[len(value) :]])
+        return longer, f"{len(value)} of {len(target)} rows"
+    return None
 
 # %% ../nbs/library/arldm.ipynb #fee865b4
 @dataclass
 class ImportReport:
-    "What became of every weight of a checkpoint, and of the pipeline. Names of the checkpoint, but for `missing`."
+    "What became of every weight. Names of the checkpoint, but for `missing`."
 
     used: list = field(default_factory=list)  # copied
     partly: list = field(default_factory=list)  # (name, which rows)
     unused: list = field(default_factory=list)  # nothing here has such a weight
     wrong_shape: list = field(default_factory=list)  # (name, shape there, shape here)
-    missing: list = field(
-        default_factory=list
-    )  # weights of the pipeline that the checkpoint does not have
+    missing: list = field(default_factory=list)  # of the pipeline, not in the checkpoint
 
     def __str__(self):
-        lines = [
-            f"{len(self.used)} used, {len(self.partly)} in part, {len(self.unused)} unused, {len(self.wrong_shape)} of another shape, {len(self.missing)} missing"
-        ]
-        for title, names in (
-            ("in part", self.partly),
-            ("unused", self.unused),
-            ("another shape", self.wrong_shape),
-            ("missing", self.missing),
-        ):
-            lines += [
-                f"  {title}: {name if isinstance(name, str) else ': '.join(map(str, name))}"
-                for name in names[:4]
-            ]
+        listed = {
+            "in part": self.partly,
+            "unused": self.unused,
+            "of another shape": self.wrong_shape,
+            "missing": self.missing,
+        }
+        counts = [f"{len(self.used)} used"]
+        counts += [f"{len(names)} {title}" for title, names in listed.items()]
+        lines = [", ".join(counts)]
+        for title, names in listed.items():
+            for name in names[:4]:
+                text = name if isinstance(name, str) else ": ".join(map(str, name))
+                lines.append(f"  {title}: {text}")
             if len(names) > 4:
                 lines.append(f"  {title}: and {len(names) - 4} more")
         return "\n".join(lines)
@@ -172,9 +177,12 @@ def import_arldm_checkpoint(
     pipeline: CausalStoryPipeline,  # changed in place
     dataset=None,  # "pororo", "flintstones" or None: which words the checkpoint was taught
     words=(),  # or these
-    strict: bool = True,  # refuse, before anything is changed, a checkpoint that does not fill the pipeline
+    strict: bool = True,  # refuse a checkpoint that does not fill the pipeline
 ) -> ImportReport:
-    "AR-LDM's weights into a pipeline. Raises ValueError for a file that needs code or is no such checkpoint, and, if strict, for one that does not fit."
+    """AR-LDM's weights into a pipeline.
+
+    Raises ValueError, before anything is changed, for a file that needs code or is no such
+    checkpoint, and, if strict, for one that does not fit."""
     weights, report, plan = read_lightning(path), ImportReport(), {}
     words = story_words(dataset, words)[0]
     targets = {
@@ -204,11 +212,13 @@ def import_arldm_checkpoint(
     ]
     if not plan:
         raise ValueError(
-            f"{path}: not one of its {len(weights)} weights belongs to AR-LDM (first: {next(iter(weights))!r})"
+            f"{path}: not one of its {len(weights)} weights belongs to AR-LDM "
+            f"(first: {next(iter(weights))!r})"
         )
     if strict and (report.missing or report.wrong_shape):
         raise ValueError(
-            f"{path} does not fit this pipeline, nothing was changed; strict=False takes what fits.\n{report}"
+            f"{path} does not fit this pipeline, nothing was changed; strict=False takes what "
+            f"fits.\n{report}"
         )
     with torch.no_grad():
         for name, value in plan.items():
@@ -217,7 +227,7 @@ def import_arldm_checkpoint(
 
 # %% ../nbs/library/arldm.ipynb #33c6a596
 def arldm_state(
-    pipeline: CausalStoryPipeline,  # preset "ar-ldm"
+    pipeline: CausalStoryPipeline,  # made with the recipe "ar-ldm"
 ) -> dict:  # name -> tensor, as AR-LDM's Lightning module would store it
     "A pipeline's weights under AR-LDM's names: the import turned round, for tests."
     back = [(new, old) for old, new in _ARLDM_PREFIXES] + [

@@ -103,23 +103,29 @@ def full_size_model(
 
 
 class FlopCount(TorchDispatchMode):
-    "Adds up PyTorch's own FLOP formulas while it is active: `FlopCounterMode` without its table of modules, three times as fast."
+    """Adds up PyTorch's own FLOP formulas while it is active.
+
+    `FlopCounterMode` without its table of modules, three times as fast."""
 
     def __init__(self):
         super().__init__()
         self.flops = 0
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        out, formula = func(*args, **(kwargs or {})), flop_registry.get(func._overloadpacket)
+        kwargs = kwargs or {}
+        out = func(*args, **kwargs)
+        formula = flop_registry.get(func._overloadpacket)
         if formula:
-            self.flops += formula(*args, **(kwargs or {}), out_val=out)
+            self.flops += formula(*args, **kwargs, out_val=out)
         return out
 
 
 def tflop(
     function,  # called once, on meta tensors
 ) -> float:  # 10**12 floating-point operations
-    "Operations of the matrix products and convolutions in a call (a multiplication and an addition count as two)."
+    """Operations of the matrix products and convolutions in a call.
+
+    A multiplication and an addition count as two."""
     with FlopCount() as counter:
         function()
     return counter.flops / 1e12
@@ -127,30 +133,23 @@ def tflop(
 # %% ../nbs/library/costs.ipynb #dcfb4ad0
 def _runs_on_meta(model, n_tokens: int, max_length: int) -> dict:
     "Functions that compute, for one frame, what each part computes of it."
-    unet, clip, blip, vae, on = (
-        model.unet,
-        model.text_encoder,
-        model.history_encoder,
-        model.vae,
-        dict(device="meta"),
-    )
-    side, seen, story = unet.config.sample_size, blip.vision.config, model.story_context
-    pixels, patches = (
-        side * 2 ** (len(vae.config.block_out_channels) - 1),
-        (seen.image_size // seen.patch_size) ** 2,
-    )
-    ids, visible = (
-        torch.zeros(1, max_length, dtype=torch.long, **on),
-        torch.ones(1, n_tokens, dtype=torch.bool, **on),
-    )
-    context = torch.zeros(1, n_tokens, unet.config.cross_attention_dim, requires_grad=True, **on)
-    features = torch.zeros(
-        1,
-        1 + patches,
-        seen.hidden_size,
-        requires_grad=not what_is_frozen(model)["image_features"],
-        **on,
-    )
+    unet, blip, vae, story = model.unet, model.history_encoder, model.vae, model.story_context
+    vision = blip.vision.config
+    side = unet.config.sample_size
+    n_pixels = side * 2 ** (len(vae.config.block_out_channels) - 1)
+    n_patches = (vision.image_size // vision.patch_size) ** 2
+    vision_trains = not what_is_frozen(model)["image_features"]
+
+    with torch.device("meta"):
+        ids = torch.zeros(1, max_length, dtype=torch.long)
+        visible = torch.ones(1, n_tokens, dtype=torch.bool)
+        width = unet.config.cross_attention_dim
+        context = torch.zeros(1, n_tokens, width, requires_grad=True)
+        features = torch.zeros(1, 1 + n_patches, vision.hidden_size, requires_grad=vision_trains)
+        latents = torch.zeros(1, unet.config.in_channels, side, side)
+        timestep = torch.zeros(1)
+        picture = torch.zeros(1, 3, n_pixels, n_pixels)
+        small_picture = torch.zeros(1, 3, vision.image_size, vision.image_size)
 
     def look_around():
         hidden = context
@@ -159,19 +158,11 @@ def _runs_on_meta(model, n_tokens: int, max_length: int) -> dict:
         return story.projection(hidden) if len(story.layers) else hidden
 
     return {
-        "U-Net": lambda: (
-            unet(
-                torch.zeros(1, unet.config.in_channels, side, side, **on),
-                torch.zeros(1, **on),
-                context,
-            ).sample
-        ),
-        "captions": lambda: clip(ids).last_hidden_state,
+        "U-Net": lambda: unet(latents, timestep, context).sample,
+        "captions": lambda: model.text_encoder(ids).last_hidden_state,
         "history": lambda: blip(None, ids, image_features=features),
-        "pictures": lambda: (
-            blip.vision(torch.zeros(1, 3, seen.image_size, seen.image_size, **on)).last_hidden_state
-        ),
-        "autoencoder": lambda: vae.encode(torch.zeros(1, 3, pixels, pixels, **on)).latent_dist.mean,
+        "pictures": lambda: blip.vision(small_picture).last_hidden_state,
+        "autoencoder": lambda: vae.encode(picture).latent_dist.mean,
         "story layer": look_around,
     }
 
@@ -183,7 +174,9 @@ def _line(cost):
 
 
 def _tokens_read(n_frames: int, max_length: int, seen: int, drop: float) -> float:
-    "Context tokens that the U-Net reads in a step on one story, in the groups that training makes; the mean over who is without condition."
+    """Context tokens that the U-Net reads in a step on one story, in training's groups.
+
+    The mean over who is without condition."""
     total = 0.0
     for dropped in product((False, True), repeat=n_frames):
         lengths = torch.tensor(
@@ -191,11 +184,8 @@ def _tokens_read(n_frames: int, max_length: int, seen: int, drop: float) -> floa
         )
         mask = torch.arange(n_frames * max_length) < lengths[:, None]
         groups = Conditioning(torch.zeros(1, *mask.shape, 1), mask[None]).groups()
-        total += (
-            drop ** sum(dropped)
-            * (1 - drop) ** (n_frames - sum(dropped))
-            * sum(group.mask.numel() for group in groups)
-        )
+        chance = drop ** sum(dropped) * (1 - drop) ** (n_frames - sum(dropped))
+        total += chance * sum(group.mask.numel() for group in groups)
     return total
 
 
@@ -204,44 +194,46 @@ def training_tflop(
     recipe="causal-story",  # name or `Recipe`, at full size
     n_frames: int = 5,  # V
     max_length: int = 91,  # S
-    seen: int
-    | None = None,  # tokens of a caption that are no padding, where the rest is left out; None: nothing is left out, ever
+    seen: int | None = None,  # tokens of a caption that are no padding; None: nothing is left out
     cached: bool = False,  # latents and image features come from a cache
     new_words: bool = True,  # word tables train; else caption states come from the cache as well
-    drop: float = 0.1,  # share of frames drawn without condition (if nothing is left out, the empty one is computed in every step)
+    drop: float = 0.1,  # share of frames drawn without condition
 ) -> dict:  # part -> TFLOP, forward and backward, of one story
-    "What a training step computes for one story in visualization, counted on the meta device."
-    told = not cached or new_words
+    """What a training step computes for one story in visualization, counted on the meta device.
+
+    Where nothing is left out, the empty condition is computed in every step."""
     blocks, lost = (n_frames, 1) if seen is None else (n_frames - 1, drop)
-    model, null = full_size_model(parts, recipe, max_length, new_words), 1 - (1 - lost) ** n_frames
+    empty = 1 - (1 - lost) ** n_frames  # how often an empty caption is read
+    length = seen or max_length
+    model = full_size_model(parts, recipe, max_length, new_words)
 
     def cost(part, n_tokens=1, length=max_length):
         run = _runs_on_meta(model, n_tokens, length)[part]
-        return tflop(lambda: (out := run()).requires_grad and out.sum().backward())
 
-    tokens = (
-        n_frames * (1 + blocks) * max_length
-        if seen is None
-        else _tokens_read(n_frames, max_length, seen, drop)
-    )
-    base, token = _line(lambda n: cost("U-Net", n))
+        def there_and_back():
+            out = run()
+            if out.requires_grad:
+                out.sum().backward()
+
+        return tflop(there_and_back)
 
     def read(part, times):
-        return times * cost(part, length=seen or max_length) + null * cost(
-            part
-        )  # the empty caption is read to its end
+        # the empty caption is read to its end
+        return times * cost(part, length=length) + empty * cost(part)
 
+    base, token = _line(lambda n: cost("U-Net", n))
+    n_tokens = n_frames * (1 + blocks) * max_length
+    if seen is not None:
+        n_tokens = _tokens_read(n_frames, max_length, seen, drop)
+    layer = cost("story layer", (1 + blocks) * length)
+    layer += lost * cost("story layer", (1 + blocks) * max_length)
     return {
-        "U-Net": n_frames * base + tokens * token,
-        "captions": read("captions", n_frames) if told else 0.0,
+        "U-Net": n_frames * base + n_tokens * token,
+        "captions": read("captions", n_frames) if new_words or not cached else 0.0,
         "history": read("history", blocks),
-        "pictures": (blocks * (not cached) + null) * cost("pictures"),
+        "pictures": (blocks * (not cached) + empty) * cost("pictures"),
         "autoencoder": n_frames * cost("autoencoder") if not cached else 0.0,
-        "story layer": n_frames
-        * (
-            cost("story layer", (1 + blocks) * (seen or max_length))
-            + lost * cost("story layer", (1 + blocks) * max_length)
-        ),
+        "story layer": n_frames * layer,
     }
 
 # %% ../nbs/library/costs.ipynb #1f2f0db9
@@ -249,27 +241,27 @@ def training_tflop(
 def sampling_costs(
     parts: dict,  # from `full_size_parts`
     max_length: int = 91,  # S
-) -> dict:  # TFLOP: "base" of a U-Net call on one frame, "attend" and "project" of a context token, "decode" of a frame, "block" and "caption" read
-    "What drawing is made of, counted on the meta device; `project` (keys and values of a token) from the widths of the layers."
+) -> dict:  # name -> TFLOP
+    """What drawing is made of, counted on the meta device.
+
+    `base`: a U-Net call on one frame; `attend`, `project`: a context token in it, without and with
+    its keys and values (from the widths of the layers); `decode`: a frame; `block`, `caption`: read
+    once."""
+    unet, vae = parts["unet"], parts["vae"]
     model = full_size_model(parts, "ar-ldm", max_length)
     base, token = _line(lambda n: tflop(_runs_on_meta(model, n, max_length)["U-Net"]))
-    runs, side = _runs_on_meta(model, 1, max_length), parts["unet"].config.sample_size
-    decode = tflop(
-        lambda: parts["vae"].decode(
-            torch.zeros(1, parts["unet"].config.in_channels, side, side, device="meta")
-        )
-    )
-    layers = [
-        layer
-        for site in cross_attention_sites(parts["unet"]).values()
-        for layer in (site.to_k, site.to_v)
-    ]
-    project = sum(2 * layer.in_features * layer.out_features for layer in layers) / 1e12
+    runs = _runs_on_meta(model, 1, max_length)
+    side = unet.config.sample_size
+    latents = torch.zeros(1, unet.config.in_channels, side, side, device="meta")
+    project = 0.0
+    for site in cross_attention_sites(unet).values():
+        for layer in (site.to_k, site.to_v):
+            project += 2 * layer.in_features * layer.out_features / 1e12
     return dict(
         base=base,
         attend=token - project,
         project=project,
-        decode=decode,
+        decode=tflop(lambda: vae.decode(latents)),
         block=tflop(runs["history"]) + tflop(runs["pictures"]),
         caption=tflop(runs["captions"]),
     )
@@ -280,27 +272,26 @@ def sampling_tflop(
     steps: int,  # of the solver
     n_frames: int = 5,  # V
     max_length: int = 91,  # S
-    seen: int
-    | None = None,  # tokens of a caption that are no padding, where unseen tokens are left out and keys and values kept; None: the plain loop
+    seen: int | None = None,  # tokens of a caption that are no padding; None: the plain loop
     guided: int | None = None,  # steps with guidance; None: all
 ) -> dict:  # part -> TFLOP of one story
-    "What drawing a story computes. In the empty condition padding is visible, so it is shorter only by the blocks that lie ahead."
-    everything, guided = (
-        [(1 + n_frames) * max_length] * n_frames,
-        steps if guided is None else guided,
-    )
-    told = everything if seen is None else [(1 + i) * seen for i in range(n_frames)]
-    empty = everything if seen is None else [(1 + i) * max_length for i in range(n_frames)]
+    """What drawing a story computes.
+
+    With `seen`, unseen tokens are left out, and keys and values are kept. In the empty condition
+    padding is visible, so it is shorter only by the blocks that lie ahead."""
+    guided = steps if guided is None else guided
+    with_story = empty = [(1 + n_frames) * max_length] * n_frames
+    if seen is not None:
+        with_story = [(1 + i) * seen for i in range(n_frames)]
+        empty = [(1 + i) * max_length for i in range(n_frames)]
 
     def calls(tokens, times):
-        return sum(
-            times * (costs["base"] + costs["attend"] * n)
-            + (times if seen is None else min(times, 1)) * costs["project"] * n
-            for n in tokens
-        )
+        projected = times if seen is None else min(times, 1)
+        each = times * costs["attend"] + projected * costs["project"]
+        return len(tokens) * times * costs["base"] + sum(tokens) * each
 
     return {
-        "U-Net": calls(told, steps) + calls(empty, guided),
+        "U-Net": calls(with_story, steps) + calls(empty, guided),
         "autoencoder": n_frames * costs["decode"],
         "reading": n_frames * costs["block"] + (n_frames + 1) * costs["caption"],
     }
@@ -317,7 +308,9 @@ def saved_bytes(
     modules=(),  # whose weights are not activations
     unet=None,  # count this U-Net with gradient checkpointing
 ) -> int:
-    "Bytes that must be remembered between forward and backward; with checkpointing: all block inputs and the largest block."
+    """Bytes that must be remembered between forward and backward.
+
+    With checkpointing: all block inputs and the largest block."""
     known = {t.untyped_storage()._cdata for module in modules for t in module.state_dict().values()}
     saved, inputs, largest = [], [], [0]
 
@@ -350,17 +343,19 @@ def training_memory(
     max_length: int = 91,  # S
     seen: int | None = None,  # as in `training_tflop`
     checkpointing: bool = False,
-    half: bool = True,  # activations in bf16; weights stay in float32, as Accelerate's mixed precision has them
+    half: bool = True,  # activations in bf16; weights stay in float32, as Accelerate has them
     ema: bool = True,
 ) -> dict:  # part -> GB (10**9 bytes)
-    "An estimate of GPU memory for one story a step with cached latents: what stays and what a step remembers, captions read to their full length. Without the allocator's waste."
-    recipe, blocks = find_recipe(recipe, "full"), n_frames if seen is None else n_frames - 1
+    """An estimate of GPU memory for one story a step with cached latents.
+
+    What stays and what a step remembers, captions read to their full length, without the
+    allocator's waste."""
+    recipe = find_recipe(recipe, "full")
+    blocks = n_frames if seen is None else n_frames - 1
     model = full_size_model(parts, recipe, max_length)
     trained, everything = (sum(numbers) for numbers in zip(*trained_by_part(model).values()))
-    runs, times = (
-        _runs_on_meta(model, (1 + blocks) * (seen or max_length), max_length),
-        {"captions": n_frames, "history": blocks, "story layer": n_frames},
-    )
+    runs = _runs_on_meta(model, (1 + blocks) * (seen or max_length), max_length)
+    times = {"captions": n_frames, "history": blocks, "story layer": n_frames}
     if "history_vision" in recipe.parts:
         times["pictures"] = blocks
     remembered = n_frames * saved_bytes(
@@ -395,10 +390,9 @@ def measured(
     "Operations and time of a call."
     function()  # whatever happens only once
     times = sorted(_seconds(function, device) for _ in range(repeats))
+    # as products: PyTorch has no formula for a CPU's fused attention
     with sdpa_kernel(SDPBackend.MATH):
-        return tflop(function), times[
-            len(times) // 2
-        ]  # as products: PyTorch has no formula for a CPU's fused attention
+        return tflop(function), times[len(times) // 2]
 
 
 def _seconds(function, device):

@@ -45,7 +45,9 @@ def draw_batches(
     true_history: bool = False,  # show the true earlier frames instead of the drawn ones
     **options,  # of the pipeline's call: history_policy, num_inference_steps ...
 ):  # yields lists of (index, StoryRecord, V pictures)
-    "Draw stories batch by batch; stories of different lengths go apart. Raises what the call raises."
+    """Draw stories batch by batch; stories of different lengths go apart.
+
+    Raises what the call raises."""
     given = int(task == "continuation")
     numbers = list(range(len(dataset)) if index is None else index)
     for start in range(0, len(numbers), batch_size):

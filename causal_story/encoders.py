@@ -477,7 +477,8 @@ class MaskedPool(nn.Module):
         self.score = nn.Parameter(torch.zeros(width))
         self.norm = nn.LayerNorm(width)
 
-    def forward(self, tokens, mask):  # (..., S, D), (..., S) bool -> (..., D)
+    def forward(self, tokens, mask):
+        "(..., S, D) and (..., S) bool -> (..., D)."
         tokens = self.norm(tokens)
         shares = masked_softmax(tokens @ self.score, mask).to(tokens.dtype)
         return (shares[..., None] * tokens).sum(-2)

@@ -25,6 +25,7 @@ import torch
 from torch.nn import functional
 from tqdm.auto import tqdm
 
+from .batches import padded_pixels
 from causal_story.data import (
     CLIP_IMAGE_MEAN,
     CLIP_IMAGE_STD,
@@ -326,7 +327,7 @@ def write_cache(
 class FeatureCache:
     """An open cache. Rows are found by the bytes of a picture or the text of a caption.
 
-    Raises ValueError, naming the file, for a stale or foreign one; FileNotFoundError if none lies there."""
+    Raises ValueError, naming the file, for a stale or foreign one; FileNotFoundError if none."""
 
     def __init__(
         self,
@@ -525,6 +526,7 @@ class StoryBatches:
         tasks: tuple = ("visualization", "continuation"),  # taken in turn
         cache: FeatureCache | None = None,  # None: from pictures
         frames_a_story: int | None = None,  # of which the loss is the mean; None: all
+        shown_by=None,  # AutoencoderKL: history pictures as it shows them; None: the true ones
         process: int = 0,  # this process ...
         n_processes: int = 1,  # ... of so many
         device="cpu",  # where the batch goes
@@ -532,7 +534,7 @@ class StoryBatches:
         check_shares(config, n_processes)
         self.dataset, self.config, self.tasks = dataset, config, tasks
         self.stories = None if cache is None else CachedStories(dataset, cache)
-        self.frames_a_story = frames_a_story
+        self.frames_a_story, self.shown_by = frames_a_story, shown_by
         self.process, self.n_processes, self.device = process, n_processes, device
         self.collators = {}
         for task in tasks:
@@ -576,7 +578,19 @@ class StoryBatches:
             name: value.to(self.device) if torch.is_tensor(value) else value
             for name, value in batch.items()
         }
+        if self.shown_by is not None and "history_frames" in batch:
+            batch["history_frames"] = self._as_drawn(batch["history_frames"], collator, pairs)
         return batch | dict(keys=[(self.config.seed, epoch, sample) for epoch, sample in pairs])
+
+    @torch.no_grad()
+    def _as_drawn(self, pixel_values, collator, pairs) -> torch.Tensor:  # (B, F, 3, h, w)
+        "History pictures that no cache holds, as a cache with `reconstructed` would show them."
+        rows = [item["frames"] for item in self._items(pairs)]
+        frames, _ = padded_pixels(rows, collator.frame_size)
+        frames = frames.to(pixel_values.device, self.shown_by.dtype)
+        mean = self.shown_by.encode(frames.flatten(0, 1)).latent_dist.mean
+        mean = mean.unflatten(0, frames.shape[:2])  # (B, F, C, h, w)
+        return reconstructed_history(self.shown_by, mean, pixel_values)
 
     def _items(self, pairs) -> list:
         items = []

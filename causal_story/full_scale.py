@@ -67,7 +67,9 @@ def write_tiny_blip(
     image_size: int = 48,  # pixels a side
     width: int = 32,  # D
 ) -> Path:  # `out`
-    "A folder of the layout of BLIP's retrieval model, with random weights from torch's global random state."
+    """A folder of the layout of BLIP's retrieval model.
+
+    Its weights come from torch's global random state."""
     shape = dict(
         hidden_size=width, intermediate_size=2 * width, num_hidden_layers=1, num_attention_heads=2
     )
@@ -100,7 +102,7 @@ def write_tiny_folders(
     captions,  # every word of these becomes a token
     seed: int = 0,  # of the weights
 ):  # (Stable Diffusion folder, BLIP folder)
-    "Stand-ins for the two downloads, for trying things out: same layout, same classes, nothing learned."
+    "Stand-ins for the two downloads, to try things out: same layout and classes, nothing learned."
     clip, bert = tiny_tokenizers(captions, max_length=24)
     torch.manual_seed(seed)
     return write_tiny_stable_diffusion(Path(out) / "stable-diffusion", clip), write_tiny_blip(

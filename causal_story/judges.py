@@ -25,10 +25,9 @@ from torch.nn import functional
 from tqdm.auto import tqdm
 from transformers import AutoImageProcessor, AutoModel, CLIPModel, CLIPTokenizer
 
+from .cartoon import CHARACTERS
 from .data import CLIP_IMAGE_MEAN, CLIP_IMAGE_STD, pixels
 from .metrics import frechet_distance, summarise
-from .storage import load_part
-from .storage import local_folder
 from causal_story.reader import (
     FrameReader,
     fact_verdicts,
@@ -38,7 +37,7 @@ from causal_story.reader import (
     scarf_verdicts,
     scene_targets,
 )
-from .cartoon import CHARACTERS
+from .storage import load_part, local_folder
 
 # %% ../nbs/library/judges.ipynb #j2000002
 @dataclass(frozen=True)
@@ -537,14 +536,16 @@ def vision_network(
 # %% ../nbs/library/judges.ipynb #j4000004
 def expected_characters(
     record,  # StoryRecord
+    characters: tuple = (),  # the names to ask for; (): those of the record
 ) -> tuple | None:  # names (C), and (N, C) bool for its N frames
     "Who should be in each frame, by the truth or else by labels; None if nobody knows."
     if record.truth is not None:
         return list(CHARACTERS), scene_targets(record.truth["scenes"])["presence"] > 0
-    labels = getattr(record, "labels", None)
-    if labels is None:
+    if record.labels is None:
         return None
-    return list(labels["names"]), torch.tensor(labels["present"]).bool()
+    labelled = {name for frame in record.labels for name in frame}
+    names = list(characters) or sorted(labelled)
+    return names, torch.tensor([[name in frame for name in names] for frame in record.labels])
 
 
 def appearances(
@@ -683,12 +684,14 @@ class ClassifierJudge:
         value_range=(-1.0, 1.0),  # pixel values that it expects
         threshold: float = 0.0,  # a character is seen above it: 0 for logits, 0.5 for probabilities
         device="cpu",
+        characters: tuple = (),  # the names of its C answers, in order; (): unknown
     ):
         self.network = network
         self.size = size
         self.value_range = value_range
         self.threshold = threshold
         self.device = device
+        self.characters = characters
 
     @torch.no_grad()
     def see(self, frames: list) -> torch.Tensor:  # (V, C) bool
@@ -706,7 +709,7 @@ class ClassifierJudge:
         "Notes on one story. Raises ValueError if labels and classifier know other characters."
         given = int(task == "continuation")
         seen = self.see(drawn)
-        expected = None if record.truth is not None else expected_characters(record)
+        expected = expected_characters(record, self.characters) if self.characters else None
         if expected is None:
             judge = "your classifier, against what it sees in the true frames"
             return dict(judge=judge, seen=seen, present=self.see(record.frames[given:]))
@@ -873,6 +876,7 @@ def make_judges(
     settings: JudgeSettings,
     record,  # a StoryRecord of the data that will be judged: has it truth or labels?
     device="cpu",
+    characters: tuple = (),  # of the data set: the classifier's answers, in this order
 ) -> list:  # judges
     """The judges that the settings ask for. Without a word about the reader, the shipped one judges
     stories of our world. Raises ValueError if there is nobody to judge, FileNotFoundError or
@@ -896,6 +900,7 @@ def make_judges(
                 settings.value_range,
                 settings.classifier_threshold,
                 device,
+                characters,
             )
         )
     if settings.inception:

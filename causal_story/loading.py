@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['DIFFUSION_PARTS', 'HISTORY_PARTS', 'BASE_PARTS', 'STABLE_DIFFUSION_HUB', 'BLIP_HUB', 'FINGERPRINTED', 'NEW_PARTS',
-           'LORA', 'read_diffusion', 'read_blip', 'read_base', 'has_lora', 'without_lora', 'changed_parts', 'merged',
-           'write_tuned', 'read_record', 'read_tuned', 'whole_parts']
+           'LORA', 'LORA_FILE', 'read_diffusion', 'read_blip', 'read_base', 'has_lora', 'without_lora', 'changed_parts',
+           'merged', 'write_tuned', 'read_record', 'read_tuned', 'whole_parts']
 
 # %% ../nbs/library/loading.ipynb #ldg00003
 import copy
@@ -13,8 +13,15 @@ import json
 import shutil
 from pathlib import Path
 
+import diffusers
 import torch
-from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
+from diffusers import (
+    AutoencoderKL,
+    DDPMScheduler,
+    DPMSolverMultistepScheduler,
+    UNet2DConditionModel,
+)
+from safetensors.torch import load_file
 from transformers import BertTokenizer, BlipForImageTextRetrieval, CLIPTextModel, CLIPTokenizer
 
 from .encoders import HistoryEncoder, StoryContext
@@ -24,6 +31,7 @@ from causal_story.storage import (
     load_part,
     local_folder,
     read_json,
+    reading,
     shipped_weights,
 )
 from .unet import UNetAdapters
@@ -132,6 +140,8 @@ def read_base(
         length = max_length or parts["tokenizer"].model_max_length
         record["words"] = list(words)
         teach_words(parts, words, length)
+    if not ours:
+        record["image_size"] = image_size
     return parts, record
 
 
@@ -149,6 +159,7 @@ def _check_widths(parts: dict):
 # %% ../nbs/library/loading.ipynb #ldg00013
 NEW_PARTS = dict(story_context=StoryContext, adapters=UNetAdapters)
 LORA = "lora"  # folder name; the factors alone, as diffusers writes them
+LORA_FILE = "pytorch_lora_weights.safetensors"
 
 
 def has_lora(unet) -> bool:
@@ -199,7 +210,7 @@ def write_tuned(
     settings: dict,  # of drawing, as JSON can hold them
     half: bool = False,  # models in half precision
 ):
-    "Write what tuning changed, a subfolder each, and tuned.json."
+    "Write what tuning changed and how it is drawn, a subfolder each, and tuned.json."
     names = changed_parts(components, base)
     replaces = (*NEW_PARTS, *BASE_PARTS, LORA, "model_index.json")
     with atomic_folder(folder, "tuned.json", replaces) as aside:
@@ -213,8 +224,11 @@ def write_tuned(
             part.save_pretrained(aside / name)
         lora = has_lora(components["unet"]) and "unet" not in names
         if lora:
-            components["unet"].save_lora_adapter(aside / LORA)
+            components["unet"].save_lora_adapter(aside / LORA, weight_name=LORA_FILE)
+        scheduler = components["scheduler"]
+        scheduler.save_pretrained(aside / "scheduler")
         record = dict(format=2, base=base, parts=names + [LORA] * lora, settings=settings)
+        record["scheduler"] = type(scheduler).__name__
         text = json.dumps(record, indent=1, ensure_ascii=False)
         (aside / "tuned.json").write_text(text + "\n", encoding="utf-8")
 
@@ -252,6 +266,28 @@ def read_record(
     return record
 
 
+def _load_lora(unet, folder: Path):
+    "LoRA layers into a U-Net. Raises ValueError that names the folder unless all of them arrive."
+    with reading(folder, "LoRA layers of this U-Net"):
+        stored = load_file(folder / LORA_FILE)
+        options = dict(prefix=None, weight_name=LORA_FILE, adapter_name="default")
+        unet.load_lora_adapter(str(folder), **options)  # "default": the name that a new one has
+        own = [name for name in unet.state_dict() if ".lora_" in name]
+        if len(own) != len(stored):
+            raise ValueError(f"{len(stored)} weights are stored, {len(own)} are needed")
+
+
+def _load_scheduler(record: dict, folder: Path, schedule):
+    "The scheduler a model was stored with; version 0.1.0 stored none and drew by DPM-Solver++."
+    name = record.get("scheduler")
+    if name is None:
+        return DPMSolverMultistepScheduler.from_config(schedule.config)
+    kind = getattr(diffusers, name, None) if str(name).endswith("Scheduler") else None
+    if kind is None:
+        raise ValueError(f"{folder / 'tuned.json'}: diffusers knows no scheduler {name!r}")
+    return load_part(kind, folder / "scheduler")
+
+
 def read_tuned(
     folder,  # from `write_tuned`
     base=None,  # what it was tuned on, as `read_base` takes it; None: what the record names
@@ -272,7 +308,8 @@ def read_tuned(
         raise ValueError(
             f"{folder} holds what tuning changed, and not its base: name it (base=...)"
         )
-    parts, found = read_base(base or known["name"] or "miniature", blip)
+    size = known.get("image_size", 224)
+    parts, found = read_base(base or known["name"] or "miniature", blip, image_size=size)
     for name, expected in known["fingerprints"].items():
         if name not in record["parts"] and expected != found["fingerprints"].get(name):
             raise ValueError(
@@ -282,9 +319,10 @@ def read_tuned(
     kinds = NEW_PARTS | BASE_PARTS
     for name in record["parts"]:
         if name == LORA:
-            parts["unet"].load_lora_adapter(str(folder / LORA), prefix=None)
+            _load_lora(parts["unet"], folder / LORA)
         else:
             parts[name] = load_part(kinds[name], folder / name)
+    parts["scheduler"] = _load_scheduler(record, folder, parts["scheduler"])
     parts.setdefault("adapters", None)
     fingerprints = found["fingerprints"] | known["fingerprints"]
     remembered = known | dict(fingerprints=fingerprints)

@@ -65,7 +65,8 @@ def story_noise(
     generators = list(generator) if many else [generator] * n_stories
     if len(generators) != n_stories:
         raise ValueError(
-            f"generator holds {len(generators)} generators for {n_stories} stories; give one a story"
+            f"generator holds {len(generators)} generators for {n_stories} stories; give one a "
+            f"story"
         )
     rows = []
     for one in generators:
@@ -543,7 +544,8 @@ def from_base(
     image_size: int = 224,  # pixels a side of the frames that a BLIP from elsewhere reads
     seed: int = 0,  # of the new weights
 ) -> CausalStoryPipeline:
-    """Causal-Story on a base, before tuning: it draws what the base draws, the past not yet learned.
+    """Causal-Story on a base, before tuning: it draws what the base draws, the past not yet
+    learned.
 
     Raises FileNotFoundError or ValueError that names the folder or argument at fault."""
     parts, record = read_base(base, blip, words, max_length, image_size)
@@ -631,7 +633,8 @@ def from_pretrained(
     blip=None,  # likewise: BLIP, if the base has none
     **options,  # of diffusers' `from_pretrained`: torch_dtype, components to use instead ...
 ) -> CausalStoryPipeline:
-    """A pipeline, whole or not at all. Raises FileNotFoundError for what is neither a folder nor the
+    """A pipeline, whole or not at all. Raises FileNotFoundError for what is neither a folder nor
+    the
     form of a hub id, ValueError naming a part that is missing or whose weights do not fit."""
     name = str(pretrained_model_name_or_path)
     folder = shipped_weights("story") if name == "miniature" else Path(name)

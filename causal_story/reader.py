@@ -18,12 +18,12 @@ from PIL import Image
 from torch import nn
 from torch.nn import functional
 
+from .cartoon import ATTRIBUTES, CHARACTERS, SETTINGS
 from .causal_mask import TASKS
 from .storage import load_part, shipped_weights
-from .cartoon import ACTIONS, CHARACTERS, PROPS, SCARVES, SETTINGS
 
 # %% ../nbs/library/reader.ipynb #r400dcfa
-OPTIONS = dict(prop=PROPS, scarf=SCARVES, action=ACTIONS)  # what is asked of each character
+OPTIONS = {name: attribute.values for name, attribute in ATTRIBUTES.items()}  # of each character
 
 
 def scene_targets(

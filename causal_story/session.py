@@ -30,6 +30,7 @@ from PIL import Image, ImageOps
 
 from .cartoon import CHARACTERS, PROPS, SCARVES, SETTINGS, Actor, Scene, render
 from .causal_mask import HistoryPolicy, as_policy, frame_mask, frame_times
+from .checks import check_mask
 from .comics import blank_figure, comic_page, figure_bytes
 from causal_story.data import (
     CLIP_IMAGE_MEAN,
@@ -47,9 +48,8 @@ from causal_story.diffusion import (
     sample_generator,
 )
 from .effects import causal_effect
-from .reader import read_frames
-from .checks import check_mask
 from .pipeline import story_generator, to_pil
+from .reader import read_frames
 from .storage import atomic_folder
 from .storyworld import LENGTHS, make_story
 from .unet import record_attention

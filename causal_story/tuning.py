@@ -161,6 +161,7 @@ def tune(
             recipe.tasks,
             kept,
             recipe.frames_a_story,
+            pipe.vae if recipe.reconstructed_history else None,
             accelerator.process_index,
             accelerator.num_processes,
             accelerator.device,

@@ -1,4 +1,4 @@
-"""What every test gets: no network, repeatable hypothesis runs, and a table of notebook times at the end."""
+"""What every test gets: no network, repeatable hypothesis runs, a table of notebook times."""
 
 import os
 import socket
@@ -58,6 +58,14 @@ def as_if_tuned():
         return pipe
 
     return make
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    "Tiny folders of the published layouts, and a data set."
+    from published import make_world
+
+    return make_world(tmp_path_factory.mktemp("full_scale"))
 
 
 def pytest_terminal_summary(terminalreporter):

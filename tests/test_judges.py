@@ -2,7 +2,7 @@
 
 import inspect
 import math
-from types import SimpleNamespace
+from dataclasses import replace
 
 import numpy
 import pytest
@@ -15,8 +15,8 @@ from torch.nn import functional
 from transformers import CLIPConfig, CLIPModel, Dinov2Config, Dinov2Model
 from transformers.utils import logging
 
+from causal_story.cartoon import CHARACTERS
 from causal_story.data import CLIP_IMAGE_MEAN, CLIP_IMAGE_STD, StoryRecord, pixels
-from causal_story.words import tiny_tokenizers
 from causal_story.judges import (
     METRICS,
     ClassifierJudge,
@@ -53,8 +53,8 @@ from causal_story.judges import (
 )
 from causal_story.metrics import frechet_distance
 from causal_story.reader import FrameReader, frames_tensor
-from causal_story.cartoon import CHARACTERS
 from causal_story.storyworld import make_stories
+from causal_story.words import tiny_tokenizers
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*torch.jit"),
@@ -466,9 +466,12 @@ def test_a_folder_without_clip_is_named(tmp_path):
 # ---------------------------------------------------------------- who is where
 
 
-def labelled(record, present, names=("Milo", "Kiki")):
-    labels = dict(names=list(names), present=present)
-    return SimpleNamespace(**vars(record) | dict(truth=None, labels=labels))
+NAMES = ("Milo", "Kiki")
+
+
+def labelled(record, present):
+    labels = [[name for name, there in zip(NAMES, row) if there] for row in present]
+    return replace(record, truth=None, labels=labels)
 
 
 def test_a_classifier_is_scored_against_labels_where_there_are_some():
@@ -477,7 +480,7 @@ def test_a_classifier_is_scored_against_labels_where_there_are_some():
     def sees_milo(pictures):
         return torch.tensor([[1.0, -1.0]]).expand(len(pictures), 2)
 
-    judge = ClassifierJudge(sees_milo, 16)
+    judge = ClassifierJudge(sees_milo, 16, characters=NAMES)
     record = labelled(RECORDS[0], [[1, 1]] * (n - 1) + [[1, 0]])
     notes = judge.look(record, record.frames)
     lines = {line["metric"]: line for line in score([notes])}
@@ -490,13 +493,19 @@ def test_a_classifier_is_scored_against_labels_where_there_are_some():
 
 def test_without_labels_the_true_frames_are_the_reference_and_the_name_says_so():
     judge = ClassifierJudge(lambda pictures: pictures.mean((2, 3)) - 0.5, 16)
-    record = SimpleNamespace(**vars(RECORDS[0]) | dict(truth=None))
+    record = replace(RECORDS[0], truth=None)
     (line, *_) = score([judge.look(record, record.frames)])
     assert line["value"] == 1 and "what it sees in the true frames" in line["name"]
 
 
-def test_labels_of_another_data_set_are_refused():
+def test_labels_whose_order_nobody_knows_are_not_guessed():
     judge = ClassifierJudge(lambda pictures: pictures.mean((2, 3)) - 0.5, 16)
+    record = labelled(RECORDS[0], [[1, 0]] * len(RECORDS[0].frames))
+    assert "what it sees in the true frames" in judge.look(record, record.frames)["judge"]
+
+
+def test_labels_of_another_data_set_are_refused():
+    judge = ClassifierJudge(lambda pictures: pictures.mean((2, 3)) - 0.5, 16, characters=NAMES)
     record = labelled(RECORDS[0], [[1, 0]] * len(RECORDS[0].frames))
     with pytest.raises(ValueError, match="the labels know 2 characters, the classifier 3"):
         judge.look(record, record.frames)
@@ -596,7 +605,7 @@ def test_the_truth_is_judged_perfect_by_every_judge(reader, clip, task):
 
 
 def test_the_reader_judges_only_stories_with_a_truth(reader):
-    record = SimpleNamespace(**vars(RECORDS[0]) | dict(truth=None))
+    record = replace(RECORDS[0], truth=None)
     with pytest.raises(ValueError, match="no truth"):
         WorldJudge(reader).look(record, record.frames)
 
@@ -647,7 +656,7 @@ def test_a_story_that_is_not_there_is_named_before_anything_is_judged():
 def test_who_judges_follows_from_settings_and_data(reader, clip, dino, tmp_path):
     network = nn.Sequential(nn.AdaptiveAvgPool2d(2), nn.Flatten())
     torch.jit.script(network).save(str(tmp_path / "net.pt"))
-    unknown = SimpleNamespace(**vars(RECORDS[0]) | dict(truth=None))
+    unknown = replace(RECORDS[0], truth=None)
     world = [type(judge) for judge in make_judges(JudgeSettings(), RECORDS[0])]
     assert world == [WorldJudge]
     everything = JudgeSettings(

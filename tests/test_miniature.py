@@ -1,4 +1,6 @@
-"What a reader of 09_miniature need not see: the whole pre-training in small, interrupted, repeated, refused, read back."
+"What a reader of 09_miniature need not see: the whole pre-training in small, interrupted,"
+
+"repeated, refused, read back."
 
 import json
 import random
@@ -15,9 +17,10 @@ from transformers import AutoTokenizer, CLIPTextModel
 from transformers.utils import logging
 
 import causal_story.miniature as miniature
+from causal_story.captions import describe
+from causal_story.cartoon import CHARACTERS, Actor, Scene, held_out, random_scene
+from causal_story.diffusion import decode_latents, normalise_latents, tiny_vae
 from causal_story.encoders import HistoryEncoder, tiny_history_encoder
-from causal_story.words import tiny_tokenizers
-from causal_story.reader import FrameReader, reader_accuracy, scene_targets
 from causal_story.miniature import (
     LATENT_CHANNELS,
     SAVED_PARTS,
@@ -42,12 +45,11 @@ from causal_story.miniature import (
     training_caption,
     with_stories,
 )
-from causal_story.diffusion import decode_latents, normalise_latents, tiny_vae
 from causal_story.pipeline import story_pipeline
-from causal_story.captions import describe
-from causal_story.cartoon import CHARACTERS, Actor, Scene, held_out, random_scene
+from causal_story.reader import FrameReader, reader_accuracy, scene_targets
 from causal_story.storyworld import make_stories
 from causal_story.training import TrainingConfig
+from causal_story.words import tiny_tokenizers
 
 STEPS = dict(autoencoder=3, decoder=2, captions=2, text_to_image=2, history=2, reader=2)
 SMALL = dict(
@@ -538,7 +540,8 @@ def test_autoencoder_batches_cover_the_pool():
 
 
 def test_facts_are_read_from_the_latents_alone():
-    "The second loss is the reader's on noisy latents at unit variance: neither pixels nor the decoder reach it."
+    """The second loss is the reader's on noisy latents at unit variance: neither pixels nor the
+    decoder reach it."""
     pool = make_pool(4, progress=False)
     torch.manual_seed(0)
     model = FactAutoencoder(tiny_vae())
@@ -561,7 +564,8 @@ def test_facts_are_read_from_the_latents_alone():
 
 
 def test_facts_keep_what_pixels_would_let_go():
-    "Forty steps on eight frames: with a weight, their facts are learned through the noise; with none, nothing asks for them."
+    """Forty steps on eight frames: with a weight, their facts are learned through the noise; with
+    none, nothing asks for them."""
     pool, config = (
         make_pool(8, progress=False),
         TrainingConfig(steps=40, batch_size=8, learning_rate=2e-3, warmup_steps=2, weight_decay=0),

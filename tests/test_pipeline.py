@@ -445,10 +445,17 @@ def test_a_stored_reader_that_lacks_a_tensor_is_refused(tmp_path):
 # ---------------------------------------------------------------- folders of version 0.1.0
 
 
-def latents(pipe):
+def drawn_latents(pipe):
     pipe.set_progress_bar_config(disable=True)
-    generator = torch.Generator().manual_seed(1)
-    return pipe(CAPTIONS[0], num_inference_steps=2, output_type="latent", generator=generator)
+    options = dict(num_inference_steps=2, generator=torch.Generator().manual_seed(1))
+    return pipe(CAPTIONS[0], output_type="latent", **options).frames
+
+
+def assert_draws_as(pipe, other):
+    one, two = drawn_latents(pipe), drawn_latents(other)
+    assert_close(one[:, :1], two[:, :1], atol=1e-4, rtol=1e-4)
+    # later frames look at drawn ones, rounded to bytes: one byte may tip over
+    assert_close(one, two, atol=0.05, rtol=0.05)
 
 
 def test_a_whole_folder_of_version_0_1_0_draws_the_same(shipped, stored_whole, tmp_path):
@@ -458,28 +465,77 @@ def test_a_whole_folder_of_version_0_1_0_draws_the_same(shipped, stored_whole, t
     del index["base"]
     (folder / "model_index.json").write_text(json.dumps(index))
     loaded = CausalStoryPipeline.from_pretrained(folder)
-    assert_close(latents(loaded).frames, latents(shipped).frames, atol=1e-5, rtol=1e-5)
+    assert_draws_as(loaded, shipped)
     with pytest.raises(ValueError, match="from_base"):  # nobody knows what was tuned
         loaded.save_pretrained(tmp_path / "tuned", only_tuned=True)
     loaded.save_pretrained(tmp_path / "again")
-    again = CausalStoryPipeline.from_pretrained(tmp_path / "again")
-    assert_close(latents(again).frames, latents(shipped).frames, atol=1e-5, rtol=1e-5)
+    assert_draws_as(CausalStoryPipeline.from_pretrained(tmp_path / "again"), shipped)
 
 
 def test_what_was_tuned_with_version_0_1_0_draws_the_same(shipped, stored_tuned, tmp_path):
-    "Its record was flat, and named three parts of the base."
+    "Its record was flat, and named three parts of the base and no scheduler."
     folder = copied(stored_tuned, tmp_path / "tuned")
+    shutil.rmtree(folder / "scheduler")
     record = json.loads((folder / "tuned.json").read_text())
     prints = record["base"]["fingerprints"]
     flat = dict(base=prints["unet"], vae=prints["vae"], text_encoder=prints["text_encoder"])
     flat |= dict(parts=record["parts"]) | record["settings"]
     (folder / "tuned.json").write_text(json.dumps(flat))
-    loaded = CausalStoryPipeline.from_pretrained(folder)
-    assert_close(latents(loaded).frames, latents(shipped).frames, atol=1e-5, rtol=1e-5)
+    assert_draws_as(CausalStoryPipeline.from_pretrained(folder), shipped)
     flat["vae"] = "0123456789abcdef"
     (folder / "tuned.json").write_text(json.dumps(flat))
     with pytest.raises(ValueError, match="another base than miniature: vae differs"):
         CausalStoryPipeline.from_pretrained(folder)
+
+
+# ---------------------------------------------------------------- how it is drawn, LoRA
+
+
+def test_what_was_tuned_comes_back_with_its_scheduler(shipped, tmp_path):
+    other = CausalStoryPipeline(**shipped.components, base=shipped.config.base)
+    other.use_scheduler("ddim", set_alpha_to_one=False)
+    other.save_pretrained(tmp_path, only_tuned=True)
+    loaded = CausalStoryPipeline.from_pretrained(tmp_path).scheduler
+    assert type(loaded) is DDIMScheduler and not loaded.config.set_alpha_to_one
+    path = tmp_path / "tuned.json"
+    text = path.read_text()
+    path.write_text(text.replace("DDIMScheduler", "Scheduler"))
+    with pytest.raises(ValueError, match="tuned.json: diffusers knows no scheduler"):
+        CausalStoryPipeline.from_pretrained(tmp_path)
+    path.write_text(text)
+    shutil.rmtree(tmp_path / "scheduler")
+    with pytest.raises(FileNotFoundError, match="scheduler is missing"):
+        CausalStoryPipeline.from_pretrained(tmp_path)
+
+
+def test_lora_comes_back_whole_or_not_at_all(tmp_path):
+    pipe = CausalStoryPipeline.from_base("miniature", "lora")
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for name, parameter in pipe.unet.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_(std=0.05)
+    pipe.save_pretrained(tmp_path, only_tuned=True)
+    loaded = CausalStoryPipeline.from_pretrained(tmp_path)
+    one, two = pipe.unet.state_dict(), loaded.unet.state_dict()
+    assert one.keys() == two.keys()
+    assert all(torch.equal(one[name], two[name]) for name in one)
+    loaded.save_pretrained(tmp_path, only_tuned=True)  # what came back can be saved again
+    two = CausalStoryPipeline.from_pretrained(tmp_path).unet.state_dict()
+    assert all(torch.equal(one[name], two[name]) for name in one)
+    spoil(tmp_path / "lora")
+    with pytest.raises(ValueError, match="lora is not LoRA layers of this U-Net"):
+        CausalStoryPipeline.from_pretrained(tmp_path)
+    shutil.rmtree(tmp_path / "lora")
+    with pytest.raises(FileNotFoundError, match="lora is missing"):
+        CausalStoryPipeline.from_pretrained(tmp_path)
+
+
+def test_adapters_that_do_not_fit_change_nothing(pipe, shipped):
+    adapters, model = pipe.adapters, pipe.model
+    with pytest.raises(ValueError, match="belong to another U-Net"):
+        pipe.adapters = shipped.adapters
+    assert pipe.adapters is adapters and pipe.model is model
 
 
 # ---------------------------------------------------------------- offloading

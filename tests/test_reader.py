@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import nn
 
+from causal_story.cartoon import CHARACTERS
 from causal_story.reader import (
     OPTIONS,
     FrameReader,
@@ -20,7 +21,6 @@ from causal_story.reader import (
     scene_targets,
     score_facts,
 )
-from causal_story.cartoon import CHARACTERS
 from causal_story.storyworld import make_stories
 
 STORIES = make_stories(6, split="val", seed=3)
