@@ -195,6 +195,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/causal-story', 'doc_host':
                                   'causal_story.cli._unknown': ('library/cli.html#_unknown', 'causal_story/cli.py'),
                                   'causal_story.cli._usage': ('library/cli.html#_usage', 'causal_story/cli.py'),
                                   'causal_story.cli._values': ('library/cli.html#_values', 'causal_story/cli.py'),
+                                  'causal_story.cli._wrapped': ('library/cli.html#_wrapped', 'causal_story/cli.py'),
                                   'causal_story.cli._write_scores': ('library/cli.html#_write_scores', 'causal_story/cli.py'),
                                   'causal_story.cli.as_value': ('library/cli.html#as_value', 'causal_story/cli.py'),
                                   'causal_story.cli.best_device': ('library/cli.html#best_device', 'causal_story/cli.py'),

@@ -763,7 +763,7 @@ def help_of(
     "What `causal-story VERB --help` says."
     verb = VERBS[name]
     settings = settings_of(name)
-    lines = [_usage(name, settings), "", " ".join(verb.run.__doc__.split()), ""]
+    lines = [_usage(name, settings), "", *_wrapped(verb.run.__doc__), ""]
     lines += ["example:", f"  {verb.example}", "", "settings:"]
     for key, setting in settings.items():
         about = f"{setting.about} ({kind_in_words(setting.kind)}"
@@ -777,7 +777,7 @@ def help_of(
         lines += _two_columns(title, about)
     lines += _two_columns("--config", "YAML file of settings")
     lines += _two_columns("--help", "show this help")
-    return "\n".join(lines + ["", *textwrap.wrap(_RULE, 96)])
+    return "\n".join(lines + ["", *_wrapped(_RULE)])
 
 
 def _text_of(value) -> str:
@@ -787,8 +787,12 @@ def _text_of(value) -> str:
     return str(value).lower() if isinstance(value, bool) else str(value)
 
 
+def _wrapped(text: str, width: int = 96) -> list:
+    return textwrap.wrap(" ".join(text.split()), width, break_on_hyphens=False)
+
+
 def _two_columns(title: str, text: str) -> list:
-    lines = textwrap.wrap(text, 66)
+    lines = _wrapped(text, 66)
     rest = [f"{'':30}{line}" for line in lines]
     if len(title) > 27:
         return [f"  {title}", *rest]
