@@ -1,4 +1,4 @@
-"What a reader of 09_miniature need not see: the whole pre-training in small, interrupted,"
+"""What a reader of 09_miniature need not see: the whole pre-training in small, interrupted,"""
 
 "repeated, refused, read back."
 
@@ -45,7 +45,7 @@ from causal_story.miniature import (
     training_caption,
     with_stories,
 )
-from causal_story.pipeline import story_pipeline
+from causal_story.pipeline import CausalStoryPipeline
 from causal_story.reader import FrameReader, reader_accuracy, scene_targets
 from causal_story.storyworld import make_stories
 from causal_story.training import TrainingConfig
@@ -636,7 +636,7 @@ def test_the_shipped_judge_hardly_errs():
 def test_the_shipped_base_draws_what_held_out_captions_say():
     "Far below its figures (notebook 09), far above a base that is broken."
     pipe, reader, rng = (
-        story_pipeline("miniature", adapter_width=0),
+        CausalStoryPipeline.from_base("miniature"),
         FrameReader.from_pretrained("miniature"),
         random.Random(4),
     )
