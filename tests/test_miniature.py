@@ -1,6 +1,5 @@
-"""What a reader of 09_miniature need not see: the whole pre-training in small, interrupted,"""
-
-"repeated, refused, read back."
+"""What a reader of the miniature room need not see: the whole pre-training in small,
+interrupted, repeated, refused, read back."""
 
 import json
 import random
