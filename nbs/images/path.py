@@ -1,4 +1,4 @@
-"""Draws path.png, the way of lesson 14: stories on disk, one file, a base, a tuned model, drawings."""
+"""Draws path.png, the way of lesson 14: from stories on disk to drawn stories and a score."""
 
 from pathlib import Path
 
