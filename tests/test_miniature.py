@@ -545,7 +545,10 @@ def test_facts_are_read_from_the_latents_alone():
     torch.manual_seed(0)
     model = FactAutoencoder(tiny_vae())
     pixels, targets, key = pool_batches(pool, TrainingConfig(steps=1, batch_size=4))(0)
-    draw = lambda: miniature.sample_generator(*key, "posterior")
+
+    def draw():
+        return miniature.sample_generator(*key, "posterior")
+
     reconstruction, facts = model(pixels, targets, draw())
     assert_close(
         miniature.autoencoder_loss(model, (pixels, targets, key), 0, fact_weight=0.5),
