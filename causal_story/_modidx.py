@@ -1557,6 +1557,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/causal-story', 'doc_host':
                                          'causal_story.story_file.as_raw_story': ( 'library/story_file.html#as_raw_story',
                                                                                    'causal_story/story_file.py'),
                                          'causal_story.story_file.as_rgb': ('library/story_file.html#as_rgb', 'causal_story/story_file.py'),
+                                         'causal_story.story_file.check_heap': ( 'library/story_file.html#check_heap',
+                                                                                 'causal_story/story_file.py'),
                                          'causal_story.story_file.convert_stories': ( 'library/story_file.html#convert_stories',
                                                                                       'causal_story/story_file.py'),
                                          'causal_story.story_file.count_tiles': ( 'library/story_file.html#count_tiles',
