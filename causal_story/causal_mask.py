@@ -46,7 +46,6 @@ POLICIES = dict(
 )
 
 # %% ../nbs/05_causal_mask.ipynb #pol1cy02
-#| echo: false
 def check_count(value, name: str):
     "Raise `TypeError` or `ValueError` unless value is a whole number and at least 1."
     if isinstance(value, bool) or not isinstance(value, int):
@@ -113,7 +112,6 @@ class HistoryPolicy:
         return self.name + window + given
 
 # %% ../nbs/05_causal_mask.ipynb #aspolicy
-#| echo: false
 def as_policy(
     policy: str | HistoryPolicy,  # a key of `POLICIES`, or the value itself
     window: int | None = None,  # beside a name only
@@ -137,7 +135,6 @@ def frame_mask(
     return HistoryPolicy(policy, window, keep_given).mask(n_frames, task)
 
 # %% ../nbs/05_causal_mask.ipynb #041fbf40
-#| echo: false
 def check_masks(frame_mask, caption_mask, history_mask, dropped):
     "Raise `TypeError` or `ValueError` naming the mask whose type or shape does not fit."
     masks = dict(
@@ -189,7 +186,6 @@ def token_mask(
     return torch.cat([caption_mask, history.flatten(2)], dim=-1)
 
 # %% ../nbs/05_causal_mask.ipynb #chkrelev
-#| echo: false
 def check_relevance(relevance: torch.Tensor, frame_mask: torch.Tensor):
     "Raise `ValueError` unless the shapes are (B, V, F) and (V, F) or (B, V, F)."
     if relevance.ndim != 3:

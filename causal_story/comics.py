@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageOps
 
-from .data import atomic_path
+from .storage import atomic_path
 
 # %% ../nbs/library/comics.ipynb #cm000007
 PAGE_LAYOUTS = {  # name -> panels side by side, for a story of n frames

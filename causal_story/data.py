@@ -160,6 +160,11 @@ class StoriesInMemory(StoryDataset):
     ):
         super().__init__(StoryMemory(records, size), task=task, train=False)
 
+    @property
+    def records(self) -> list[StoryRecord]:
+        "All of them."
+        return [self.story(index, tile=0) for index in range(len(self))]
+
 # %% ../nbs/02_data.ipynb #2557b761
 class StoryCollator:
     "Turns a list of `StoryDataset` items into a batch, the dictionary above. Layout as AR-LDM's."

@@ -13,8 +13,8 @@ from torch.nn import functional
 from .causal_mask import HistoryPolicy
 from .data import StoryRecord
 from .diffusion import latent_posterior, normalise_latents, sample_generator
-from .metrics import fact_rows, read_frames
-from .pipeline import CausalStoryPipeline
+from .pipeline import CausalStoryPipeline, story_generator
+from .reader import fact_rows, read_frames
 from .unet import record_attention
 
 # %% ../nbs/library/effects.ipynb #eff00006
@@ -111,7 +111,9 @@ def causal_effect(
     """Replace one history block at a time, draw again with the same noise, measure what changes.
 
     `changed` counts the attributes that read otherwise (None without a reader), `frames` are all
-    versions drawn, the original first. Raises ValueError on an unknown change or unequal lengths."""
+    versions drawn, the original first.
+
+    Raises ValueError on an unknown change or unequal lengths."""
     if change not in CHANGES:
         raise ValueError(f"change={change!r} is unknown: choose one of {CHANGES}")
     n_blocks = len(record.frames)
@@ -123,7 +125,7 @@ def causal_effect(
     versions = [(list(record.frames), list(record.captions))]
     versions += [_replaced(record, other, block, change) for block in range(n_blocks)]
     request = dict(
-        generator=[torch.Generator().manual_seed(seed) for _ in versions],
+        generator=[story_generator(seed, 0) for _ in versions],
         history_frames=[frames[given:] for frames, _ in versions],
         history_captions=[captions[given:] for _, captions in versions],
     )

@@ -26,20 +26,19 @@ from .causal_mask import HistoryPolicy
 from .data import StoriesInMemory
 from .drawing import draw_stories
 from .effects import look_hits, story_relevance
-from causal_story.metrics import (
+from .metrics import paired_difference, summarise
+from .model import trained_by_part
+from .pipeline import CausalStoryPipeline, to_pil
+from causal_story.reader import (
     FrameReader,
     fact_rows,
     frames_tensor,
-    paired_difference,
     scarf_appearances,
     scarf_consistency,
     score_facts,
-    summarise,
 )
-from .model import trained_by_part
-from .pipeline import CausalStoryPipeline, to_pil
 from .recipes import RECIPES, Recipe, find_recipe
-from .storage import atomic_path, fingerprint, read_json
+from .storage import atomic_path, read_json
 from .storyworld import make_stories
 from .training import TrainingConfig
 from .tuning import tune
@@ -167,8 +166,7 @@ def _check_same_run(path: Path, asked: dict, views) -> dict:
             changed += [name for name in there if there[name] != value.get(name)]
         elif key == "config":
             there = known["config"]
-            rate = there["learning_rate"]  # 0.1.0 wrote the recipe's, like today
-            changed += [k for k in value if k in there and there[k] != (value[k] or rate)]
+            changed += [f"config ({k})" for k in value if there.get(k, value[k]) != value[k]]
         elif known.get(key, value) != value:
             changed.append(key)
     changed += [f"views (no {view!r})" for view in views if view not in record["correct"]]
@@ -221,7 +219,7 @@ def run_arm(
     path = Path(folder) / f"{name}-{seed}.json"
     pipe = CausalStoryPipeline.from_base(base, recipe, seed=seed)
     pipe.set_progress_bar_config(disable=True)
-    before = fingerprint(pipe.unet) if recipe.method != "lora" else _base_print(pipe)
+    before = pipe.config.base["fingerprints"]["unet"]
     asked = dict(
         base=before,
         stories=stories,
@@ -253,10 +251,6 @@ def run_arm(
     with atomic_path(path) as partial:
         partial.write_text(json.dumps(record, indent=1), encoding="utf-8")
     return record
-
-
-def _base_print(pipe) -> str:
-    return pipe.config.base["fingerprints"]["unet"]
 
 # %% ../nbs/library/experiments.ipynb #exp00012
 def run_experiment(
@@ -345,7 +339,8 @@ def load_runs(
     bases = {record.get("base") for records in runs.values() for record in records}
     if len(bases) > 1:
         raise ValueError(
-            f"{folder} holds runs on {len(bases)} different bases; keep them in folders of their own"
+            f"{folder} holds runs on {len(bases)} different bases; "
+            "keep them in folders of their own"
         )
     return {arm: sorted(records, key=lambda r: r["seed"]) for arm, records in runs.items()}
 

@@ -26,6 +26,8 @@ from fastcore.basics import patch
 from ipywidgets import Layout
 from PIL import Image, ImageOps
 
+from .captions import PLACES
+from .cartoon import ACTIONS, CHARACTERS, PROPS, SCARVES, SETTINGS, Actor, Scene, render
 from .causal_mask import frame_mask
 from .comics import PAGE_LAYOUTS
 from .data import open_image, png_bytes
@@ -42,17 +44,6 @@ from causal_story.session import (
     story_changes,
     unknown_words,
     world_story,
-)
-from causal_story.storyworld import (
-    ACTIONS,
-    CHARACTERS,
-    PLACES,
-    PROPS,
-    SCARVES,
-    SETTINGS,
-    Actor,
-    Scene,
-    render,
 )
 
 # %% ../nbs/library/widgets.ipynb #wi000007
@@ -372,7 +363,7 @@ class FrameColumn:
         on_click,  # called with the position
     ):
         self.position = position
-        self.title = widgets.HTML(layout=Layout(height="66px", overflow="hidden"))
+        self.title = widgets.HTML()
         self.image = widgets.Image(format="png")
         self.old = widgets.Image(format="png")
         self.button = _button(
@@ -386,10 +377,8 @@ class FrameColumn:
         self.note = widgets.HTML()
         self.before = widgets.Box([self.old])
         self.before.add_class("story-before")
-        self.widget = widgets.VBox(
-            [self.title, self.picture, self.note, self.before],
-            layout=Layout(margin="0 4px 8px", min_width="0"),
-        )
+        self.widget = widgets.VBox([self.title, self.picture, self.note, self.before])
+        self.widget.add_class("story-frame")
         self.state()
         self.compare()
 
@@ -399,9 +388,8 @@ class FrameColumn:
             picture = Image.new("RGB", (8, 8), "#efecf4")
         self.image.value = _enlarged(picture)
         if caption is not None:
-            text = html.escape(caption, quote=True)
             self.title.value = (
-                f"<div class='story-title' title='{text}'><b>{self.position}</b> {text}</div>"
+                f"<div class='story-title'><b>{self.position}</b> {html.escape(caption)}</div>"
             )
 
     def state(
@@ -417,14 +405,13 @@ class FrameColumn:
             change = self.picture.add_class if on else self.picture.remove_class
             change(f"story-{name}")
 
-    def compare(self, before: Image.Image | None = None, changes: list = (), lines: int = 0):
-        "What stood here before, and what changed, in room for so many lines; nothing: hide both."
+    def compare(self, before: Image.Image | None = None, changes: list = ()):
+        "What stood here before, and what changed; nothing: hide both."
         notes = []
         for change in changes:
             kind = "same" if change in QUIET else "change"
             notes.append(f"<div class='story-{kind}'>{html.escape(change)}</div>")
         self.note.value = "".join(notes)
-        self.note.layout.min_height = f"{21 * lines + 4}px"
         self.before.layout.display = "none" if before is None else ""
         if before is not None:
             self.old.value = _enlarged(before)
@@ -470,18 +457,17 @@ class Stage:
         self.set_length(len(session.captions))
         comparing = session.before is not None and session.complete
         changes = story_changes(session) if comparing else [[]] * len(self.columns)
-        lines = max(map(len, changes))
         for k, column in enumerate(self.columns):
             picture = session.pictures[k]
             waiting = picture is None
             old = session.before[k] if session.before is not None else None
             column.show(old if waiting else picture, session.captions[k])
             column.state(k == selected, waiting, k in session.pinned)
-            column.compare(old if comparing else None, changes[k], lines)
+            column.compare(old if comparing else None, changes[k])
 
     def show_arcs(self, values, links, possible, selected: int | None):
         "Draw the arcs anew; see `arcs_png`."
-        column = min(COLUMN, 1060 // len(self.columns))
+        column = min(COLUMN, 900 // len(self.columns))  # large enough to be read when it shrinks
         self.arcs.value = arcs_png(values, links, possible, column, selected, dpi=200)
 
     def select(self, position: int):
@@ -643,6 +629,8 @@ STYLE = """<style>
 .story-title b {background:#4a3f6b; color:#fff; border-radius:8px; padding:0 6px; margin-right:2px}
 .story-strange {color:#c8402f; font-weight:600; text-decoration:underline wavy #c8402f}
 .story-word {background:#fdf1e3; border-radius:9px; height:24px; line-height:22px}
+.story-frame {display:grid !important; grid-template-rows:subgrid; grid-row:span 4;
+  margin:0 4px 10px; min-width:0; overflow:visible}
 .story-picture, .story-before {position:relative; border-radius:9px; margin:3px;
   box-shadow:0 0 0 1px #cfc8dd; aspect-ratio:1; overflow:hidden; flex:0 0 auto}
 .story-picture img, .story-before img {margin:0; width:100%; height:100%; max-width:none}
@@ -657,7 +645,7 @@ STYLE = """<style>
   border-radius:7px; pointer-events:none}
 .story-change {background:#fdf1e3; border-left:3px solid #d9822b; font-size:11.5px;
   line-height:1.35; padding:1px 5px; margin:2px 3px}
-.story-same {color:#8c86a0; font-size:11.5px; margin:2px 5px}
+.story-same {color:#8c86a0; font-size:11.5px; line-height:1.35; margin:2px 5px}
 .story-wrong {color:#c8402f} .story-link {color:#1f6f8a; text-decoration:underline}
 body[data-voila] .jp-Cell:not(:has(.story-explorer)) {display:none}
 body[data-voila] .jp-InputArea, body[data-voila] .jp-InputPrompt,
@@ -716,14 +704,14 @@ class StoryExplorer:
     def _arranged(self):
         "All parts on one page."
         bar = [self.draw_button, self.stop_button, self.go_on_button, self.progress, self.status]
-        seen = widgets.VBox([self.look_title, self.look_image])
+        question = widgets.VBox([self.look_title, self.look_image])
         page = widgets.VBox(
             [
                 widgets.HTML(STYLE + HEAD),
                 _row(self.form.widget, self.settings.widget),
                 _row(*bar, margin="6px 0"),
                 self.stage.widget,
-                _row(self.past.widget, seen, margin="8px 0"),
+                _row(self.past.widget, question, margin="8px 0"),
                 self.keeping.widget,
             ]
         )

@@ -66,8 +66,9 @@ def start_run(
     settings: dict,  # all of them
     free=FREE_SETTINGS,  # what may change when a run goes on
 ):
-    """Write settings.yaml and versions.yaml. Raises ValueError, before anything is written, if a run
-    with other settings lies there."""
+    """Write settings.yaml and versions.yaml.
+
+    Raises ValueError, before anything is written, if a run with other settings lies there."""
     path, versions = Path(folder) / "settings.yaml", Path(folder) / "versions.yaml"
     before = read_yaml(path) if path.exists() else settings
     changed = [

@@ -15,7 +15,7 @@ from fastcore.basics import patch
 from torch import nn
 from torch.nn import functional
 
-from .causal_mask import as_policy, frame_times, relevance_bias, token_mask
+from .causal_mask import as_policy, frame_times, token_mask
 from causal_story.diffusion import (
     latent_posterior,
     normalise_latents,
@@ -200,7 +200,7 @@ def condition(
     unconditional: bool = False,  # padding is visible, as in AR-LDM's unconditional rows
 ) -> Conditioning:
     "Context, mask and, if asked, relevance of every frame."
-    B, V, S = caption_mask.shape
+    B, V = caption_mask.shape[:2]
     there = history_mask.any(-1)[:, None]  # (B, 1, F)
     frame_mask = frame_mask.to(caption_mask.device).expand(B, V, -1) & there
     dropped = torch.full((B, V), unconditional, device=caption_mask.device)
@@ -208,10 +208,10 @@ def condition(
     tokens = self.story_context(caption_states, history_states, mask, times, context_layer)
     if not weighted:
         return Conditioning(tokens, mask)
-    relevance = self.story_context.relevance(
+    relevance, bias = self.story_context.weigh(
         tokens, frame_mask, caption_mask, history_mask, times, dropped
-    )  # (B, V, F)
-    return Conditioning(tokens, mask, relevance_bias(relevance, frame_mask, S), relevance)
+    )  # (B, V, F), (B, V, (1+F)*S)
+    return Conditioning(tokens, mask, bias, relevance)
 
 # %% ../nbs/07_model.ipynb #e16a5d50
 @patch
@@ -406,7 +406,8 @@ def choose_frames(
     frame_valid,  # (B, V) bool
     frames_a_story: int | None,  # at most so many of a story's frames; None: all
 ) -> torch.Tensor | None:  # (B, n) long, ascending; None: all frames
-    "Which frames of each story a step computes the loss of (our choice: evenly, without replacement)."
+    """Which frames of each story a step computes the loss of (our choice: evenly, without
+    replacement)."""
     n_frames = frame_valid.shape[1]
     if frames_a_story is None or frames_a_story >= n_frames:
         return None

@@ -34,7 +34,8 @@ def batch_indices(
     process: int = 0,  # this process ...
     n_processes: int = 1,  # ... of so many
 ) -> list:  # (epoch, sample) pairs of this process at this step
-    "Which samples a step sees. An epoch is a fresh permutation; a batch may span two epochs, so no sample is ever left out."
+    """Which samples a step sees. An epoch is a fresh permutation; a batch may span two epochs, so
+    no sample is ever left out."""
     start, pairs, order, order_of = step * batch_size, [], None, None
     for position in range(start + process, start + batch_size, n_processes):
         epoch, place = divmod(position, n_samples)
@@ -60,7 +61,7 @@ class TrainingConfig:
     warmup_steps: int = 40  # linear warm-up
     final_lr: float = 0.02  # share of the peak that is left at the end of the cosine
     weight_decay: float = 1e-4  # AdamW
-    betas: tuple = (0.9, 0.99)  # AdamW
+    betas: tuple[float, float] = (0.9, 0.99)  # AdamW
     max_grad_norm: float = 1.0  # gradient clipping
     gradient_accumulation_steps: int = 1  # backward passes a step
     ema_decay: float = 0.99  # moving average of the weights; 0 = none
@@ -86,12 +87,15 @@ def check_shares(
     config: TrainingConfig,
     n_processes: int = 1,
 ):
-    "Raise ValueError unless the batch can be cut into equal pieces, one for each process and accumulation step."
+    """Raise ValueError unless the batch can be cut into equal pieces, one for each process and
+    accumulation step."""
     pieces = n_processes * config.gradient_accumulation_steps
     if config.batch_size % pieces:
         raise ValueError(
-            f"batch_size={config.batch_size} cannot be shared equally by {n_processes} processes with "
-            f"gradient_accumulation_steps={config.gradient_accumulation_steps}: make it a multiple of {pieces}"
+            f"batch_size={config.batch_size} cannot be shared equally by {n_processes} processes "
+            f"with "
+            f"gradient_accumulation_steps={config.gradient_accumulation_steps}: make it a "
+            f"multiple of {pieces}"
         )
 
 # %% ../nbs/library/training.ipynb #68cef921
@@ -114,7 +118,8 @@ def save_checkpoint(
     record: dict,  # anything JSON can hold
     keep: int = 2,  # newest checkpoints that stay
 ) -> Path:  # the checkpoint
-    "Write a checkpoint atomically, then remove those older than the newest `keep`. A failed write leaves the earlier ones whole."
+    """Write a checkpoint atomically, then remove those older than the newest `keep`. A failed write
+    leaves the earlier ones whole."""
     folder = Path(folder)
     final, temporary = folder / f"step-{step:08d}", folder / f".tmp-step-{step:08d}"
     shutil.rmtree(temporary, ignore_errors=True)
@@ -139,7 +144,8 @@ def save_checkpoint(
 
 
 def _to_disk(path):
-    "Wait until a file's bytes, or a folder's names, are on the disk and not only on their way: a rename may overtake them when the power fails."
+    """Wait until a file's bytes, or a folder's names, are on the disk and not only on their way: a
+    rename may overtake them when the power fails."""
     if Path(path).is_dir() and os.name == "nt":
         return  # Windows opens no folders
     handle = os.open(path, os.O_RDONLY if Path(path).is_dir() else os.O_RDWR)
@@ -167,7 +173,8 @@ def load_checkpoint(
         )
     except Exception as error:
         raise ValueError(
-            f"checkpoint {path} cannot be read ({error}); remove this folder to resume from an earlier one"
+            f"checkpoint {path} cannot be read ({error}); remove this folder to resume from an "
+            f"earlier one"
         ) from error
 
 # %% ../nbs/library/training.ipynb #b6f2348e
@@ -225,7 +232,8 @@ def restore_run(
     tensors: dict,  # as `run_state` gave
     step: int,  # optimizer steps done
 ):
-    "Put a run back where it stood. Raises ValueError if the checkpoint trains other parameters than the model."
+    """Put a run back where it stood. Raises ValueError if the checkpoint trains other parameters
+    than the model."""
     parameters = _trained(model)
     missing = sorted(
         name
@@ -235,7 +243,8 @@ def restore_run(
     )
     if missing:
         raise ValueError(
-            f"the checkpoint belongs to another run: it has no (or a differently shaped) {missing[0]!r}; use a new folder"
+            f"the checkpoint belongs to another run: it has no (or a differently shaped) "
+            f"{missing[0]!r}; use a new folder"
         )
     with torch.no_grad():
         for name, p in parameters.items():
@@ -249,7 +258,8 @@ def restore_run(
 def make_accelerator(
     config: TrainingConfig,  # its mixed_precision is used
 ):  # accelerate.Accelerator
-    'The handle on devices, processes and precision. Some parameters may get no gradient in a step: relevance under the policy "full", say.'
+    """The handle on devices, processes and precision. Some parameters may get no gradient in a
+    step: relevance under the policy "full", say."""
     from accelerate import Accelerator, DistributedDataParallelKwargs
 
     return Accelerator(
@@ -382,7 +392,8 @@ def save(self: TrainingRun):
 
 @patch
 def resume(self: TrainingRun):
-    "Go to where the newest checkpoint stands, if there is one. Raises ValueError if it does not fit."
+    """Go to where the newest checkpoint stands, if there is one. Raises ValueError if it does not
+    fit."""
     found = list_checkpoints(self.folder) if self.folder else []
     if not found:
         return

@@ -11,7 +11,6 @@ __all__ = ['TUNING_METHODS', 'STABLE_DIFFUSION_15', 'tiny_unet', 'attention_site
            'add_adapters', 'parameter_table', 'ContextMemory', 'cached_context']
 
 # %% ../nbs/06_unet.ipynb #d1103f92
-#| echo: false
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
@@ -26,7 +25,6 @@ from torch.nn import functional
 from torch.utils.weak import WeakTensorKeyDictionary
 
 # %% ../nbs/06_unet.ipynb #535ee5e1
-#| echo: false
 def tiny_unet(
     sample_size: int = 8,  # H = W of the latents
     latent_channels: int = 8,  # channels of the latents
@@ -55,7 +53,6 @@ def tiny_unet(
     )
 
 # %% ../nbs/06_unet.ipynb #atnsites
-#| echo: false
 def attention_sites(
     unet: UNet2DConditionModel,  # any U-Net, compiled or not
 ) -> dict:  # path of every attention -> its `Attention` module
@@ -67,7 +64,6 @@ def attention_sites(
     }
 
 # %% ../nbs/06_unet.ipynb #e74e3815
-#| echo: false
 def cross_attention_sites(
     unet: UNet2DConditionModel,  # any U-Net with cross-attention, compiled or not
 ) -> dict:  # path of every cross-attention -> its `Attention` module
@@ -98,7 +94,6 @@ def project_context(attn: Attention, context: torch.Tensor) -> tuple:
     return (key if attn.norm_k is None else attn.norm_k(key)), value
 
 # %% ../nbs/06_unet.ipynb #k1ndatt1
-#| echo: false
 def check_attention(
     attn: Attention,  # about to be computed by our processor
     hidden_states: torch.Tensor,  # (N, H*W, C)
@@ -115,7 +110,6 @@ def check_attention(
         )
 
 # %% ../nbs/06_unet.ipynb #chckbias
-#| echo: false
 def check_bias(attention_mask, context_bias, rows: int, tokens: int):
     "Raise `ValueError` where the shape of a mask or bias is not that of the context."
     if attention_mask is not None and (
@@ -192,7 +186,6 @@ class CrossAttnAdapterProcessor:
         return out / attn.rescale_output_factor
 
 # %% ../nbs/06_unet.ipynb #8d9e91e5
-#| echo: false
 class SelfAttnProcessor(AttnProcessor2_0):
     "diffusers' self-attention; takes and ignores the `context_bias` meant for cross-attention."
 
@@ -208,7 +201,6 @@ class SelfAttnProcessor(AttnProcessor2_0):
         return super().__call__(attn, hidden_states, encoder_hidden_states, attention_mask, temb)
 
 # %% ../nbs/06_unet.ipynb #7a97fa2c
-#| echo: false
 @dataclass
 class AttentionRecord:
     "How much each context token was looked at: an entry a U-Net call and site, on the CPU."
@@ -239,15 +231,14 @@ class AttentionRecord:
         return torch.stack([mass for calls in self.mass.values() for mass in calls]).mean(0)
 
 # %% ../nbs/06_unet.ipynb #0urpr0c1
-#| echo: false
 def our_processors(
     unet: UNet2DConditionModel,  # any U-Net with cross-attention
-) -> list:  # the `CrossAttnAdapterProcessor`s that are installed in it
+) -> list:  # of `CrossAttnAdapterProcessor`
+    "Those of its cross-attention processors that are ours."
     processors = [attn.processor for attn in cross_attention_sites(unet).values()]
     return [p for p in processors if isinstance(p, CrossAttnAdapterProcessor)]
 
 # %% ../nbs/06_unet.ipynb #1b6db4bc
-#| echo: false
 @contextmanager
 def record_attention(
     unet: UNet2DConditionModel,  # prepared by `add_adapters`, any method; `pipe.unet` is
@@ -294,7 +285,6 @@ class BottleneckAdapter(nn.Module):
         return hidden_states + self.up(inside).to(hidden_states.dtype)
 
 # %% ../nbs/06_unet.ipynb #806b9047
-#| echo: false
 class UNetAdapters(ModelMixin, ConfigMixin):
     "All bottleneck adapters of one U-Net. `adapters[site]` is the one at that cross-attention."
 
@@ -326,7 +316,6 @@ class UNetAdapters(ModelMixin, ConfigMixin):
         return self.bottlenecks[site.replace(".", "-")]
 
 # %% ../nbs/06_unet.ipynb #ca1178d3
-#| echo: false
 def site_channels(
     unet: UNet2DConditionModel,  # any U-Net with cross-attention
 ) -> dict:  # path of every cross-attention -> channels that leave it
@@ -375,7 +364,6 @@ def attach_adapters(
     return unet
 
 # %% ../nbs/06_unet.ipynb #ch3ckpr0
-#| echo: false
 def check_processors(
     unet: UNet2DConditionModel,  # one that `attach_adapters` has prepared
 ):
@@ -391,7 +379,6 @@ def check_processors(
             )
 
 # %% ../nbs/06_unet.ipynb #m3thods1
-#| echo: false
 def train_lora(unet, width, adapters, activation):
     "Low-rank products beside the matrices of cross-attention; a LoRA that is there trains further."
     if not getattr(unet, "peft_config", None):
@@ -446,7 +433,6 @@ TUNING_METHODS = dict(
 )
 
 # %% ../nbs/06_unet.ipynb #ae9360ae
-#| echo: false
 @dataclass
 class UNetTuning:
     """What `add_adapters` left trainable, and nothing else.
@@ -507,7 +493,6 @@ def add_adapters(
     return UNetTuning(unet, method, adapters)
 
 # %% ../nbs/06_unet.ipynb #0c64f334
-#| echo: false
 STABLE_DIFFUSION_15 = dict(
     sample_size=64,
     in_channels=4,
@@ -521,7 +506,6 @@ STABLE_DIFFUSION_15 = dict(
 )
 
 # %% ../nbs/06_unet.ipynb #f5985ab5
-#| echo: false
 def parameter_table(
     config: dict,  # configuration of a U-Net; `unet.config` will do
     settings: tuple = (
@@ -546,7 +530,6 @@ def parameter_table(
     return rows
 
 # %% ../nbs/06_unet.ipynb #c1a7mem0
-#| echo: false
 class ContextMemory:
     "`project_context` that computes once what it is asked many times."
 

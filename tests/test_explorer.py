@@ -108,8 +108,12 @@ def test_what_is_wrong_is_said_beside_the_buttons(app, monkeypatch):
     assert "<script>" not in app.stage.columns[1].title.value
 
 
-def test_three_to_twelve_captions(app):
-    longest = min(LONGEST, app.pipe.story_context.config.n_times)
+@pytest.mark.parametrize("rows_of_time", [9, 12, 16])
+def test_three_to_twelve_captions(as_if_tuned, rows_of_time):
+    pipe = as_if_tuned(num_inference_steps=1)
+    pipe.story_context.grow(rows_of_time)
+    app = StoryExplorer(pipe)
+    longest = min(LONGEST, rows_of_time)
     for _ in range(15):
         app.form.resize(1)
     assert len(app.form.rows) == len(app.form.rows_box.children) == longest
@@ -256,7 +260,7 @@ def only_the_app(notebook: dict) -> dict:
 
 @pytest.fixture(params=["voila", "lab"])
 def page(request, tmp_path):
-    "The explorer, open in a browser: the whole notebook as an app, and its last cell in JupyterLab."
+    "The explorer in a browser: the whole notebook as an app, and its cells alone in JupyterLab."
     if find_browser() is None:
         pytest.skip("no Chromium found: apt-get install chromium")
     for module in ("playwright", request.param if request.param == "voila" else "jupyterlab"):
@@ -385,7 +389,8 @@ def write_captions(page, captions):
 
 def check_nothing_is_cut_off(page, width, shot=None):
     "At a window of this width, every visible part of the explorer lies inside it."
-    page.set_viewport_size(dict(width=width, height=1640))
+    page.set_viewport_size(dict(width=width, height=2200))
+    page.mouse.move(2, 2)
     page.wait_for_timeout(500)
     if shot:
         page.locator(".story-explorer").screenshot(path=str(shot))
@@ -403,7 +408,11 @@ def check_nothing_is_cut_off(page, width, shot=None):
     for frame_left, frame_right, top, bottom in frames:
         assert 120 < frame_right - frame_left <= COLUMN
         assert abs((frame_right - frame_left) - (bottom - top)) < 1.5  # square
-    return len({round(top) for _, _, top, _ in frames})  # rows of frames
+    rows = len({round(top) for _, _, top, _ in frames})
+    if page.locator(".story-before:visible").count():
+        old = page.locator(".story-before").evaluate_all(BOXES)
+        assert len({round(top) for _, _, top, _ in old}) == rows  # on one line with each other
+    return rows
 
 
 def test_a_story_is_written_drawn_and_its_past_changed(page, tmp_path):
@@ -425,7 +434,7 @@ def test_a_story_is_written_drawn_and_its_past_changed(page, tmp_path):
     wait_for(page, "Frame 3: which words")
     page.locator(".story-click").nth(0).click()  # another picture at position 0
     boxes = page.locator(".story-explorer select")
-    for place, choice in ((-4, "home"), (-3, "umbrella"), (-2, "green")):  # -1 is the page's
+    for place, choice in ((-5, "waves"), (-4, "home"), (-3, "umbrella"), (-2, "green")):
         boxes.nth(boxes.count() + place).select_option(choice)
     page.wait_for_timeout(500)
     button(page, "image").click()

@@ -1,4 +1,5 @@
-"What a reader of 09_miniature need not see: the whole pre-training in small, interrupted, repeated, refused, read back."
+"""What a reader of the miniature room need not see: the whole pre-training in small,
+interrupted, repeated, refused, read back."""
 
 import json
 import random
@@ -17,8 +18,8 @@ from transformers.utils import logging
 import causal_story.miniature as miniature
 from causal_story.captions import describe
 from causal_story.cartoon import CHARACTERS, Actor, Scene, held_out, random_scene
+from causal_story.diffusion import decode_latents, normalise_latents, tiny_vae
 from causal_story.encoders import HistoryEncoder, tiny_history_encoder
-from causal_story.metrics import FrameReader, reader_accuracy, scene_targets
 from causal_story.miniature import (
     LATENT_CHANNELS,
     SAVED_PARTS,
@@ -43,8 +44,8 @@ from causal_story.miniature import (
     training_caption,
     with_stories,
 )
-from causal_story.model import decode_latents, normalise_latents, tiny_vae
-from causal_story.pipeline import story_pipeline
+from causal_story.pipeline import CausalStoryPipeline
+from causal_story.reader import FrameReader, reader_accuracy, scene_targets
 from causal_story.storyworld import make_stories
 from causal_story.training import TrainingConfig
 from causal_story.words import tiny_tokenizers
@@ -538,12 +539,16 @@ def test_autoencoder_batches_cover_the_pool():
 
 
 def test_facts_are_read_from_the_latents_alone():
-    "The second loss is the reader's on noisy latents at unit variance: neither pixels nor the decoder reach it."
+    """The second loss is the reader's on noisy latents at unit variance: neither pixels nor the
+    decoder reach it."""
     pool = make_pool(4, progress=False)
     torch.manual_seed(0)
     model = FactAutoencoder(tiny_vae())
     pixels, targets, key = pool_batches(pool, TrainingConfig(steps=1, batch_size=4))(0)
-    draw = lambda: miniature.sample_generator(*key, "posterior")
+
+    def draw():
+        return miniature.sample_generator(*key, "posterior")
+
     reconstruction, facts = model(pixels, targets, draw())
     assert_close(
         miniature.autoencoder_loss(model, (pixels, targets, key), 0, fact_weight=0.5),
@@ -561,7 +566,8 @@ def test_facts_are_read_from_the_latents_alone():
 
 
 def test_facts_keep_what_pixels_would_let_go():
-    "Forty steps on eight frames: with a weight, their facts are learned through the noise; with none, nothing asks for them."
+    """Forty steps on eight frames: with a weight, their facts are learned through the noise; with
+    none, nothing asks for them."""
     pool, config = (
         make_pool(8, progress=False),
         TrainingConfig(steps=40, batch_size=8, learning_rate=2e-3, warmup_steps=2, weight_decay=0),
@@ -632,7 +638,7 @@ def test_the_shipped_judge_hardly_errs():
 def test_the_shipped_base_draws_what_held_out_captions_say():
     "Far below its figures (notebook 09), far above a base that is broken."
     pipe, reader, rng = (
-        story_pipeline("miniature", adapter_width=0),
+        CausalStoryPipeline.from_base("miniature"),
         FrameReader.from_pretrained("miniature"),
         random.Random(4),
     )

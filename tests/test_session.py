@@ -6,14 +6,17 @@ import threading
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
 import causal_story.session as session
-from causal_story.causal_mask import frame_mask
+from causal_story.cartoon import CHARACTERS, SETTINGS, Actor, Scene, render
+from causal_story.causal_mask import HistoryPolicy, frame_mask
 from causal_story.data import StoryRecord
-from causal_story.experiments import draw_stories
+from causal_story.drawing import draw_stories
+from causal_story.pipeline import story_generator
 from causal_story.session import (
     EXAMPLES,
     RECIPE_KINDS,
@@ -28,13 +31,11 @@ from causal_story.session import (
     replace_word,
     save_story,
     story_changes,
-    story_generator,
     story_gif,
     story_page,
     unknown_words,
     world_story,
 )
-from causal_story.storyworld import CHARACTERS, SETTINGS, Actor, Scene, render
 
 CAPTIONS = EXAMPLES["Two on the moon"].captions  # four of them
 OTHER = render(Scene("home", (Actor("Milo", "waves", "umbrella", "green"),)), 64, seed=1)
@@ -138,6 +139,17 @@ def test_the_picture_is_the_pipelines_for_the_same_seed(pipe, task):
     record = StoryRecord("", list(CAPTIONS), [OTHER] * len(CAPTIONS), None)
     elsewhere = draw_stories(pipe, [record], task, seed=11, progress=False)
     assert as_bytes(elsewhere[0]) == as_bytes(story.pictures[given:])
+
+
+def test_a_policy_may_be_one_value(pipe):
+    policy = HistoryPolicy("weighted", 1, keep_given=False)
+    story = StorySession(
+        pipe, CAPTIONS, OTHER, task="continuation", history_policy=policy, num_inference_steps=1
+    )
+    assert torch.equal(story.links, policy.mask(3, "continuation")) and not story.links[2, 0]
+    assert (story.settings.history_policy, story.settings.window) == ("weighted", 1)
+    again = from_recipe(pipe, json.loads(json.dumps(recipe(story))))
+    assert torch.equal(again.links, story.links) and again.settings == story.settings
 
 
 @pytest.mark.parametrize("n", [9, 3])

@@ -28,7 +28,8 @@ from causal_story.cartoon import (
     held_out,
     random_scene,
 )
-from causal_story.storyworld import Fact, Story, make_stories, make_story
+from causal_story.narrator import Fact, Story
+from causal_story.storyworld import make_stories, make_story
 
 splits, lengths, seeds = st.sampled_from(SPLITS), st.integers(3, 16), st.integers(0, 10**9)
 

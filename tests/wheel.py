@@ -56,7 +56,8 @@ def call(
         stdin=subprocess.DEVNULL,
     )
     if done.returncode:
-        raise RuntimeError(f"{command[0]} failed:\n{done.stdout}\n{done.stderr}")
+        words = (done.stdout + "\n" + done.stderr)[-4000:]  # progress bars are long
+        raise RuntimeError(f"{command[0]} ended with status {done.returncode}:\n{words}")
     return done.stdout + done.stderr
 
 
@@ -186,7 +187,8 @@ def install_and_run(
     pins = ROOT / "constraints.txt"
     call(programs / "python", "-m", "pip", "install", "-c", pins, wheel, folder=folder)
     clean = {"PYTHONPATH": "", "HF_HUB_OFFLINE": "1"}
-    print(call(programs / "causal-story", "demo", "--steps", "20", folder=folder, **clean))
+    report = call(programs / "causal-story", "demo", "--steps", "20", folder=folder, **clean)
+    print("\n".join(line for line in report.splitlines() if "|" not in line))  # no progress bars
     where = call(
         programs / "python",
         "-c",

@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 from causal_story.captions import describe
 from causal_story.cartoon import random_scene, render
 from causal_story.miniature import draw_captions
-from causal_story.pipeline import story_pipeline
+from causal_story.pipeline import CausalStoryPipeline
 
 
 def averaged(pipe, path):
@@ -33,7 +33,7 @@ def averaged(pipe, path):
 
 
 def main(folder):
-    pipe, rng = story_pipeline("miniature", adapter_width=0), random.Random(5)
+    pipe, rng = CausalStoryPipeline.from_base("miniature"), random.Random(5)
     pipe.set_progress_bar_config(disable=True)
     scenes = [random_scene(rng, "test") for _ in range(6)]
     captions = [describe(scene, rng, "test") for scene in scenes]
