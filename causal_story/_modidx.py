@@ -200,6 +200,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/causal-story', 'doc_host':
                                   'causal_story.cli.as_value': ('library/cli.html#as_value', 'causal_story/cli.py'),
                                   'causal_story.cli.best_device': ('library/cli.html#best_device', 'causal_story/cli.py'),
                                   'causal_story.cli.cache': ('library/cli.html#cache', 'causal_story/cli.py'),
+                                  'causal_story.cli.check_complete': ('library/cli.html#check_complete', 'causal_story/cli.py'),
                                   'causal_story.cli.chosen_recipe': ('library/cli.html#chosen_recipe', 'causal_story/cli.py'),
                                   'causal_story.cli.demo': ('library/cli.html#demo', 'causal_story/cli.py'),
                                   'causal_story.cli.evaluate': ('library/cli.html#evaluate', 'causal_story/cli.py'),

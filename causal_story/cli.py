@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['Changes', 'VERBS', 'Model', 'Drawing', 'chosen_recipe', 'best_device', 'is_tuned', 'is_hub_id', 'is_full_size',
-           'new_pipeline', 'start_model', 'load_tuned', 'load_model', 'prepare', 'pretrain_base', 'cache', 'train',
-           'sample', 'evaluate', 'experiment', 'demo', 'Verb', 'Setting', 'settings_of', 'kind_in_words', 'help_of',
-           'read_words', 'read_file', 'as_value', 'parse', 'main']
+           'new_pipeline', 'check_complete', 'start_model', 'load_tuned', 'load_model', 'prepare', 'pretrain_base',
+           'cache', 'train', 'sample', 'evaluate', 'experiment', 'demo', 'Verb', 'Setting', 'settings_of',
+           'kind_in_words', 'help_of', 'read_words', 'read_file', 'as_value', 'parse', 'main']
 
 # %% ../nbs/library/cli.ipynb #cli00003
 import contextlib
@@ -201,6 +201,17 @@ def new_pipeline(
     return pipe
 
 
+def check_complete(name):
+    "Raise ValueError if a tuned pipeline lies there in part: it must not be taken for a base."
+    path = Path(name)
+    if (path / "story_context").is_dir() and not is_tuned(name):
+        raise ValueError(
+            f"{path / 'model_index.json'} is missing, though {path} holds a tuned pipeline's "
+            "parts: it was not written to the end; run `train` again, it goes on from its "
+            "checkpoint"
+        )
+
+
 def start_model(
     base: str,  # what `new_pipeline` takes, or a tuned pipeline, which is tuned further
     model: Model,
@@ -209,6 +220,7 @@ def start_model(
     seed: int = 0,  # of new weights
 ) -> tuple:  # CausalStoryPipeline, Recipe
     "What training starts from."
+    check_complete(base)
     if base == "miniature" or not is_tuned(base):
         size = "full" if is_full_size(base) else "miniature"
         chosen = chosen_recipe(recipe, size, changes)
@@ -237,14 +249,7 @@ def load_model(
     drawing: Drawing,
 ) -> CausalStoryPipeline:
     "A model to draw with, on its device. Raises FileNotFoundError or ValueError that names it."
-    path = Path(name)
-    half_written = (path / "story_context").is_dir() and not is_tuned(name)
-    if half_written:
-        raise ValueError(
-            f"{path / 'model_index.json'} is missing, though {path} holds a tuned pipeline's "
-            "parts: it was not written to the end; run `train` again, it goes on from its "
-            "checkpoint"
-        )
+    check_complete(name)
     if is_tuned(name):
         pipe = load_tuned(name, model)
     elif is_hub_id(name) and model == Model():
