@@ -182,7 +182,7 @@ def test_every_story_is_drawn_once_and_alike_by_whom_it_is(world, tmp_path, task
 
     def draw(name, **options):
         options |= dict(num_inference_steps=1, progress=False)
-        return draw_folder(pipe, dataset, tmp_path / name, task, **options)
+        return draw_folder(pipe, dataset, tmp_path / name, task, batch_size=1, **options)
 
     shares = [draw("two", process=process, n_processes=2) for process in (1, 0)]
     assert sorted(sum(shares, [])) == draw("one") == list(range(6)) and draw("two") == []
