@@ -135,7 +135,10 @@ def draw_folder(
     progress: bool = True,
     **options,  # of the pipeline's call
 ) -> list:  # the stories that this call has drawn
-    "Draw this process's share of the stories that are not in `out` yet."
+    """Draw this process's share of the stories that are not in `out` yet.
+
+    With `batch_size=1` a story has the same bytes whoever draws it; in a batch sums are made in
+    another order, and a colour may differ in its last bit."""
     out = Path(out)
     numbers = list(range(len(dataset)) if index is None else index)[process::n_processes]
     missing = [k for k in numbers if not story_folder(out, k).exists()]

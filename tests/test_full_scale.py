@@ -10,6 +10,7 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -180,9 +181,9 @@ def test_every_story_is_drawn_once_and_alike_by_whom_it_is(world, tmp_path, task
     pipe, dataset = small(world), StoryDataset(world.data, "train")
     pipe.set_progress_bar_config(disable=True)
 
-    def draw(name, **options):
-        options |= dict(num_inference_steps=1, progress=False)
-        return draw_folder(pipe, dataset, tmp_path / name, task, batch_size=1, **options)
+    def draw(name, batch_size=1, **options):
+        options |= dict(batch_size=batch_size, num_inference_steps=1, progress=False)
+        return draw_folder(pipe, dataset, tmp_path / name, task, **options)
 
     shares = [draw("two", process=process, n_processes=2) for process in (1, 0)]
     assert sorted(sum(shares, [])) == draw("one") == list(range(6)) and draw("two") == []
@@ -198,6 +199,14 @@ def test_every_story_is_drawn_once_and_alike_by_whom_it_is(world, tmp_path, task
             assert count_tiles(Image.open(one / picture)) == 1
         record = dataset.story(index, tile=0)
         assert len(DrawnStories(tmp_path / "one").frames(index, record, task)) == len(pictures)
+
+    # several at once: sums in another order, so a colour may tip over to the next
+    assert draw("batches", batch_size=4) == list(range(6))
+    for index in range(6):
+        name = f"frame-{given}.png"
+        one, other = (story_folder(tmp_path / way, index) / name for way in ("one", "batches"))
+        one, other = (np.asarray(Image.open(path), int) for path in (one, other))
+        assert np.abs(one - other).max() <= 1
 
 
 # ---------------------------------------------------------------- several processes, kill -9
