@@ -509,7 +509,9 @@ def evaluate(
     split = _agreed(found, "split", split, "test")
     dataset = StoryDataset(data, split, task)
     _check_kind(model, dataset)
-    panel = make_judges(judges, story_of(dataset, 0), best_device(drawing.device))
+    panel = make_judges(
+        judges, story_of(dataset, 0), best_device(drawing.device), tuple(dataset.characters)
+    )
     with contextlib.ExitStack() as stack:
         if found is None:
             if not folder and int(os.environ.get("WORLD_SIZE", 1)) > 1:

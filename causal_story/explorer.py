@@ -704,14 +704,14 @@ class StoryExplorer:
     def _arranged(self):
         "All parts on one page."
         bar = [self.draw_button, self.stop_button, self.go_on_button, self.progress, self.status]
-        seen = widgets.VBox([self.look_title, self.look_image])
+        question = widgets.VBox([self.look_title, self.look_image])
         page = widgets.VBox(
             [
                 widgets.HTML(STYLE + HEAD),
                 _row(self.form.widget, self.settings.widget),
                 _row(*bar, margin="6px 0"),
                 self.stage.widget,
-                _row(self.past.widget, seen, margin="8px 0"),
+                _row(self.past.widget, question, margin="8px 0"),
                 self.keeping.widget,
             ]
         )

@@ -497,7 +497,8 @@ class ImageEncoder(nn.Module):
         self.model = model.float().eval()
         self.pools = not missing  # a pooler without weights says nothing
 
-    def forward(self, pictures):  # (n, 3, size, size) -> (n, D)
+    def forward(self, pictures):  # (n, 3, size, size)
+        "Features, (n, D)."
         if hasattr(self.model, "get_image_features"):
             answer = self.model.get_image_features(pixel_values=pictures)
             return getattr(answer, "pooler_output", answer)

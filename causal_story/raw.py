@@ -32,6 +32,7 @@ from causal_story.story_file import (
     Fault,
     RawStory,
     as_rgb,
+    check_heap,
     open_image,
     open_stories,
     png_bytes,
@@ -972,8 +973,11 @@ def read_vist(
     def read_story(split, row):
         where = f"{raw}: row {row} of {split!r}"
         with reading(where, "readable"), open_stories(raw) as file:
+            columns = [file[split][f"image{k}"] for k in range(5)]
+            for column in (*columns, file[split][captions]):
+                check_heap(column, row)
             texts = file[split][captions].asstr()[row].split("|")
-            images = [file[split][f"image{k}"][row].tobytes() for k in range(5)]
+            images = [column[row].tobytes() for column in columns]
         if len(texts) != 5:
             raise ValueError(
                 f"{where}: {captions} holds {len(texts)} captions for 5 pictures "

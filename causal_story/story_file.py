@@ -5,14 +5,15 @@
 # %% auto #0
 __all__ = ['STORY_FAULTS', 'NAMED_FAULTS', 'stack_tiles', 'count_tiles', 'cut_tile', 'to_8_bits', 'as_rgb', 'open_image',
            'png_bytes', 'RawStory', 'write_story', 'Fault', 'report_path', 'left_out', 'write_hdf5', 'convert_stories',
-           'StoredStory', 'open_stories', 'story_schema', 'story_keys', 'StoryFile', 'decode_strips', 'as_raw_story',
-           'StoryMemory', 'StoryReader']
+           'check_heap', 'StoredStory', 'open_stories', 'story_schema', 'story_keys', 'StoryFile', 'decode_strips',
+           'as_raw_story', 'StoryMemory', 'StoryReader']
 
 # %% ../nbs/library/story_file.ipynb #de43dec2
 import io
 import json
 import os
 import re
+import struct
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -236,8 +237,8 @@ def _raise_faults(
 class _Conversion:
     "What happens on the way into one file: faults, and notes worth saying once."
 
-    def __init__(self, faults, keep_going: bool):
-        self.faults, self.keep_going = list(faults), keep_going
+    def __init__(self, faults, keep_going: bool, source: str):
+        self.faults, self.keep_going, self.source = list(faults), keep_going, source
         self.notes = {}  # what -> [how often, where first]
 
     @property
@@ -251,7 +252,9 @@ class _Conversion:
             story = read_story(split, key)
             _check_story(story)
         except STORY_FAULTS as error:
-            name = getattr(error, "story", None) or str(key)[:200]
+            name = getattr(key, "id", None) or str(key)[:200]
+            if self.source not in str(error):
+                error = type(error)(f"{self.source}: {error}")
             self.faults.append(Fault(split, name, error))
             return None
         for k, strip in enumerate(story.strips):
@@ -282,7 +285,7 @@ def write_hdf5(
     keep_going: bool = False,  # leave out stories that cannot be read, and report them
     faults: Sequence[Fault] = (),  # stories found unreadable while looking for the keys
     characters: Sequence[str] = (),  # every name that labels may hold; () without labels
-    source: str = "",  # where the stories lie; named if there are none
+    source: str = "",  # where the stories lie, named in errors
 ) -> Path:  # `out`
     """Writes an HDF5 file, version 2, atomically and one story at a time.
 
@@ -294,7 +297,7 @@ def write_hdf5(
         raise ValueError(f"{source or 'here'}: there is no story to write to {out}")
     if out.is_dir():
         raise ValueError(f"out={str(out)!r} is a folder: name a file")
-    conversion, written = _Conversion(faults, keep_going), 0
+    conversion, written = _Conversion(faults, keep_going, source), 0
     bar = tqdm(total=total, desc=f"writing {out.name}", unit="story", disable=not progress)
     with atomic_hdf5(out) as (file, check_disk), bar:
         names = json.dumps(list(characters))
@@ -348,6 +351,33 @@ def convert_stories(
     keys = {split: list(enumerate(stories)) for split, stories in stories_by_split.items()}
     return write_hdf5(keys, read_story, out, progress)
 
+# %% ../nbs/library/story_file.ipynb #42e5747c
+def check_heap(
+    dataset: h5py.Dataset,  # texts or pictures of different length
+    row: int = 0,  # of the dataset; 0 for a single value
+):
+    "Raises ValueError where a heap is damaged in a way that HDF5 would never come back from."
+    file, start = dataset.file, dataset.id.get_offset()
+    sizes = file.id.get_create_plist().get_sizes()
+    if start is None or dataset.dtype.kind != "O" or sizes != (8, 8):
+        return  # not stored in this way
+    with open(file.filename, "rb") as raw:
+
+        def unpack(kind, place):
+            raw.seek(place + file.userblock_size)
+            return struct.unpack(kind, raw.read(struct.calcsize(kind)))
+
+        _, heap, _ = unpack("<IQI", start + 16 * row)  # length, place of the heap, number in it
+        if not heap:
+            return  # never written
+        mark, size = unpack("<4s4xQ", heap)
+        place = 16
+        while mark == b"GCOL" and place + 16 <= size:
+            number, length = unpack("<H6xQ", heap + place)
+            if number == 0 and length == 0:
+                raise ValueError("a table of sizes holds zeros: the file has a hole")
+            place += length if number == 0 else 16 + (length + 7) // 8 * 8
+
 # %% ../nbs/library/story_file.ipynb #177a53b2
 class StoredStory(NamedTuple):
     "A story as it lies in the file, images not yet decoded."
@@ -371,7 +401,10 @@ def _read_v1(
     key: int,  # row
 ) -> StoredStory:  # the story of that row
     "Version 1: arrays image0 ... and `text`. Source: the layout of the released converters."
-    images = [group[f"image{k}"][key].tobytes() for k in range(_count_images(group))]
+    columns = [group[f"image{k}"] for k in range(_count_images(group))]
+    for column in (*columns, group["text"]):
+        check_heap(column, key)
+    images = [column[key].tobytes() for column in columns]
     captions = group["text"].asstr()[key].split("|")
     return StoredStory(f"{group.name.strip('/')}/{key}", captions, images, None)
 
@@ -383,6 +416,9 @@ def _read_v2(
     "Version 2: one group a story."
     story = group[key]
     images = [story[f"image{k}"][()].tobytes() for k in range(_count_images(story))]
+    for name in ("captions", "truth", "labels"):
+        if name in story:
+            check_heap(story[name])
     captions = json.loads(story["captions"].asstr()[()])
     if not isinstance(captions, list) or not all(isinstance(text, str) for text in captions):
         raise ValueError("its captions are no list of strings")

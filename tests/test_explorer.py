@@ -108,8 +108,12 @@ def test_what_is_wrong_is_said_beside_the_buttons(app, monkeypatch):
     assert "<script>" not in app.stage.columns[1].title.value
 
 
-def test_three_to_twelve_captions(app):
-    longest = min(LONGEST, app.pipe.story_context.config.n_times)
+@pytest.mark.parametrize("rows_of_time", [9, 12, 16])
+def test_three_to_twelve_captions(as_if_tuned, rows_of_time):
+    pipe = as_if_tuned(num_inference_steps=1)
+    pipe.story_context.grow(rows_of_time)
+    app = StoryExplorer(pipe)
+    longest = min(LONGEST, rows_of_time)
     for _ in range(15):
         app.form.resize(1)
     assert len(app.form.rows) == len(app.form.rows_box.children) == longest

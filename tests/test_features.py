@@ -85,12 +85,14 @@ def test_without_a_cache_the_history_is_shown_alike(world, latents):
     true, shown = batch_of(cache), batch_of(cache, shown_by=model.vae)
     n_blocks = expected.shape[1]
     valid = shown["history_valid"][:, :n_blocks]
-    for batch, alike in ((true, False), (shown, True)):
+    differences = []
+    for batch in (true, shown):
         pictures = batch["history_frames"][:, :n_blocks]
         with torch.no_grad():
             found = model.history_encoder.image_features(pictures.flatten(0, 1))
-        difference = (found.view_as(expected) - expected)[valid].abs().max()
-        assert bool(difference < 1e-4) == alike
+        differences.append((found.view_as(expected) - expected)[valid].abs().max().item())
+    assert differences[1] < 0.01  # pictures are rounded to bytes: one may tip over
+    assert differences[0] > 20 * differences[1]
 
 
 def test_two_caches_in_memory_live_side_by_side(world):

@@ -1,6 +1,5 @@
-"What a reader of 09_miniature need not see: the whole pre-training in small, interrupted,"
-
-"repeated, refused, read back."
+"""What a reader of the miniature room need not see: the whole pre-training in small,
+interrupted, repeated, refused, read back."""
 
 import json
 import random
@@ -45,7 +44,7 @@ from causal_story.miniature import (
     training_caption,
     with_stories,
 )
-from causal_story.pipeline import story_pipeline
+from causal_story.pipeline import CausalStoryPipeline
 from causal_story.reader import FrameReader, reader_accuracy, scene_targets
 from causal_story.storyworld import make_stories
 from causal_story.training import TrainingConfig
@@ -546,7 +545,10 @@ def test_facts_are_read_from_the_latents_alone():
     torch.manual_seed(0)
     model = FactAutoencoder(tiny_vae())
     pixels, targets, key = pool_batches(pool, TrainingConfig(steps=1, batch_size=4))(0)
-    draw = lambda: miniature.sample_generator(*key, "posterior")
+
+    def draw():
+        return miniature.sample_generator(*key, "posterior")
+
     reconstruction, facts = model(pixels, targets, draw())
     assert_close(
         miniature.autoencoder_loss(model, (pixels, targets, key), 0, fact_weight=0.5),
@@ -636,7 +638,7 @@ def test_the_shipped_judge_hardly_errs():
 def test_the_shipped_base_draws_what_held_out_captions_say():
     "Far below its figures (notebook 09), far above a base that is broken."
     pipe, reader, rng = (
-        story_pipeline("miniature", adapter_width=0),
+        CausalStoryPipeline.from_base("miniature"),
         FrameReader.from_pretrained("miniature"),
         random.Random(4),
     )

@@ -1,6 +1,7 @@
 """Every notebook, run from top to bottom by nbdev_test.
 
-Each gets a process of its own, because nbdev_test reuses its workers and what one notebook does to the environment
+Each gets a process of its own, because nbdev_test reuses its workers and what one notebook does to
+the environment
 would leak into the next. Several processes share the cores; the tests below only wait for them.
 """
 

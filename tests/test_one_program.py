@@ -1,4 +1,4 @@
-"""One program: what was trained is what draws, is saved, and comes back; every door draws the same."""
+"""What was trained is what draws, is saved and comes back; every door draws the same."""
 
 import json
 import subprocess

@@ -19,6 +19,7 @@ from story_samples import (
     ToyStory,
     assert_nothing_left,
     assert_story,
+    caption,
     captions,
     picture,
     png,
@@ -28,18 +29,23 @@ from story_samples import (
 
 from causal_story.data import StoryDataset
 from causal_story.raw import (
+    LAYOUTS,
+    Layout,
     PlainUnpickler,
+    RawData,
     RefusedPickle,
+    convert,
     convert_flintstones,
     convert_folder,
     convert_pororo,
     load_npy,
     load_pickle,
+    readable_kinds,
     write_flintstones_raw,
     write_folder,
     write_pororo_raw,
 )
-from causal_story.story_file import RawStory, convert_stories
+from causal_story.story_file import RawStory, convert_stories, left_out, open_image
 
 
 def test_flintstones_keeps_split_order_and_only_whole_stories(flintstones, tmp_path):
@@ -642,3 +648,527 @@ def test_own_folder_without_picture_or_index(tmp_path):
     (raw / "stories.jsonl").unlink()
     with pytest.raises(FileNotFoundError, match="lacks stories.jsonl"):
         convert_folder(raw, tmp_path / "out.h5", progress=False)
+
+
+# ---------------------------------------------------------------- damaged clips: stop, or go on
+
+
+def damage_clips(raw: Path, *numbers: int) -> list[str]:
+    "Cuts one clip of each story short; the names of these stories."
+    for number in numbers:
+        clip = raw / "video_frames_sampled" / f"s_0{number}_e_01_shot_000002.npy"
+        clip.write_bytes(clip.read_bytes()[:500])
+    return [f"s_0{number}_e_01_shot_000000" for number in numbers]
+
+
+def test_all_faults_are_named_in_one_pass(flintstones, tmp_path):
+    damage_clips(flintstones, 9, 1)
+    with pytest.raises(ValueError) as caught:
+        convert_flintstones(flintstones, tmp_path / "out.h5", progress=False)
+    message = str(caught.value)
+    assert message.startswith("2 of 4 stories cannot be read (keep_going=True (--keep-going)")
+    assert "s_09_e_01_shot_000002.npy" in message and "s_01_e_01_shot_000002.npy" in message
+    assert_nothing_left(tmp_path, "flintstones")
+
+
+def test_going_on_leaves_out_bad_stories_and_reports_them(flintstones, tmp_path):
+    bad = damage_clips(flintstones, 9, 1)
+    with pytest.warns(UserWarning, match=r"2 stories were left out of .*out\.h5.*left_out\.json"):
+        out = convert(flintstones, tmp_path / "out.h5", progress=False, keep_going=True)
+    report = left_out(out)
+    assert [(row["split"], row["story"]) for row in report] == [("train", bad[0]), ("val", bad[1])]
+    assert all("shot_000002.npy" in row["reason"] for row in report)
+    train = StoryDataset(out, "train")
+    assert len(train) == 1 and len(StoryDataset(out, "val")) == 0
+    assert_story(train.story(0, tile=0), 0)
+    assert_story(StoryDataset(out, "test").story(0), 2)
+    for number in (9, 1):
+        clips = flintstones / "video_frames_sampled"
+        np.save(
+            clips / f"s_0{number}_e_01_shot_000002.npy",
+            np.stack([picture(number, 2, tile) for tile in range(5)]),
+        )
+    convert(flintstones, out, progress=False, keep_going=True)
+    assert left_out(out) == [] and len(StoryDataset(out, "train")) == 2
+    assert_nothing_left(tmp_path, "flintstones", "out.h5")
+
+
+def test_going_on_with_nothing_left_is_an_error(flintstones, tmp_path):
+    damage_clips(flintstones, 9, 0, 1, 2)
+    with pytest.raises(ValueError, match="4 of 4 stories cannot be read"):
+        convert(flintstones, tmp_path / "out.h5", progress=False, keep_going=True)
+    assert_nothing_left(tmp_path, "flintstones")
+
+
+def test_twenty_faults_are_named_and_the_others_counted(tmp_path):
+    lines = [{"frames": [f"{k}.png"], "captions": ["x"]} for k in range(33)]
+    raw = own_folder(tmp_path / "raw", *lines)
+    with pytest.raises(FileNotFoundError) as caught:
+        convert(raw, tmp_path / "out.h5", progress=False)
+    message = str(caught.value)
+    assert message.startswith("33 of 33") and message.endswith("- and 13 more")
+    assert message.count("there is no picture") == 20
+
+
+def test_missing_pictures_of_pororo_are_left_out(pororo, tmp_path):
+    (pororo / "Pororo_ENGLISH1_1/ep3/4.png").unlink()
+    with pytest.warns(UserWarning, match="1 stories were left out"):
+        out = convert_pororo(pororo, tmp_path / "out.h5", progress=False, keep_going=True)
+    assert [row["reason"].split(" (")[0] for row in left_out(out)] == [
+        f"{pororo / 'Pororo_ENGLISH1_1/ep3/4.png'}"
+    ]
+    train = StoryDataset(out, "train")
+    assert [train.story(k).id for k in range(2)] == [f"Pororo_ENGLISH1_1/ep{k}/1" for k in (0, 5)]
+
+
+def test_a_hostile_clip_is_refused_also_when_going_on(flintstones, tmp_path):
+    mark = tmp_path / "mark"
+    clip = flintstones / "video_frames_sampled" / "s_01_e_01_shot_000002.npy"
+    np.save(clip, np.array([Call(os.system, f"echo owned > {mark}")], dtype=object))
+    with pytest.raises(RefusedPickle, match="system"):
+        convert(flintstones, tmp_path / "out.h5", progress=False)
+    with pytest.warns(UserWarning, match="left out"):
+        out = convert(flintstones, tmp_path / "out.h5", progress=False, keep_going=True)
+    assert "refused" in left_out(out)[0]["reason"] and not mark.exists()
+
+
+# ---------------------------------------------------------------- variants of the layouts
+
+
+def test_the_folder_of_larger_clips_is_read(flintstones, tmp_path):
+    clips = flintstones / "video_frames_sampled"
+    for path in clips.iterdir():
+        np.save(path, np.load(path).repeat(2, axis=1).repeat(2, axis=2))
+    clips.rename(flintstones / "video_frames_sampled_4x")
+    out = convert(flintstones, tmp_path / "out.h5", progress=False)
+    [frame, *_] = StoryDataset(out, "val").story(0, tile=4).frames
+    np.testing.assert_array_equal(np.asarray(frame)[::2, ::2], picture(1, 0, 4))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda clip: clip.astype(np.float64) / 255,
+        lambda clip: clip.astype(np.float32),
+        lambda clip: clip.astype(np.int64),
+        lambda clip: clip.astype(np.uint16) * 257,
+        lambda clip: clip.transpose(0, 3, 1, 2),
+    ],
+    ids=["0 to 1", "0 to 255", "int64", "uint16", "colours first"],
+)
+def test_clips_of_other_numbers_are_read(change, flintstones, tmp_path):
+    for path in (flintstones / "video_frames_sampled").iterdir():
+        np.save(path, change(np.load(path)))
+    out = convert(flintstones, tmp_path / "out.h5", progress=False)
+    assert_story(StoryDataset(out, "test").story(0, tile=3), 2, tile=3)
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (lambda clip: clip / 127.5 - 1, "scale is not clear"),
+        (lambda clip: clip * 4.0, "scale is not clear"),
+        (lambda clip: (clip > 100).astype(np.float32), "scale is not clear"),
+        (lambda clip: np.full(clip.shape, np.nan), "scale is not clear"),
+        (lambda clip: clip > 100, "scale is not clear"),
+        (lambda clip: clip[..., :1], "is expected"),
+        (lambda clip: clip[:0], "is expected"),
+        (lambda clip: clip[:, :100], "is expected"),
+        (lambda clip: clip.ravel(), "is expected"),
+    ],
+)
+def test_clips_that_could_mean_anything_are_refused(change, message, flintstones, tmp_path):
+    path = flintstones / "video_frames_sampled" / "s_02_e_01_shot_000001.npy"
+    np.save(path, change(np.load(path)))
+    with pytest.raises(ValueError, match=rf"{path.name}.*{message}"):
+        convert(flintstones, tmp_path / "out.h5", progress=False)
+
+
+def test_strips_are_rounded_down_and_it_is_said_once(pororo, tmp_path):
+    for path in pororo.glob("*/*/*.png"):
+        whole = np.asarray(Image.open(path))
+        Image.fromarray(np.concatenate([whole, whole[:50]])).save(path)
+    with pytest.warns(UserWarning, match=r"128x690 pixels is no whole.*and 29 more") as caught:
+        out = convert(pororo, tmp_path / "out.h5", progress=False)
+    assert len(caught) == 1
+    dataset = StoryDataset(out, "test")
+    assert dataset.tile_counts(0) == [5] * 5
+    assert_story(dataset.story(0, tile=4), 1, tile=4)
+
+
+# ---------------------------------------------------------------- labels
+
+
+def test_labels_of_pororo_go_into_the_file(pororo, tmp_path):
+    names = load_npy(pororo / "descriptions.npy").item()
+    labels = {name: np.array([1, 0, 0, 0, 0, 0, 0, 0, 1.0]) for name in names}
+    labels["Pororo_ENGLISH1_1/ep4/2"] = [0] * 9
+    del labels["Pororo_ENGLISH1_1/ep0/5"]
+    np.save(pororo / "labels.npy", np.array(labels, dtype=object))
+    out = convert(pororo, tmp_path / "out.h5", progress=False)
+    record = StoryDataset(out, "val").story(0)
+    both = ["harry", "pororo"]
+    assert record.labels == [both, [], both, both, both]
+    train = StoryDataset(out, "train")
+    assert train.story(0).labels is None and train.story(1).labels == [both] * 5
+    assert train.characters[:2] == ("pororo", "loopy") and len(train.characters) == 9
+
+
+def test_labels_in_another_order_are_left_out_with_a_warning(pororo, tmp_path):
+    names = load_npy(pororo / "descriptions.npy").item()
+    descriptions = {name: ["Loopy waves."] for name in names}
+    np.save(pororo / "descriptions.npy", np.array(descriptions, dtype=object))
+    labels = {name: [1, 0, 0, 0, 0, 0, 0, 0, 0] for name in names}
+    np.save(pororo / "labels.npy", np.array(labels, dtype=object))
+    with pytest.warns(UserWarning, match=r"labels\.npy marks loopy in 0 of 30 pictures") as caught:
+        out = convert(pororo, tmp_path / "out.h5", progress=False)
+    assert len(caught) == 1
+    assert StoryDataset(out, "val").story(0).labels is None
+
+
+@pytest.mark.parametrize("entry", [[1, 0], [2] * 9, "text", None, [[0] * 9]])
+def test_labels_that_are_no_labels_are_an_error(entry, pororo, tmp_path):
+    np.save(pororo / "labels.npy", np.array({"a/1": entry}, dtype=object))
+    with pytest.raises(ValueError, match=r"labels\.npy"):
+        convert(pororo, tmp_path / "out.h5", progress=False)
+
+
+def test_annotated_characters_of_flintstones_go_into_the_file(flintstones, tmp_path):
+    path = flintstones / "flintstones_annotations_v1-0.json"
+    notes = json.loads(path.read_text())
+    for note in notes:
+        note["characters"] = [{"entityLabel": " Fred"}, {"entityLabel": "mr slate "}]
+        note["characters"] += [{"entityLabel": "some guest"}]
+        if note["globalID"].startswith("s_02"):
+            del note["characters"]
+    path.write_text(json.dumps(notes))
+    out = convert(flintstones, tmp_path / "out.h5", progress=False)
+    assert StoryDataset(out, "val").story(0).labels == [["fred", "mr slate"]] * 5
+    test = StoryDataset(out, "test")
+    assert test.story(0).labels is None and len(test.characters) == 7
+
+
+def test_own_labels_go_into_the_file(tmp_path):
+    raw = own_folder(tmp_path / "raw", GOOD | {"labels": [["Ida"], [], ["Ida", "Bo"]]})
+    dataset = StoryDataset(convert(raw, tmp_path / "out.h5", progress=False))
+    assert dataset.story(0).labels == [["Ida"], [], ["Bo", "Ida"]]
+    assert dataset.characters == ("Bo", "Ida") and dataset[0]["labels"] == dataset.story(0).labels
+    for wrong in (["Ida"], [["Ida"]], [[1], [], []], {}):
+        own_folder(raw, GOOD | {"labels": wrong})
+        with pytest.raises(ValueError, match="labels"):
+            convert(raw, tmp_path / "out.h5", progress=False)
+
+
+# ---------------------------------------------------------------- text
+
+
+def test_separators_inside_a_string_do_not_end_a_line(tmp_path):
+    raw = own_folder(tmp_path / "raw")
+    text = "one\u2028two\u2029three\u0085four\x0bfive"
+    lines = [
+        json.dumps({"frames": ["a.png"], "captions": [text], "id": "x"}, ensure_ascii=False),
+        json.dumps({"frames": ["b.jpg"], "captions": ["y"], "id": "y"}),
+    ]
+    (raw / "stories.jsonl").write_bytes("\r\n".join(lines).encode())
+    dataset = StoryDataset(convert(raw, tmp_path / "out.h5", progress=False))
+    assert [dataset.story(k).captions for k in range(2)] == [["one two three four five"], ["y"]]
+
+
+@pytest.mark.parametrize("layout", ["stories.jsonl", "metadata.jsonl", "train.jsonl"])
+def test_lines_that_are_not_utf8_name_the_file(layout, tmp_path):
+    raw = own_folder(tmp_path / "raw")
+    (raw / "stories.jsonl").unlink()
+    (raw / layout).write_bytes(b'{"captions": ["caf\xe9"]}')
+    with pytest.raises(ValueError, match=rf"{layout} is not a text file in UTF-8"):
+        convert(raw, tmp_path / "out.h5", progress=False)
+
+
+def test_deep_grey_pictures_are_scaled(tmp_path):
+    raw = own_folder(tmp_path / "raw", GOOD)
+    ramp = np.linspace(0, 65535, 64).astype(np.uint16)[None].repeat(64, axis=0)
+    Image.fromarray(ramp).save(raw / "c.png")
+    frame = StoryDataset(convert(raw, tmp_path / "out.h5", progress=False)).story(0).frames[2]
+    expected = np.rint(ramp / 257).astype(np.uint8)
+    np.testing.assert_array_equal(np.asarray(frame)[:, :, 1], expected)
+
+
+def test_an_animated_picture_is_said_once(tmp_path):
+    raw = own_folder(tmp_path / "raw", GOOD | {"frames": ["a.gif", "b.gif", "c.png"]})
+    frames = [Image.new("RGB", (20, 20), colour) for colour in ("red", "blue", "green")]
+    for name in ("a.gif", "b.gif"):
+        frames[0].save(raw / name, save_all=True, append_images=frames[1:])
+    with pytest.warns(UserWarning, match="gif is animated: its first picture is used") as caught:
+        out = convert(raw, tmp_path / "out.h5", progress=False)
+    assert len(caught) == 1
+    assert StoryDataset(out).story(0).frames[0].getpixel((9, 9)) == (255, 0, 0)
+
+
+def test_half_letters_become_a_sign_for_unknown(tmp_path):
+    line = json.dumps(GOOD | {"captions": ["a \ud83d b", "\ud83e\udd8a", "c"]})
+    raw = own_folder(tmp_path / "raw", line)
+    dataset = StoryDataset(convert(raw, tmp_path / "out.h5", progress=False))
+    assert dataset.story(0).captions == ["a \ufffd b", "\U0001f98a", "c"]
+    own_folder(raw, json.dumps(GOOD | {"id": "x\ud83d"}))
+    with pytest.raises(ValueError, match=r"line_?\s?1|x\\ud83d"):
+        convert(raw, tmp_path / "out.h5", progress=False)
+
+
+# ---------------------------------------------------------------- layouts that people have
+
+
+def save_frames(raw: Path, number: int, size=(128, 128)) -> list[str]:
+    "A story's five pictures, the tile in the middle of a picture of this size."
+    names = [f"{number}/frame_{k}.png" for k in range(5)]
+    (raw / str(number)).mkdir(parents=True, exist_ok=True)
+    for k, name in enumerate(names):
+        canvas = Image.new("RGB", size, "white")
+        canvas.paste(
+            Image.fromarray(picture(number, k, 0)), ((size[0] - 128) // 2, (size[1] - 128) // 2)
+        )
+        canvas.save(raw / name)
+    return names
+
+
+@pytest.mark.parametrize("folder", ["", "images"])
+def test_storystream(folder, tmp_path):
+    raw = tmp_path / "raw"
+    lines = []
+    for number in (0, 1):
+        names = save_frames(raw / folder, number, size=(220, 128))
+        lines.append({"id": 7, "images": names, "captions": captions(number)})
+    places = [3, 0, 4, 1, 2]
+    lines[0]["orders"] = list(range(5))
+    lines[1]["orders"] = places
+    lines[1]["images"] = [lines[1]["images"][place] for place in places]
+    lines[1]["captions"] = [lines[1]["captions"][place] for place in places]
+    (raw / "train.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    (raw / "val.jsonl").write_text(json.dumps(lines[0]))
+    out = convert(raw, tmp_path / "out.h5", progress=False)
+    train = StoryDataset(out, "train")
+    for number in (0, 1):
+        assert_story(train.story(number), number)
+    assert [train.story(k).id for k in range(2)] == ["train_1", "train_2"]
+    assert len(StoryDataset(out, "val")) == 1
+    for orders in ([0, 1, 2, 3], [0, 0, 1, 2, 3], "01234", [1, 2, 3, 4, 5], [True, 0, 2, 3, 4]):
+        (raw / "val.jsonl").write_text(json.dumps(lines[0] | {"orders": orders}))
+        with pytest.raises(ValueError, match=r'val\.jsonl, line 1: "orders"'):
+            convert(raw, tmp_path / "out.h5", progress=False)
+
+
+def storygptv_folder(flintstones: Path) -> Path:
+    "The Flintstones folder as StoryGPT-V has it: stories of four, other files, cleaned captions."
+    followings = load_pickle(flintstones / "following_cache4.pkl")
+    three = {name: ids[:3] for name, ids in followings.items() if name != "short"}
+    (flintstones / "following_cache3.pkl").write_bytes(pickle.dumps(three))
+    (flintstones / "following_cache4.pkl").unlink()
+    (flintstones / "train-val-test_split.json").rename(flintstones / "split.json")
+    (flintstones / "video_frames_sampled").rename(flintstones / "video_frames_sampled_4x")
+    path = flintstones / "flintstones_annotations_v1-0.json"
+    notes = json.loads(path.read_text())
+    cleaned = {n["globalID"]: {"caption": "clean: " + n["description"]} for n in notes}
+    (flintstones / "cleaned_annotations.json").write_text(json.dumps(cleaned))
+    return flintstones
+
+
+def test_storygptv(flintstones, tmp_path):
+    raw = storygptv_folder(flintstones)
+    out = convert(raw, tmp_path / "out.h5", progress=False)
+    record = StoryDataset(out, "val").story(0, tile=2)
+    assert record.captions == ["clean: " + caption(1, frame) for frame in range(4)]
+    assert [np.array_equal(frame, picture(1, k, 2)) for k, frame in enumerate(record.frames)] == [
+        True
+    ] * 4
+    assert record.labels == [[]] * 4
+    (raw / "flintstones_annotations_v1-0.json").unlink()
+    cleaned = json.loads((raw / "cleaned_annotations.json").read_text())
+    several = {name: {"captions": ["first", "second"]} for name in cleaned}
+    (raw / "cleaned_annotations.json").write_text(json.dumps(several))
+    convert(raw, out, progress=False)  # as its folder of PororoSV has them
+    record = StoryDataset(out, "val").story(0)
+    assert record.captions == ["first"] * 4 and record.labels is None
+
+
+def test_contextualstory(pororo, tmp_path):
+    descriptions = load_npy(pororo / "descriptions.npy").item()
+    better = {name: ["blip: " + texts[0]] for name, texts in descriptions.items()}
+    np.save(pororo / "descriptions_blip2.npy", np.array(better, dtype=object))
+    assert convert(pororo, tmp_path / "out.h5", progress=False)
+    assert StoryDataset(tmp_path / "out.h5", "val").story(0).captions == captions(4)
+    out = convert(pororo, tmp_path / "out.h5", "contextualstory", progress=False)
+    val = StoryDataset(out, "val")
+    assert val.story(0).captions == ["blip: " + text for text in captions(4)]
+    assert val.kind == "pororo" and val.tile_counts(0) == [5] * 5
+    chosen = pororo / "pororo_png_filtered_blip2"
+    for path in [*pororo.glob("Pororo_ENGLISH1_1/*/*.png")]:
+        target = chosen / path.relative_to(pororo)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        Image.open(path).crop((0, 128, 128, 256)).save(target)
+    (pororo / "descriptions.npy").unlink()
+    convert(pororo, out, progress=False)  # now it is recognised
+    val = StoryDataset(out, "val")
+    assert val.tile_counts(0) == [1] * 5
+    np.testing.assert_array_equal(np.asarray(val.story(0).frames[3]), picture(4, 3, 1))
+
+
+@pytest.fixture
+def vist(version1) -> Path:
+    "AR-LDM's file of VIST: photographs of any shape, two captions."
+    with h5py.File(version1, "r+") as file:
+        for group in file.values():
+            texts = group["text"].asstr()[()]
+            group.move("text", "sis")
+            group["dii"] = ["|".join(f"seen: {one}" for one in text.split("|")) for text in texts]
+    return version1
+
+
+def test_vist_is_converted_and_recognised(vist, tmp_path):
+    with pytest.raises(ValueError, match="AR-LDM's file of VIST.*causal-story prepare vist"):
+        StoryDataset(vist)
+    out = convert(vist, tmp_path / "out.h5", progress=False)
+    record = StoryDataset(out, "val").story(0)
+    assert record.captions == captions(3)
+    tall = picture(3, 1, 2)  # the middle square of a strip of five tiles
+    np.testing.assert_array_equal(np.asarray(record.frames[1]), tall)
+    convert(vist, out, "vist", progress=False, captions="dii", size=64)
+    record = StoryDataset(out, "val").story(0)
+    assert record.captions[0] == "seen: " + captions(3)[0] and record.frames[0].size == (64, 64)
+    with pytest.raises(ValueError, match="captions='text': choose 'sis'"):
+        convert(vist, out, "vist", progress=False, captions="text")
+
+
+def test_vist_with_fewer_descriptions_than_pictures(vist, tmp_path):
+    with h5py.File(vist, "r+") as file:
+        file["train/dii"][1] = "a|b|c"
+    with pytest.raises(ValueError, match=r"row 1 of 'train'.*dii holds 3 captions.*dropped"):
+        convert(vist, tmp_path / "out.h5", progress=False, captions="dii")
+    with pytest.warns(UserWarning, match="1 stories were left out"):
+        convert(vist, tmp_path / "out.h5", progress=False, captions="dii", keep_going=True)
+    assert len(StoryDataset(tmp_path / "out.h5", "train")) == 2
+
+
+def imagefolder_lines(raw: Path, number: int, **more) -> list[dict]:
+    names = save_frames(raw, number)
+    lines = [
+        {"file_name": name, "text": text, "story": number, "position": k} | more
+        for k, (name, text) in enumerate(zip(names, captions(number)))
+    ]
+    return lines[::-1]  # the position counts, not the line
+
+
+def write_lines(path: Path, lines: list[dict]):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("\n".join(map(json.dumps, lines)), encoding="utf-8")
+
+
+def test_an_image_folder_with_one_table(tmp_path):
+    raw = tmp_path / "raw"
+    lines = imagefolder_lines(raw, 0) + imagefolder_lines(raw, 1, split="validation")
+    write_lines(raw / "metadata.jsonl", lines)
+    out = convert(raw, tmp_path / "out.h5", progress=False)
+    assert_story(StoryDataset(out, "train").story(0), 0)
+    assert_story(StoryDataset(out, "val").story(0), 1)
+
+
+def test_an_image_folder_with_a_table_a_split(tmp_path):
+    raw = tmp_path / "raw"
+    for number, split in ((0, "train"), (1, "validation"), (2, "test")):
+        lines = imagefolder_lines(raw / split, number)
+        renamed = [
+            {
+                "file_name": line["file_name"],
+                "caption": line["text"],
+                "story_id": "a story",
+                "frame": line["position"] / 2,
+            }
+            for line in lines
+        ]
+        write_lines(raw / split / "metadata.jsonl", renamed)
+    out = convert(raw, tmp_path / "out.h5", progress=False)
+    for number, split in ((0, "train"), (1, "val"), (2, "test")):
+        assert_story(StoryDataset(out, split).story(0), number)
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"position": "one"}, "position must be a number"),
+        ({"text": 7}, "list of strings"),
+        ({"file_name": "nowhere.png"}, "no picture 'nowhere.png'"),
+        ({"position": 2}, "position 2 twice"),
+        ({"story": None, "split": "a/b"}, "split"),
+    ],
+)
+def test_lines_of_an_image_folder_are_checked(change, message, tmp_path):
+    raw = tmp_path / "raw"
+    lines = imagefolder_lines(raw, 0)
+    lines[1] = lines[1] | change
+    write_lines(raw / "metadata.jsonl", lines)
+    with pytest.raises((ValueError, FileNotFoundError), match=rf"metadata\.jsonl, line.*{message}"):
+        convert(raw, tmp_path / "out.h5", progress=False)
+
+
+def test_columns_that_nobody_knows_are_named(tmp_path):
+    raw = tmp_path / "raw"
+    lines = imagefolder_lines(raw, 0)
+    for line in lines:
+        line["scene"] = line.pop("story")
+    write_lines(raw / "metadata.jsonl", lines)
+    with pytest.raises(ValueError, match="no story: one of story, story_id.* there are .*'scene'"):
+        convert(raw, tmp_path / "out.h5", progress=False)
+
+
+@pytest.mark.parametrize(
+    "name, advice",
+    [
+        ("metadata.csv", "metadata.jsonl"),
+        ("train/metadata.csv", "metadata.jsonl"),
+        ("data/train-00000.parquet", "stories.jsonl"),
+        ("sis/train.story-in-sequence.json", "vist_hdf5.py"),
+        ("images.tar.gz", "unpack"),
+    ],
+)
+def test_what_is_not_read_is_recognised_with_what_to_do(name, advice, tmp_path):
+    path = tmp_path / "raw" / name
+    path.parent.mkdir(parents=True)
+    path.write_text("")
+    for kind in (None, "folder"):
+        with pytest.raises(FileNotFoundError, match=advice):
+            convert(tmp_path / "raw", tmp_path / "out.h5", kind, progress=False)
+
+
+def test_a_folder_of_no_layout_lists_them_all(tmp_path):
+    with pytest.raises(FileNotFoundError) as caught:
+        convert(tmp_path, tmp_path / "out.h5")
+    for layout in LAYOUTS.values():
+        assert not layout.read or layout.name in str(caught.value)
+    with pytest.raises(FileNotFoundError, match="neither a folder nor a file"):
+        convert(tmp_path / "nowhere", tmp_path / "out.h5")
+    with pytest.raises(ValueError, match="kind='comic' is unknown: choose one of flintstones"):
+        convert(tmp_path, tmp_path / "out.h5", "comic")
+
+
+def test_options_that_a_layout_has_not_are_named(flintstones, tmp_path):
+    with pytest.raises(ValueError, match="FlintstonesSV.*without an option 'size'.*none"):
+        convert(flintstones, tmp_path / "out.h5", size=64)
+
+
+def test_a_new_layout_is_one_entry(tmp_path, monkeypatch):
+    "A reader and an entry of the table: recognised, converted, offered, and named in errors."
+
+    def read_comic(raw):
+        def read_story(split, page):
+            strips = [open_image(path, str(path)) for path in sorted(page.glob("*.png"))]
+            return RawStory(page.name, (page / "words.txt").read_text().split("\n"), strips)
+
+        return RawData(
+            {"train": sorted(page.parent for page in raw.glob("*/words.txt"))}, read_story
+        )
+
+    monkeypatch.setitem(LAYOUTS, "comic", Layout("comic", ("*/words.txt",), read_comic))
+    save_frames(tmp_path / "raw", 3)
+    (tmp_path / "raw/3/words.txt").write_text("\n".join(captions(3)))
+    out = convert(tmp_path / "raw", tmp_path / "out.h5", progress=False)
+    assert_story(StoryDataset(out, "train").story(0), 3)
+    assert "comic" in readable_kinds()
+    with pytest.raises(FileNotFoundError, match="It looks like a comic folder"):
+        convert(tmp_path / "raw", tmp_path / "out.h5", "pororo")

@@ -1,4 +1,4 @@
-"""Draws path.png, the way of lesson 14: stories on disk, one file, a base, a tuned model, drawings."""
+"""Draws path.png, the way of lesson 14: from stories on disk to drawn stories and a score."""
 
 from pathlib import Path
 
@@ -18,9 +18,8 @@ steps = [
 ]
 fig, ax = plt.subplots(figsize=(9, 1.5), dpi=110)
 for k, (text, colour) in enumerate(steps):
-    box = FancyBboxPatch(
-        (1.5 * k, 0), 1.15, 0.8, boxstyle="round,pad=0.05", fc=colour, ec="#555555"
-    )
+    style = dict(boxstyle="round,pad=0.05", fc=colour, ec="#555555")
+    box = FancyBboxPatch((1.5 * k, 0), 1.15, 0.8, **style)
     ax.add_patch(box)
     ax.text(1.5 * k + 0.575, 0.4, text, ha="center", va="center", fontsize=10)
     if k:
