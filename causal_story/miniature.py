@@ -46,7 +46,7 @@ from causal_story.encoders import (
     tiny_history_encoder,
     tiny_text_encoder,
 )
-from causal_story.reader import (
+from causal_story.metrics import (
     OPTIONS,
     FrameReader,
     Residual,
@@ -943,26 +943,31 @@ class Base:
 
     @cached_property
     def pool(self):
+        "Frames for all stages."
         made_of = self.made_of
         n = max(made_of.frames.values())
         return make_pool(n, size=made_of.size, seed=made_of.seed, progress=self.runs.progress)
 
     @cached_property
     def tokenizers(self):
+        "CLIP's and BLIP's."
         corpus = caption_corpus(self.made_of.corpus, self.made_of.seed)
         return tiny_tokenizers(corpus, 36, characters=CHARACTERS)
 
     @cached_property
     def autoencoder(self):
+        "Stage 1."
         pool = self.pool.first(self.made_of.frames["autoencoder"])
         return train_autoencoder(self.runs, pool, self.configs["autoencoder"])
 
     @cached_property
     def captions(self):
+        "Stage 2."
         return train_caption_encoder(self.runs, self.tokenizers[0], self.configs["captions"])
 
     @cached_property
     def text_to_image(self):
+        "Stage 3; it measures the latents first."
         pool = self.made_of.story_pool(self.pool, "text_to_image")
         posterior = encode_pool(self.autoencoder, pool, progress=self.runs.progress)
         vae = measure_latents(self.autoencoder, *posterior)
@@ -972,17 +977,20 @@ class Base:
 
     @cached_property
     def decoder(self):
+        "Stage 4, of the same autoencoder."
         pool = self.pool.first(self.made_of.frames["decoder"])
         return train_decoder(self.runs, self.autoencoder, pool, self.configs["decoder"])
 
     @cached_property
     def history(self):
+        "Stage 5."
         pool = self.made_of.story_pool(self.pool, "history")
         config = self.configs["history"]
         return train_history_encoder(self.runs, pool, self.tokenizers[1], config)
 
     @cached_property
     def reader(self):
+        "Stage 6."
         pool = self.pool.first(self.made_of.frames["reader"])
         return train_frame_reader(self.runs, pool, self.configs["reader"])
 
