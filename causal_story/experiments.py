@@ -158,7 +158,8 @@ def run_policy(record: dict) -> HistoryPolicy:
 def _check_same_run(path: Path, asked: dict, views) -> dict:
     "A finished run, if it is the one that is asked for. Raises ValueError that says what differs."
     record = read_json(path, dict)
-    known = record | dict(settings=run_settings(record))
+    asked_then = find_recipe(record["arm"]).as_dict() | run_settings(record)  # 0.1.0 wrote less
+    known = record | dict(settings=asked_then)
     changed = []
     for key, value in _json_form(asked).items():
         if key == "settings":
