@@ -10,7 +10,6 @@ __all__ = ['TASKS', 'choose_tile', 'TaskLayout', 'split_task', 'check_task', 'St
 # %% ../nbs/02_data.ipynb #b05cf3c5
 import random
 from dataclasses import dataclass
-from pathlib import Path
 from typing import NamedTuple
 
 import torch

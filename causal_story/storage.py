@@ -8,7 +8,6 @@ __all__ = ['HARMLESS_WEIGHTS', 'HUB_ID', 'atomic_path', 'PatientFile', 'atomic_h
            'shipped_weights', 'fingerprint']
 
 # %% ../nbs/library/storage.ipynb #6fc6897c
-import errno
 import hashlib
 import io
 import json

@@ -16,8 +16,10 @@ from torch.utils.data import DataLoader
 from causal_story.data import (
     CLIP_IMAGE_MEAN,
     CLIP_IMAGE_STD,
+    StoriesInMemory,
     StoryCollator,
     StoryDataset,
+    StoryRecord,
     choose_tile,
     pixels,
     split_task,
@@ -287,3 +289,62 @@ def test_layout_of_any_story(n, m, task):
             layout.frames[i] == layout.history_frames[i + given_frames]
             and layout.captions[i] == layout.history_captions[i + given_frames]
         )
+
+
+# ---------------------------------------------------------------- stories in memory
+
+
+def test_stories_in_memory_read_like_a_file(made):
+    file = StoryDataset(made, "test")
+    memory = StoriesInMemory([ToyStory(9)], size=128)
+    one, other = memory[0], file[0]
+    assert one.keys() == other.keys() and one["captions"] == other["captions"]
+    assert one["truth"] == other["truth"] and as_bytes([one]) == as_bytes([other])
+    assert memory.stored(0).captions == file.stored(0).captions
+    assert (memory.schema, memory.train, memory.seed, memory.epoch) == (2, False, 0, 0)
+    assert memory.tile_counts(0) == [1] * 5 and len(memory) == 1 and memory.characters == ()
+    memory.set_epoch(3)
+    assert as_bytes([memory[-1]]) == as_bytes([other]) and memory[-1]["index"] == 0
+    memory.close()
+    again = StoriesInMemory([file.story(0)])
+    assert as_bytes([again[0]]) == as_bytes([other]) and again.story(0).id == file.story(0).id
+    with pytest.raises(IndexError, match="stories in memory: there is no story 1"):
+        memory[1]
+    with pytest.raises(ValueError, match="tiles 0 to 0, not tile=1"):
+        memory.story(0, tile=1)
+
+
+def test_stories_in_memory_are_checked():
+    frame = Image.new("RGB", (16, 16))
+    with pytest.raises(TypeError, match="memory_00001 is a str"):
+        StoriesInMemory([ToyStory(0), "a story"])
+    with pytest.raises(TypeError, match="story 'a', frame 0: a PIL image is expected"):
+        StoriesInMemory([StoryRecord("a", ["x"], [np.zeros((4, 4, 3), np.uint8)])])
+    with pytest.raises(ValueError, match="story 'a' has 2 captions for 1 frames"):
+        StoriesInMemory([StoryRecord("a", ["x", "y"], [frame])])
+    with pytest.raises(ValueError, match="16x10 pixels"):
+        StoriesInMemory([StoryRecord("a", ["x"], [frame.crop((0, 0, 16, 10))])])
+    with pytest.raises(ValueError, match="'drawing'"):
+        StoriesInMemory([ToyStory(0)], task="drawing")
+    one = StoriesInMemory([StoryRecord("a", ["x"], [frame.convert("RGBA")])], task="continuation")
+    with pytest.raises(ValueError, match="continuation needs at least 2"):
+        one[0]
+    assert len(StoriesInMemory([])) == 0
+
+
+def test_stories_in_memory_can_be_sent_to_workers():
+    memory = StoriesInMemory([ToyStory(k) for k in range(4)])
+    copy = pickle.loads(pickle.dumps(memory))
+    assert as_bytes(list(copy)) == as_bytes(list(memory))
+
+
+def test_half_letters_reach_no_tokenizer():
+    class Strict(Words):
+        def __call__(self, texts, **options):
+            [text.encode("utf-8") for text in texts]  # as tokenizers in Rust do
+            return super().__call__(texts, **options)
+
+    broken = item(0) | {"captions": ["a \ud83d b", "\udc00", "c", "d", "e"]}
+    batch = StoryCollator(Strict(), Strict(), max_length=8)([broken])
+    assert batch["caption_ids"].shape == (1, 5, 8)
+    assert batch["captions"][0] == broken["captions"]

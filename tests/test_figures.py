@@ -21,3 +21,13 @@ def test_show_story_makes_a_picture(tmp_path):
     for nothing in ({}, {"frames": []}, {"rows": []}):
         with pytest.raises(ValueError, match="at least one frame"):
             show_story(**nothing)
+
+
+def test_captions_are_shown_as_they_were_written(tmp_path):
+    "A dollar is no mathematics, a backslash no command, half a letter no error."
+    captions = ["costs $5 or $6", r"a $\frac{1}$ b", "half \ud83d", "_x^2_", "{}"]
+    figure = show_story(ToyStory(0).frames(), captions, title="$1", rows=None)
+    figure.savefig(tmp_path / "story.pdf")
+    found = {text.get_text().replace("\n", " ") for text in figure.texts}
+    assert {"costs $5 or $6", r"a $\frac{1}$ b", "half \ufffd", "$1"} <= found
+    assert not any(text.get_parse_math() for text in figure.texts)

@@ -13,10 +13,19 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
-from story_samples import ToyStory, assert_nothing_left, assert_story, captions
+from story_samples import ToyStory, assert_nothing_left, assert_story, captions, png, strip
 
+from causal_story import story_file
 from causal_story.data import StoryDataset
-from causal_story.story_file import RawStory, convert_stories, write_hdf5
+from causal_story.raw import write_version1
+from causal_story.story_file import (
+    RawStory,
+    StoryFile,
+    convert_stories,
+    left_out,
+    report_path,
+    write_hdf5,
+)
 
 # ---------------------------------------------------------------- conversions that do not end well
 
@@ -299,3 +308,53 @@ def test_captions_that_are_not_text(tmp_path):
     with pytest.raises(ValueError, match="no story"):
         convert_stories({"train": []}, tmp_path / "a.h5", progress=False)
     assert_nothing_left(tmp_path)
+
+
+@pytest.mark.parametrize("first", [0, story_file.FIRST_BYTES])
+def test_a_hole_in_a_heap_is_an_error_and_no_endless_loop(first, version1, monkeypatch):
+    "HDF5 follows a size of zero for ever; it is found on opening, or before a story is read."
+    monkeypatch.setattr(story_file, "FIRST_BYTES", first)
+    data = bytearray(version1.read_bytes())
+    place = data.index(b"GCOL")
+    while place >= 0:
+        data[place + 16 : place + 48] = bytes(32)
+        place = data.find(b"GCOL", place + 4)
+    version1.write_bytes(data)
+    with pytest.raises(ValueError, match=r"version1\.h5.*has a hole"):
+        StoryDataset(version1)[0]
+
+
+def test_version_1_as_our_own_writer_makes_it(version1, tmp_path):
+    write_version1({"train": [ToyStory(k) for k in (0, 1, 2)]}, tmp_path / "ours.h5")
+    ours, theirs = StoryFile(tmp_path / "ours.h5", "train"), StoryFile(version1, "train")
+    assert [ours.stored(k) for k in range(3)] == [theirs.stored(k) for k in range(3)]
+    assert ours.schema == theirs.schema == 1 and ours.characters == ()
+
+
+def test_a_damaged_report_names_itself(tmp_path):
+    report_path(tmp_path / "a.h5").write_text("[{")
+    with pytest.raises(ValueError, match=r"a\.h5\.left_out\.json"):
+        left_out(tmp_path / "a.h5")
+
+
+@pytest.mark.parametrize("name", ["", "a\x00b", "a\nb", "\ud83d", 7, None])
+def test_names_that_no_file_can_hold_are_refused(name, tmp_path):
+    story = RawStory(name, ["x"], [Image.new("RGB", (8, 8))])
+    if name == "":
+        write_hdf5({"train": [0]}, lambda *_: story, tmp_path / "a.h5", progress=False)
+        assert StoryDataset(tmp_path / "a.h5").story(0).id == ""
+        return
+    with pytest.raises(ValueError, match="its id must be text without control signs"):
+        write_hdf5({"train": [0]}, lambda *_: story, tmp_path / "a.h5", progress=False)
+    assert_nothing_left(tmp_path)
+
+
+def test_strips_of_version_1_are_rounded_down_with_one_warning(version1):
+    with h5py.File(version1, "r+") as file:
+        whole = strip(1, 2)[:, :, ::-1]
+        file["train/image2"][1] = png(np.concatenate([whole, whole[:20]]))
+    dataset = StoryDataset(version1)
+    with pytest.warns(UserWarning, match="no whole number of tiles high") as caught:
+        for _ in range(3):
+            assert_story(dataset.story(1, tile=4), 1, tile=4)
+    assert len(caught) == 1
