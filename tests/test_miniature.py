@@ -1,4 +1,6 @@
-"What a reader of 09_miniature need not see: the whole pre-training in small, interrupted, repeated, refused, read back."
+"""What a reader of the miniature's room need not see.
+
+The whole pre-training in small: interrupted, repeated, refused, read back."""
 
 import json
 import random
@@ -6,7 +8,6 @@ from dataclasses import replace
 
 import pytest
 import torch
-from accelerate import Accelerator
 from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
 from hypothesis import given
 from hypothesis import strategies as st
@@ -17,6 +18,7 @@ from transformers.utils import logging
 import causal_story.miniature as miniature
 from causal_story.captions import describe
 from causal_story.cartoon import CHARACTERS, Actor, Scene, held_out, random_scene
+from causal_story.diffusion import decode_latents, normalise_latents, tiny_vae
 from causal_story.encoders import HistoryEncoder, tiny_history_encoder
 from causal_story.metrics import FrameReader, reader_accuracy, scene_targets
 from causal_story.miniature import (
@@ -26,6 +28,7 @@ from causal_story.miniature import (
     FactAutoencoder,
     HistoryPretrainer,
     LatentPool,
+    StageRuns,
     altered,
     caption_accuracy,
     caption_corpus,
@@ -43,7 +46,6 @@ from causal_story.miniature import (
     training_caption,
     with_stories,
 )
-from causal_story.model import decode_latents, normalise_latents, tiny_vae
 from causal_story.pipeline import story_pipeline
 from causal_story.storyworld import make_stories
 from causal_story.training import TrainingConfig
@@ -141,7 +143,7 @@ def test_saved_schedule_is_the_trained_one(finished):
 
 def test_measured_latents_are_in_the_saved_configuration(finished):
     vae = AutoencoderKL.from_pretrained(finished[0] / "vae")
-    pool, _ = with_stories(make_pool(6, progress=False), make_stories(1, seed=77))
+    pool = with_stories(make_pool(6, progress=False), make_stories(1, seed=77))
     vae.float()
     means, stds = encode_pool(vae, pool, progress=False)
     latents, spread = (
@@ -164,7 +166,7 @@ def test_measured_latents_are_in_the_saved_configuration(finished):
         "train_caption_encoder",
         "train_text_to_image",
         "train_history_encoder",
-        "_move_into_place",
+        "_save_base",
     ],
 )
 def test_interrupted_and_continued_equals_never_stopped(finished, tmp_path, monkeypatch, function):
@@ -204,9 +206,8 @@ def test_decoder_stage_leaves_the_encoder_alone():
     pool = make_pool(6, progress=False)
     vae = tiny_vae()
     before = {name: value.clone() for name, value in vae.state_dict().items()}
-    means, stds = encode_pool(vae.eval(), pool, progress=False)
     config = TrainingConfig(steps=2, batch_size=3, checkpoint_every=0)
-    miniature.train_decoder(vae, pool, means, stds, config, None, Accelerator(), progress=False)
+    miniature.train_decoder(StageRuns(progress=False), vae.eval(), pool, config)
     moved = {
         name.split(".")[0]
         for name, value in vae.state_dict().items()
@@ -217,18 +218,15 @@ def test_decoder_stage_leaves_the_encoder_alone():
 
 def test_text_to_image_leaves_the_caption_encoder_alone(finished, tmp_path):
     tokenizer, _ = tiny_tokenizers(caption_corpus(SMALL["corpus"]), 36, characters=CHARACTERS)
-    reader, _ = miniature.train_caption_encoder(
-        tokenizer, settings()["captions"], tmp_path, Accelerator(), progress=False
-    )
+    runs = StageRuns(tmp_path, progress=False)
+    text_encoder = miniature.train_caption_encoder(runs, tokenizer, settings()["captions"])
     saved = CLIPTextModel.from_pretrained(finished[0] / "text_encoder").state_dict()
-    assert all(
-        torch.equal(value, saved[name]) for name, value in reader.text_encoder.state_dict().items()
-    )
+    assert all(torch.equal(value, saved[name]) for name, value in text_encoder.state_dict().items())
 
 
 def test_left_out_facts_are_no_questions():
     scenes = [random_scene(random.Random(k)) for k in range(6)]
-    said = [
+    stated = [
         ("setting", "prop", "scarf"),
         (),
         ("prop",),
@@ -236,19 +234,19 @@ def test_left_out_facts_are_no_questions():
         ("setting",),
         ("setting", "scarf"),
     ]
-    targets, whole = miniature.stated_targets(scenes, said), scene_targets(scenes)
-    for n, say in enumerate(said):
+    targets, whole = miniature.stated_targets(scenes, stated), scene_targets(scenes)
+    for n, names in enumerate(stated):
         for name in ("setting", "prop", "scarf"):
-            assert torch.equal(targets[name][n], whole[name][n]) == (name in say)
+            assert torch.equal(targets[name][n], whole[name][n]) == (name in names)
         assert all(torch.equal(targets[name][n], whole[name][n]) for name in ("presence", "action"))
     logits = {
         name: torch.randn(*value.shape, 5) if name != "presence" else torch.randn(value.shape)
         for name, value in targets.items()
     }
-    before = miniature.reader_loss(lambda _: logits, dict(frames=None, **targets))
+    before = miniature.fact_loss(logits, targets)
     logits["setting"][1] += torch.arange(5.0)
     logits["scarf"][2] *= 9
-    assert_close(miniature.reader_loss(lambda _: logits, dict(frames=None, **targets)), before)
+    assert_close(miniature.fact_loss(logits, targets), before)
 
 
 def test_accuracy_of_captions_counts_both_characters():
@@ -256,12 +254,12 @@ def test_accuracy_of_captions_counts_both_characters():
         "beach", (Actor("Milo", "waves", "ball", "red"), Actor("Kiki", "jumps", "book", "blue"))
     )
     truth = scene_targets([scene] * 4)
-    said = {name: t.numpy().copy() for name, t in truth.items()}
-    said["presence"] = said["presence"] > 0
-    said["scarf"][1, CHARACTERS.index("Kiki")] += 1
-    said["action"][2, CHARACTERS.index("Milo")] -= 1
+    answers = {name: t.numpy().copy() for name, t in truth.items()}
+    answers["presence"] = answers["presence"] > 0
+    answers["scarf"][1, CHARACTERS.index("Kiki")] += 1
+    answers["action"][2, CHARACTERS.index("Milo")] -= 1
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(miniature, "read_frames", lambda reader, frames: said)
+        patch.setattr(miniature, "read_frames", lambda reader, frames: answers)
         scores = {
             name: value
             for name, (value, _) in miniature.caption_accuracy(None, None, [scene] * 4).items()
@@ -352,7 +350,7 @@ def test_second_round_moves_decoder_and_unet_and_nothing_else(finished, tmp_path
     assert not any(str(folder) in path.read_text() for path in tmp_path.rglob("*.json"))
 
 
-@pytest.mark.parametrize("function", ["train_decoder", "_move_into_place"])
+@pytest.mark.parametrize("function", ["train_decoder", "_save_base"])
 def test_second_round_interrupted_and_continued_equals_never_stopped(
     finished, tmp_path, monkeypatch, function
 ):
@@ -412,18 +410,8 @@ def test_shifted_timesteps_of_a_pool():
     pool = make_pool(8, progress=False)
     tokenizer = tiny_tokenizers(caption_corpus(30), 36, characters=CHARACTERS)[0]
     vae = measure_latents(tiny_vae(), torch.zeros(8, 8, 8, 8), torch.ones(8, 8, 8, 8))
-    pools = [
-        LatentPool(
-            vae,
-            torch.zeros(8, 8, 8, 8),
-            torch.ones(8, 8, 8, 8),
-            pool.scenes,
-            [None] * 8,
-            tokenizer,
-            timestep_shift=s,
-        )
-        for s in (1.0, 2.5)
-    ]
+    zeros, ones = torch.zeros(8, 8, 8, 8), torch.ones(8, 8, 8, 8)
+    pools = [LatentPool(pool, vae, zeros, ones, tokenizer, timestep_shift=s) for s in (1.0, 2.5)]
     config = TrainingConfig(batch_size=8, seed=3)
     even, noisy = (p.batches(config)(0) for p in pools)
     u = (even[2] + 0.5) / 1000
@@ -485,24 +473,18 @@ def test_training_captions_can_leave_attributes_out():
 
 @pytest.fixture(scope="module")
 def latents():
-    pool, captions = with_stories(make_pool(6, progress=False), make_stories(1, seed=3))
+    pool = with_stories(make_pool(6, progress=False), make_stories(1, seed=3))
     tokenizer, _ = tiny_tokenizers(caption_corpus(40), 36, characters=CHARACTERS)
     generator = torch.Generator().manual_seed(0)
     means = 3 + 2 * torch.randn(len(pool), 8, 8, 8, generator=generator)
-    return LatentPool(
-        measure_latents(tiny_vae(), means, 0 * means),
-        means,
-        0 * means,
-        pool.scenes,
-        captions,
-        tokenizer,
-    )
+    vae = measure_latents(tiny_vae(), means, 0 * means)
+    return LatentPool(pool, vae, means, 0 * means, tokenizer)
 
 
 def test_story_frames_keep_their_own_caption(latents):
     whole = replace(latents, drop=0.0)
     ids, mask = whole.batch([(0, 8)], seed=0)[3:]
-    assert_close(ids, tokenize(latents.tokenizer, [latents.captions[8]])[0])
+    assert_close(ids, tokenize(latents.tokenizer, [latents.pool.captions[8]])[0])
     assert 0 < mask.sum() < 36
 
 
@@ -512,7 +494,7 @@ def test_dropped_captions_show_their_padding(latents):
 
 
 def test_latents_are_normalised_and_sampled(latents):
-    pairs = [(0, k) for k in range(len(latents.scenes))]
+    pairs = [(0, k) for k in range(len(latents.pool))]
     z = latents.batch(pairs, seed=0)[0]
     assert_close(z.mean((0, 2, 3)), torch.zeros(8), atol=1e-3, rtol=0)
     spread = replace(latents, stds=torch.full_like(latents.means, 2.0)).batch(pairs, seed=0)[0] - z
@@ -538,12 +520,17 @@ def test_autoencoder_batches_cover_the_pool():
 
 
 def test_facts_are_read_from_the_latents_alone():
-    "The second loss is the reader's on noisy latents at unit variance: neither pixels nor the decoder reach it."
+    """The second loss is the reader's, on noisy latents at unit variance.
+
+    Neither pixels nor the decoder reach it."""
     pool = make_pool(4, progress=False)
     torch.manual_seed(0)
     model = FactAutoencoder(tiny_vae())
     pixels, targets, key = pool_batches(pool, TrainingConfig(steps=1, batch_size=4))(0)
-    draw = lambda: miniature.sample_generator(*key, "posterior")
+
+    def draw():
+        return miniature.sample_generator(*key, "posterior")
+
     reconstruction, facts = model(pixels, targets, draw())
     assert_close(
         miniature.autoencoder_loss(model, (pixels, targets, key), 0, fact_weight=0.5),
@@ -561,7 +548,9 @@ def test_facts_are_read_from_the_latents_alone():
 
 
 def test_facts_keep_what_pixels_would_let_go():
-    "Forty steps on eight frames: with a weight, their facts are learned through the noise; with none, nothing asks for them."
+    """Forty steps on eight frames: with a weight, their facts are learned through the noise.
+
+    Without one, nothing asks for them."""
     pool, config = (
         make_pool(8, progress=False),
         TrainingConfig(steps=40, batch_size=8, learning_rate=2e-3, warmup_steps=2, weight_decay=0),
@@ -586,7 +575,7 @@ def test_language_loss_sees_no_later_word_and_no_padding():
     _, words = tiny_tokenizers(caption_corpus(40), 36, characters=CHARACTERS)
     torch.manual_seed(0)
     model = HistoryPretrainer(tiny_history_encoder(words)).eval()
-    pixels, ids, mask, *_ = history_batches(
+    pixels, (ids, mask), *_ = history_batches(
         make_pool(4, progress=False), words, TrainingConfig(steps=1, batch_size=4)
     )(0)
     with torch.no_grad():
@@ -630,7 +619,7 @@ def test_the_shipped_judge_hardly_errs():
 
 
 def test_the_shipped_base_draws_what_held_out_captions_say():
-    "Far below its figures (notebook 09), far above a base that is broken."
+    "Far below its figures (see the miniature's room), far above a base that is broken."
     pipe, reader, rng = (
         story_pipeline("miniature", adapter_width=0),
         FrameReader.from_pretrained("miniature"),
