@@ -46,7 +46,7 @@ from causal_story.encoders import (
     tiny_history_encoder,
     tiny_text_encoder,
 )
-from causal_story.metrics import (
+from causal_story.reader import (
     OPTIONS,
     FrameReader,
     Residual,

@@ -20,7 +20,6 @@ from causal_story.captions import describe
 from causal_story.cartoon import CHARACTERS, Actor, Scene, held_out, random_scene
 from causal_story.diffusion import decode_latents, normalise_latents, tiny_vae
 from causal_story.encoders import HistoryEncoder, tiny_history_encoder
-from causal_story.metrics import FrameReader, reader_accuracy, scene_targets
 from causal_story.miniature import (
     LATENT_CHANNELS,
     SAVED_PARTS,
@@ -46,7 +45,8 @@ from causal_story.miniature import (
     training_caption,
     with_stories,
 )
-from causal_story.pipeline import story_pipeline
+from causal_story.pipeline import CausalStoryPipeline
+from causal_story.reader import FrameReader, reader_accuracy, scene_targets
 from causal_story.storyworld import make_stories
 from causal_story.training import TrainingConfig
 from causal_story.words import tiny_tokenizers
@@ -621,7 +621,7 @@ def test_the_shipped_judge_hardly_errs():
 def test_the_shipped_base_draws_what_held_out_captions_say():
     "Far below its figures (see the miniature's room), far above a base that is broken."
     pipe, reader, rng = (
-        story_pipeline("miniature", adapter_width=0),
+        CausalStoryPipeline.from_base("miniature"),
         FrameReader.from_pretrained("miniature"),
         random.Random(4),
     )
