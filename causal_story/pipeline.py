@@ -182,12 +182,12 @@ class CausalStoryPipeline(DiffusionPipeline):
         if name in COMPONENTS and value is not None and self._was_empty(name):
             self.register_modules(**{name: value})  # so that it is saved, too; comes back here
             return
+        inside = {part: self.__dict__.get(part) for part in ("unet", "adapters")}
+        if name in inside and {"unet", "adapters"} <= {name, *self.__dict__}:
+            attach_adapters(**inside | {name: value})  # or ValueError, and nothing is exchanged
         super().__setattr__(name, value)
-        if name not in COMPONENTS:
-            return
-        self._model = None  # made anew when it is asked for
-        if name in ("unet", "adapters") and {"unet", "adapters"} <= self.__dict__.keys():
-            attach_adapters(self.unet, self.adapters)
+        if name in COMPONENTS:
+            self._model = None  # made anew when it is asked for
 
     def _was_empty(self, name: str) -> bool:
         "Whether the table of contents says that there is no such part."
@@ -544,8 +544,7 @@ def from_base(
     image_size: int = 224,  # pixels a side of the frames that a BLIP from elsewhere reads
     seed: int = 0,  # of the new weights
 ) -> CausalStoryPipeline:
-    """Causal-Story on a base, before tuning: it draws what the base draws, the past not yet
-    learned.
+    """Causal-Story on a base, before tuning: it draws what the base draws.
 
     Raises FileNotFoundError or ValueError that names the folder or argument at fault."""
     parts, record = read_base(base, blip, words, max_length, image_size)
@@ -633,16 +632,16 @@ def from_pretrained(
     blip=None,  # likewise: BLIP, if the base has none
     **options,  # of diffusers' `from_pretrained`: torch_dtype, components to use instead ...
 ) -> CausalStoryPipeline:
-    """A pipeline, whole or not at all. Raises FileNotFoundError for what is neither a folder nor
-    the
-    form of a hub id, ValueError naming a part that is missing or whose weights do not fit."""
+    """A pipeline, whole or not at all.
+
+    Raises FileNotFoundError for a part that is missing, or a name that is neither a folder nor the
+    form of a hub id; ValueError naming a part whose weights do not fit."""
     name = str(pretrained_model_name_or_path)
     folder = shipped_weights("story") if name == "miniature" else Path(name)
     if not (folder / "tuned.json").is_file():
         return _from_whole(cls, name, options)
     dtype = options.pop("torch_dtype", options.pop("dtype", None))
     parts, record, settings = read_tuned(folder, base, blip)
-    parts["scheduler"] = make_scheduler("dpm", parts["scheduler"])
     unknown = [option for option in options if option not in parts]
     if unknown:
         raise ValueError(

@@ -8,6 +8,12 @@ import pytest
 from hypothesis import settings
 from story_samples import flintstones, made, pororo, version1  # noqa: F401
 
+# pytest -n: each worker gets its share of the cores, before torch is imported.
+WORKERS = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
+if WORKERS > 1:
+    CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    os.environ["OMP_NUM_THREADS"] = str(max(1, (CORES or 1) // WORKERS))
+
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
 os.environ["MPLBACKEND"] = "Agg"

@@ -1,8 +1,7 @@
 """Every notebook, run from top to bottom by nbdev_test.
 
 Each gets a process of its own, because nbdev_test reuses its workers and what one notebook does to
-the environment
-would leak into the next. Several processes share the cores; the tests below only wait for them.
+the environment would leak into the next.
 """
 
 import os
@@ -10,17 +9,12 @@ import signal
 import subprocess
 import sys
 import time
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-TIME_LIMIT = (
-    600  # seconds until a notebook counts as hung; it should take less than 60 on two cores
-)
-CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-AT_ONCE = max(1, min(4, CORES))  # a notebook may take a few GB of memory
+TIME_LIMIT = 600  # seconds until a notebook counts as hung; it should take less than 60
 NBDEV_TEST = [
     sys.executable,
     "-c",
@@ -31,16 +25,14 @@ NOTEBOOKS = sorted(
     for path in (ROOT / "nbs").rglob("*.ipynb")
     if not any(part[0] in "._" for part in path.relative_to(ROOT).parts)
 )
-running = set()  # processes, so that an interrupted test run can end them
 
 
 def run_notebook(
     path: Path,  # notebook to run
 ) -> tuple[bool, str, float]:  # passed, what nbdev_test printed, seconds
-    "Run one notebook in a fresh process, without network and with its share of the cores."
+    "Run one notebook in a fresh process, without network; its threads are those of this process."
     environment = os.environ | {
         "HF_HUB_OFFLINE": "1",
-        "OMP_NUM_THREADS": str(max(1, CORES // AT_ONCE)),
         "PYTHONIOENCODING": "utf-8",
     }
     environment.pop("MPLBACKEND", None)
@@ -57,13 +49,14 @@ def run_notebook(
         encoding="utf-8",
         errors="replace",
     ) as process:
-        running.add(process)
         try:
             said, _ = process.communicate(timeout=TIME_LIMIT)
         except subprocess.TimeoutExpired:
             stop(process)
             said = process.communicate()[0] + f"\nstopped after {TIME_LIMIT} s"
-        running.discard(process)
+        except BaseException:  # an interrupted test run leaves no notebook behind
+            stop(process)
+            raise
     started = [line for line in said.splitlines() if line.startswith("Starting ")]
     passed = process.returncode == 0 and "Success." in said and started == [f"Starting {path}"]
     return passed, said, time.perf_counter() - start
@@ -77,25 +70,9 @@ def stop(process: subprocess.Popen):
         process.kill()
 
 
-@pytest.fixture(scope="session")
-def runs(request):
-    "The selected notebooks, all started now, as many at once as there are cores."
-    chosen = [
-        item.callspec.params["path"]
-        for item in request.session.items
-        if getattr(item, "originalname", None) == "test_notebook"
-    ]
-    pool = ThreadPoolExecutor(AT_ONCE)
-    yield {path: pool.submit(run_notebook, path) for path in chosen}
-    pool.shutdown(wait=False, cancel_futures=True)
-    for process in list(running):
-        stop(process)
-    pool.shutdown()
-
-
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=[path.stem for path in NOTEBOOKS])
-def test_notebook(path, runs, record_property):
-    passed, said, seconds = runs[path].result()
+def test_notebook(path, record_property):
+    passed, said, seconds = run_notebook(path)
     record_property(path.name, seconds)
     assert passed, f"nbdev_test on {path.name}:\n{said}"
 

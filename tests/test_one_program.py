@@ -140,7 +140,9 @@ def test_a_record_around_the_call_records():
         pipe.model.eval()
         latents(pipe)
     calls = {len(entries) for entries in record.mass.values()}
-    assert calls == {2 * 3 * 3}  # two stories of three frames, three steps each
+    assert calls == {
+        2 * 3 * 3 * 2
+    }  # two stories of three frames, three steps, without and with words
 
 
 def test_asking_for_the_model_changes_nothing():
