@@ -165,12 +165,14 @@ def plot_looks(
     import matplotlib.pyplot as plt
 
     given = int(task == "continuation")
-    width = 2.9 * len(matrices)
-    fig, axes = plt.subplots(1, len(matrices), figsize=(width, 2.9), squeeze=False)
+    longest = max(len(values) for values in matrices.values())
+    side = max(2.9, 0.4 * longest)  # inches a matrix: the numbers need room
+    size = side * len(matrices), side
+    fig, axes = plt.subplots(1, len(matrices), figsize=size, squeeze=False)
     for ax, (title, values) in zip(axes[0], matrices.items()):
         values = np.asarray(values, dtype=float)
         ax.imshow(values, cmap="Oranges", vmin=0, vmax=max(values.max(), 1e-9))
-        _write_numbers(ax, values, given)
+        _write_numbers(ax, values, given, short=longest > 6)
         _ring_sources(ax, truth, given)
         rows = range(len(values))
         ax.set(
@@ -185,12 +187,13 @@ def plot_looks(
     return fig
 
 
-def _write_numbers(ax, values, given: int):
-    "Each entry that may be other than zero as a number."
+def _write_numbers(ax, values, given: int, short: bool):
+    "Each entry that may be other than zero as a number; short: .3 for 0.30, nothing below 0.05."
     for (i, k), value in np.ndenumerate(values):
-        if k < i + given:
+        if k < i + given and (not short or value >= 0.05):
+            number = f"{value:.1f}".removeprefix("0") if short else f"{value:.2f}"
             colour = "white" if value > 0.65 * values.max() else "black"
-            ax.text(k, i, f"{value:.2f}", ha="center", va="center", fontsize=8, color=colour)
+            ax.text(k, i, number, ha="center", va="center", fontsize=8, color=colour)
 
 
 def _ring_sources(ax, truth, given: int):

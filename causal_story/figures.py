@@ -109,37 +109,44 @@ def show_story(
     rows: list = None,  # instead of `frames`: [(label, frames), ...], one below the other
     given: int = 0,  # how many frames at the left were given, not drawn: they get a mark
     panel: float = 1.92,  # inches a frame (192 pixels at 100 dpi: three times 64)
+    columns: int = 8,  # frames in a line; a longer story goes on below
 ):  # a matplotlib figure
     """A story, or several row by row, with wrapped captions below.
 
     Leave it as the last line of a cell to see it, or call `.savefig("story.png")` on it.
     Raises ValueError when there is no frame at all."""
     rows = [(None, frames or [])] if rows is None else list(rows)
-    columns = max((len(row) for _, row in rows), default=0)
-    if columns == 0:
+    n_frames = max((len(row) for _, row in rows), default=0)
+    if n_frames == 0:
         raise ValueError(
             "show_story needs at least one frame: "
             "hand it frames=[...] or rows=[(label, frames), ...]"
         )
     gap, line_height = 0.12, 0.17  # inches
     step = panel + gap
-    wrapped = [textwrap.wrap(caption, int(panel * 13.5)) for caption in captions or []]
-    most_lines = max((len(lines) for lines in wrapped), default=0)
+    columns = -(-n_frames // -(-n_frames // columns))  # as few lines as before, equally long
     left = 0.95 if any(label for label, _ in rows) else 0.0
-    below = most_lines * line_height + (0.1 if wrapped else 0.0)
-    above = 0.38 if title else 0.0
-    page = StoryPage(left + columns * step - gap, below + len(rows) * step - gap + above)
-    for number, (label, row) in enumerate(rows):
-        bottom = below + (len(rows) - 1 - number) * step
-        if label:
-            words = textwrap.fill(label, 11)
-            style = dict(ha="right", va="center", fontsize=10, weight="bold")
-            page.text(left - gap, bottom + panel / 2, words, **style)
-        for k, frame in enumerate(row):
-            page.frame(left + k * step, bottom, panel, frame, given=k < given)
-    for k, lines in enumerate(wrapped):
-        middle = left + k * step + panel / 2
-        page.text(middle, below - 0.1, "\n".join(lines), ha="center", va="top")
+    wrapped = [textwrap.wrap(caption, int(panel * 13.5)) for caption in captions or []]
+    starts = range(0, n_frames, columns)
+    most_lines = [max(map(len, wrapped[k : k + columns]), default=0) for k in starts]
+    below = [n * line_height + (0.1 if wrapped else 0.0) for n in most_lines]  # room for captions
+    height = sum(below) + len(starts) * (len(rows) * step + gap) - 2 * gap
+    page = StoryPage(left + columns * step - gap, height + (0.38 if title else 0.0))
+    top = height
+    for start, room in zip(starts, below):
+        for label, row in rows:
+            bottom = top - panel
+            if label:
+                words = textwrap.fill(label, 11)
+                style = dict(ha="right", va="center", fontsize=10, weight="bold")
+                page.text(left - gap, bottom + panel / 2, words, **style)
+            for k, frame in enumerate(row[start : start + columns]):
+                page.frame(left + k * step, bottom, panel, frame, given=start + k < given)
+            top -= step
+        for k, lines in enumerate(wrapped[start : start + columns]):
+            middle = left + k * step + panel / 2
+            page.text(middle, top + gap - 0.1, "\n".join(lines), ha="center", va="top")
+        top -= room + gap
     if title:
         page.text(left, page.height - 0.1, title, va="top", fontsize=12, weight="bold")
     return page.figure
