@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['VIEWS', 'GROUPS', 'ceilings', 'with_and_without_history', 'print_lines', 'machine', 'world_hash', 'run_settings',
            'run_policy', 'stored_mb', 'run_arm', 'run_experiment', 'run_rows', 'load_runs', 'seeds_and_stories', 'far',
-           'chosen_rows', 'arm_table', 'compare_arms', 'print_groups', 'plot_arms', 'measure_tuning', 'tuning_cost']
+           'chosen_rows', 'arm_table', 'compare_arms', 'silent', 'seeds_and_stories_slope', 'print_groups', 'plot_arms',
+           'measure_tuning', 'tuning_cost']
 
 # %% ../nbs/library/experiments.ipynb #exp00003
 import hashlib
@@ -354,6 +355,17 @@ def _fact(row: dict):
     return row["story"], row["frame"], row["attribute"], row.get("name")
 
 
+def _check_same_facts(runs: list, baseline):
+    "Raise ValueError unless all runs score the same facts, and the baseline has as many seeds."
+    everyone = list(runs) + list(baseline or [])
+    same = everyone and everyone[0]
+    same = same and all([*map(_fact, rows)] == [*map(_fact, everyone[0])] for rows in everyone)
+    if not same:
+        raise ValueError("all runs must score the same facts in the same order, and at least one")
+    if baseline is not None and len(baseline) != len(runs):
+        raise ValueError(f"{len(runs)} seeds against {len(baseline)}: compare equal seeds")
+
+
 def seeds_and_stories(
     runs: list,  # one list of rows a seed, all over the same stories: dicts with story and correct
     baseline=None,  # another arm's, same seeds and facts: the difference is taken fact by fact
@@ -363,13 +375,7 @@ def seeds_and_stories(
     """Accuracy, or its difference to a baseline, with a 95 % interval that resamples both.
 
     Raises ValueError if the runs score different facts."""
-    everyone = list(runs) + list(baseline or [])
-    same = everyone and everyone[0]
-    same = same and all([*map(_fact, rows)] == [*map(_fact, everyone[0])] for rows in everyone)
-    if not same:
-        raise ValueError("all runs must score the same facts in the same order, and at least one")
-    if baseline is not None and len(baseline) != len(runs):
-        raise ValueError(f"{len(runs)} seeds against {len(baseline)}: compare equal seeds")
+    _check_same_facts(runs, baseline)
     values = _verdicts(runs)
     if baseline is not None:
         values = values - _verdicts(baseline)
@@ -433,6 +439,65 @@ def compare_arms(
         return chosen_rows(records, which, history)
 
     return seeds_and_stories(rows_of(arm), rows_of(baseline))
+
+# %% ../nbs/library/experiments.ipynb #d651e647
+def silent(row: dict) -> int:
+    "How many earlier frames do not tell a fact."
+    return row["frame"] - len(row["sources"])
+
+
+def _moments(runs: list, by) -> np.ndarray:  # (seeds, stories, 5): sums of 1, x, y, xx, xy
+    x = np.array([by(row) for row in runs[0]], dtype=float)
+    _, story = np.unique([row["story"] for row in runs[0]], return_inverse=True)
+    sums = []
+    for y in _verdicts(runs):
+        columns = np.ones_like(x), x, y, x * x, x * y
+        sums.append(np.stack([np.bincount(story, weights=column) for column in columns], axis=-1))
+    return np.stack(sums)
+
+
+def _slope(moments: np.ndarray) -> float:  # (..., 5), summed up
+    n, x, y, xx, xy = moments.reshape(-1, 5).sum(0)
+    return (n * xy - x * y) / (n * xx - x * x)
+
+
+def seeds_and_stories_slope(
+    runs: list,  # as `seeds_and_stories` takes them
+    baseline=None,  # another arm's: the difference of the slopes
+    by=silent,  # row -> number
+    resamples: int = 2000,
+    seed: int = 0,
+) -> dict:  # mean, low, high, by_seed, n (facts), stories, seeds
+    """Slope of accuracy, a unit of `by`, with a 95 % interval that resamples seeds and stories.
+
+    Least squares on the facts, each counting once (our choice). Raises ValueError if the runs score
+    different facts, or all facts have the same number."""
+    _check_same_facts(runs, baseline)
+    if len({by(row) for row in runs[0]}) < 2:
+        raise ValueError("a slope needs facts with different numbers")
+    arms = [_moments(rows, by) for rows in (runs, baseline) if rows is not None]
+    n_seeds, n_stories, _ = arms[0].shape
+
+    def slope(*chosen):
+        slopes = [_slope(moments[np.ix_(*chosen)]) for moments in arms]
+        return slopes[0] - (slopes[1] if len(slopes) > 1 else 0.0)
+
+    rng = np.random.default_rng(seed)
+    drawn = [
+        slope(rng.integers(n_seeds, size=n_seeds), rng.integers(n_stories, size=n_stories))
+        for _ in range(resamples)
+    ]
+    low, high = np.quantile(drawn, (0.025, 0.975))
+    everyone, every_story = range(n_seeds), range(n_stories)
+    return dict(
+        mean=float(slope(everyone, every_story)),
+        low=float(low),
+        high=float(high),
+        by_seed=[float(slope([k], every_story)) for k in everyone],
+        n=len(runs[0]),
+        stories=n_stories,
+        seeds=n_seeds,
+    )
 
 # %% ../nbs/library/experiments.ipynb #exp00021
 def _history_only(**wanted):

@@ -6,9 +6,8 @@ from pathlib import Path
 
 import pytest
 from hypothesis import settings
-from story_samples import flintstones, made, pororo, version1  # noqa: F401
 
-# pytest -n: each worker gets its share of the cores, before torch is imported.
+# pytest -n: each worker gets its share of the cores. This must stand before torch is imported.
 WORKERS = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
 if WORKERS > 1:
     CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
@@ -17,6 +16,8 @@ if WORKERS > 1:
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
 os.environ["MPLBACKEND"] = "Agg"
+
+from story_samples import flintstones, made, pororo, version1  # noqa: E402, F401
 
 settings.register_profile("repeatable", deadline=None, derandomize=True, database=None)
 settings.load_profile("repeatable")
