@@ -11,6 +11,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import fold
 import pytest
 import wheel
 import yaml
@@ -558,3 +559,11 @@ def test_workflow_does_what_ci_does():
 def test_workflow_builds_the_site():
     run, _ = steps_of("site.yml")
     assert "python nbs/site/build.py" in run and "pytest tests/test_site.py" in run
+
+
+@each_notebook
+def test_what_is_hidden_is_folded_in_jupyter(path):
+    "Run `python tests/fold.py` if this fails."
+    assert path.read_text(encoding="utf-8") == fold.as_text(
+        fold.folded(json.loads(path.read_text(encoding="utf-8")))
+    )
