@@ -44,6 +44,7 @@ class Module:
     docstring: str
     definitions: list[Definition]
     cells: list[tuple[int, str, str]]  # line, notebook below nbs/, id of the cell
+    handed_on: dict[str, str] = field(default_factory=dict)  # public name -> module it is from
 
 
 def read_comments(
@@ -188,6 +189,21 @@ def read_values(
     ]
 
 
+def read_handed_on(
+    tree: ast.Module,
+) -> dict[str, str]:  # name -> module of the package that defines it
+    "The public names that a module only hands on: imported, and in its `__all__`."
+    exported, imported = set(), {}
+    for node in tree.body:
+        if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "__all__":
+            exported = set(ast.literal_eval(node.value))
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            home = node.module.removeprefix("causal_story.")
+            if node.level == 1 or home != node.module:
+                imported |= {one.asname or one.name: home for one in node.names}
+    return {name: home for name, home in imported.items() if name in exported}
+
+
 def read_module(
     path: Path,  # causal_story/NAME.py
 ) -> Module:
@@ -212,7 +228,8 @@ def read_module(
             found.append(read_function(node, comments))
         elif isinstance(node, (ast.Assign, ast.AnnAssign)):
             found += read_values(node, comments)
-    return Module(path.stem, ast.get_docstring(tree) or "", found, cells)
+    docstring = ast.get_docstring(tree) or ""
+    return Module(path.stem, docstring, found, cells, read_handed_on(tree))
 
 
 # ---------------------------------------------------------------- writing pages
@@ -307,4 +324,7 @@ def module_page(
     lines += [f"```{{py:module}} causal_story.{module.name}", "```", ""]
     for definition in module.definitions:
         lines += [entry(definition, module, shown, git_url), ""]
+    if module.handed_on:
+        names = [f"{{py:obj}}`{n} <causal_story.{m}.{n}>`" for n, m in module.handed_on.items()]
+        lines += ["## From other modules", "", f"Found here too: {', '.join(names)}.", ""]
     return "\n".join(lines)
