@@ -552,7 +552,7 @@ def test_workflow_does_what_ci_does():
     ci = (ROOT / ".ci" / "run").read_text(encoding="utf-8")
     steps = re.findall(r"-m ruff [a-z]+|nbdev\.\w+ import \w+|tests/readme\.py", ci)
     assert len(set(steps)) >= 5
-    for step in [*steps, "-m pytest tests", "git diff --exit-code"]:
+    for step in [*steps, "-m pytest -n auto tests", "git diff --exit-code"]:
         assert step in run, f"test.yml does not run {step}"
 
 
