@@ -71,6 +71,7 @@ class Model:
     words: tuple[str, ...] = ()  # names of your own characters
     max_length: int | None = None  # tokens a caption; left out: the data set's, or the base's
     image_size: int = 224  # pixels a side of the frames that a BLIP from elsewhere reads
+    frame_size: int | None = None  # pixels a side of what is drawn; left out: the model's
     checkpoint: str | None = None  # AR-LDM's .ckpt, put into an untuned model
 
     def __post_init__(self):
@@ -193,6 +194,7 @@ def new_pipeline(
         max_length if known else None,
         model.image_size,
         seed,
+        model.frame_size,
     )
     if model.checkpoint:
         report = import_arldm_checkpoint(model.checkpoint, pipe, model.dataset, tuple(model.words))
@@ -240,7 +242,7 @@ def load_tuned(name: str, model: Model) -> CausalStoryPipeline:
     unknown = [word for word in model.words if word not in pipe.tokenizer.get_vocab()]
     if unknown:
         raise ValueError(f"{name} is tuned already and does not know the word {unknown[0]!r}")
-    return pipe
+    return pipe if model.frame_size is None else pipe.use_frame_size(model.frame_size)
 
 
 def load_model(
@@ -252,7 +254,7 @@ def load_model(
     check_complete(name)
     if is_tuned(name):
         pipe = load_tuned(name, model)
-    elif is_hub_id(name) and model == Model():
+    elif is_hub_id(name) and replace(model, frame_size=None) == Model():
         holds = "a pipeline that `train` saved, or a base that `pretrain` wrote"
         folder = local_folder(name, "model", holds, ("*.json", "*.txt", "*.safetensors"))
         pipe = load_model(str(folder), model, drawing)
@@ -462,6 +464,7 @@ def _draw_folder(name, model, drawing: Drawing, dataset, folder, task, index) ->
         model=str(name),
         scheduler=drawing.scheduler,
         checkpoint=model.checkpoint,
+        frame_size=model.frame_size,
         data=Path(dataset.path).name,
         split=dataset.split,
         task=task,

@@ -20,6 +20,7 @@ from transformers import BlipTextConfig, BlipVisionConfig, CLIPTextConfig, CLIPT
 
 from .encoders import HistoryEncoder, StoryContext
 from .features import what_is_frozen
+from .loading import set_frame_size
 from .model import CausalStoryModel, Conditioning, trained_by_part
 from .recipes import find_recipe
 from .unet import STABLE_DIFFUSION_15, add_adapters, cross_attention_sites
@@ -27,6 +28,7 @@ from .unet import STABLE_DIFFUSION_15, add_adapters, cross_attention_sites
 # %% ../nbs/library/costs.ipynb #75f9b49c
 def full_size_parts(
     max_length: int = 91,  # S
+    frame_size: int = 512,  # pixels a side of what is drawn
 ) -> dict:  # unet, vae, text_encoder, history_encoder: shapes without content, float32
     "Stable Diffusion 1.5 and BLIP-large on the meta device."
     heads = dict(
@@ -50,7 +52,7 @@ def full_size_parts(
             down_block_types=("DownEncoderBlock2D",) * 4,
             up_block_types=("UpDecoderBlock2D",) * 4,
         )
-        return dict(
+        parts = dict(
             unet=UNet2DConditionModel(**STABLE_DIFFUSION_15),
             vae=vae,
             text_encoder=CLIPTextModel(
@@ -60,6 +62,8 @@ def full_size_parts(
                 BlipVisionConfig(**vision).to_diff_dict(), text.to_diff_dict(), 30523, 30522
             ),
         )
+    set_frame_size(parts, frame_size)
+    return parts
 
 
 def full_size_model(

@@ -4,8 +4,9 @@
 
 # %% auto #0
 __all__ = ['DIFFUSION_PARTS', 'HISTORY_PARTS', 'BASE_PARTS', 'STABLE_DIFFUSION_HUB', 'BLIP_HUB', 'FINGERPRINTED', 'NEW_PARTS',
-           'LORA', 'LORA_FILE', 'read_diffusion', 'read_blip', 'read_base', 'has_lora', 'without_lora', 'changed_parts',
-           'merged', 'write_tuned', 'read_record', 'read_tuned', 'whole_parts']
+           'LORA', 'LORA_FILE', 'read_diffusion', 'read_blip', 'read_base', 'frame_size_of', 'set_frame_size',
+           'has_lora', 'without_lora', 'changed_parts', 'merged', 'write_tuned', 'read_record', 'read_tuned',
+           'whole_parts']
 
 # %% ../nbs/library/loading.ipynb #ldg00003
 import copy
@@ -156,6 +157,30 @@ def _check_widths(parts: dict):
             f"reads ({unet}): these weights cannot be combined"
         )
 
+# %% ../nbs/library/loading.ipynb #ldgsize2
+def frame_size_of(
+    parts: dict,  # with vae and unet
+) -> int:
+    "Pixels a side of what these parts draw."
+    return parts["unet"].config.sample_size * _halvings(parts["vae"])
+
+
+def _halvings(network) -> int:
+    "How many pixels of what a network reads become one in its innermost layer."
+    return 2 ** (len(network.config.block_out_channels) - 1)
+
+
+def set_frame_size(
+    parts: dict,  # with vae and unet, which is changed in place
+    size: int,  # pixels a side
+):
+    "Draw and train at another size. Raises ValueError for one that the networks cannot halve."
+    pixels_a_latent = _halvings(parts["vae"])
+    step = pixels_a_latent * _halvings(parts["unet"])
+    if isinstance(size, bool) or not isinstance(size, int) or size < step or size % step:
+        raise ValueError(f"frame_size={size!r}: a multiple of {step} pixels is needed")
+    parts["unet"].register_to_config(sample_size=size // pixels_a_latent)
+
 # %% ../nbs/library/loading.ipynb #ldg00013
 NEW_PARTS = dict(story_context=StoryContext, adapters=UNetAdapters)
 LORA = "lora"  # folder name; the factors alone, as diffusers writes them
@@ -229,6 +254,7 @@ def write_tuned(
         scheduler.save_pretrained(aside / "scheduler")
         record = dict(format=2, base=base, parts=names + [LORA] * lora, settings=settings)
         record["scheduler"] = type(scheduler).__name__
+        record["frame_size"] = frame_size_of(components)
         text = json.dumps(record, indent=1, ensure_ascii=False)
         (aside / "tuned.json").write_text(text + "\n", encoding="utf-8")
 
@@ -322,6 +348,9 @@ def read_tuned(
             _load_lora(parts["unet"], folder / LORA)
         else:
             parts[name] = load_part(kinds[name], folder / name)
+    if record.get("frame_size") is not None:  # an old record: the base's
+        with reading(folder / "tuned.json", "a record of a tuned model", "copy it again"):
+            set_frame_size(parts, record["frame_size"])
     parts["scheduler"] = _load_scheduler(record, folder, parts["scheduler"])
     parts.setdefault("adapters", None)
     fingerprints = found["fingerprints"] | known["fingerprints"]

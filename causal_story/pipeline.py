@@ -39,7 +39,15 @@ from causal_story.checks import (
 from .data import CLIP_IMAGE_MEAN, CLIP_IMAGE_STD, StoryCollator, pixels
 from .diffusion import decode_latents, guide
 from .encoders import StoryContext, null_caption_ids
-from .loading import merged, read_base, read_tuned, whole_parts, write_tuned
+from causal_story.loading import (
+    frame_size_of,
+    merged,
+    read_base,
+    read_tuned,
+    set_frame_size,
+    whole_parts,
+    write_tuned,
+)
 from .model import CausalStoryModel, Conditioning
 from .recipes import find_recipe
 from .storage import HUB_ID, atomic_folder, shipped_weights
@@ -226,7 +234,7 @@ class CausalStoryPipeline(DiffusionPipeline):
     @property
     def frame_size(self) -> int:
         "Pixels a side of what is drawn."
-        return self.unet.config.sample_size * 2 ** (len(self.vae.config.block_out_channels) - 1)
+        return frame_size_of(self.components)
 
     @property
     def history_policy(self) -> HistoryPolicy:
@@ -532,6 +540,16 @@ def use_scheduler(
     self.scheduler = make_scheduler(name, self.scheduler, **options)
     return self
 
+
+@patch
+def use_frame_size(
+    self: CausalStoryPipeline,  # changed in place
+    size: int,  # pixels a side
+) -> CausalStoryPipeline:
+    "Draw and train at another size. Raises ValueError for one that the networks cannot halve."
+    set_frame_size(self.components, size)
+    return self
+
 # %% ../nbs/08_pipeline.ipynb #fab1c316
 @patch(cls_method=True)
 def from_base(
@@ -543,11 +561,14 @@ def from_base(
     max_length: int | None = None,  # tokens a caption; None: what the base has
     image_size: int = 224,  # pixels a side of the frames that a BLIP from elsewhere reads
     seed: int = 0,  # of the new weights
+    frame_size: int | None = None,  # pixels a side of what is drawn; None: the base's
 ) -> CausalStoryPipeline:
     """Causal-Story on a base, before tuning: it draws what the base draws.
 
     Raises FileNotFoundError or ValueError that names the folder or argument at fault."""
     parts, record = read_base(base, blip, words, max_length, image_size)
+    if frame_size is not None:
+        set_frame_size(parts, frame_size)
     recipe = find_recipe(recipe, record["size"])
     width = parts["text_encoder"].config.hidden_size
     with torch.random.fork_rng(devices=[]):

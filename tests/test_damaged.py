@@ -33,7 +33,7 @@ from causal_story.raw import (
 from causal_story.storage import load_part, read_json, shipped_weights
 from causal_story.story_file import convert_stories, open_image
 
-CASES = int(os.environ.get("DAMAGED_CASES", 12))  # of each file; 45 make 3,060 in all
+CASES = int(os.environ.get("DAMAGED_CASES", 12))  # of each file; 45 make 3,105 in all
 STORIES = {"train": [ToyStory(0), ToyStory(1)], "val": [ToyStory(2)], "test": [ToyStory(3)]}
 
 # ---------------------------------------------------------------- whole folders of every layout
