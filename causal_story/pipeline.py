@@ -28,11 +28,14 @@ from torch.nn import functional
 
 from .causal_mask import HistoryPolicy, as_policy, frame_times
 from causal_story.checks import (
+    check_generator,
     check_history_lists,
     check_interval,
     check_kept,
     check_mask,
     check_output_type,
+    check_scale,
+    check_steps,
     check_stories,
     to_uint8,
 )
@@ -100,7 +103,7 @@ class StoryRequest:
     task: str
     frame_mask: torch.Tensor  # (V, F) bool: who may look at whom
     policy: HistoryPolicy
-    source_images: list = field(default_factory=list)  # B pictures in a continuation, else none
+    source_images: list = field(default_factory=list)  # a continuation: B lists of G given frames
     source_captions: list = field(default_factory=list)  # likewise
     num_inference_steps: int = 20
     guidance_scale: float = 2.0
@@ -114,6 +117,10 @@ class StoryRequest:
     @property
     def n_kept(self) -> int:
         return len(self.kept_frames[0]) if self.kept_frames else 0
+
+    @property
+    def n_given(self) -> int:  # G, 0 in a visualization
+        return len(self.source_images[0]) if self.source_images else 0
 
 # %% ../nbs/08_pipeline.ipynb #a299d507
 COMPONENTS = (
@@ -339,8 +346,9 @@ def _draw(
     ids, words = self.tokens(self.tokenizer, request.captions)
     caption_states = self.model.read_captions(ids, words)  # (B, V, S, D)
     past = [(caption_states[:, :0], words[:, :0])]  # blocks read so far: none
-    if request.source_images:
-        past.append(self.read_pictures(request.source_images, request.source_captions))
+    for k in range(request.n_given):
+        given = zip(request.source_images, request.source_captions)
+        past.append(self.read_pictures(*zip(*[(shown[k], told[k]) for shown, told in given])))
 
     drawn, latents, relevance = [], [], []
     with self.progress_bar(total=(V - request.n_kept) * request.num_inference_steps) as bar:
@@ -368,9 +376,9 @@ def _draw(
 @patch
 def _frame_row(self: CausalStoryPipeline, request: StoryRequest, i: int) -> dict:
     "How frame i lays out its context: its row of the mask up to what has been read, its time."
-    n_blocks = i + len(request.source_images[:1])
+    n_blocks = i + request.n_given
     frame_mask = request.frame_mask[i : i + 1, :n_blocks].to(self._execution_device)
-    times = frame_times(len(request.captions[0]), request.task)[i : i + 1]
+    times = frame_times(len(request.captions[0]), request.task, request.n_given)[i : i + 1]
     return dict(
         frame_mask=frame_mask,
         times=times,
@@ -421,10 +429,10 @@ def decode(
 @torch.no_grad()
 def __call__(
     self: CausalStoryPipeline,
-    prompt,  # V captions, or a list of stories of V captions each
+    prompt,  # V captions, or a list of stories of V captions each; any sequences of strings
     task: str = "visualization",  # or "continuation"
-    source_image=None,  # the given frame of a continuation (PIL), one a story
-    source_caption=None,  # its caption, one a story
+    source_image=None,  # a continuation's given frame, any picture; a list of G: so many a story
+    source_caption=None,  # its caption, or G
     history_policy=None,  # HistoryPolicy or its name; None: the checkpoint's
     window: int
     | None = None,  # of "local" and "weighted"; None: the checkpoint's, if policy is too
@@ -432,9 +440,9 @@ def __call__(
     guidance_scale: float | None = None,  # None: the checkpoint's; 1: no guidance
     guidance_interval: tuple | None = None,  # (start, stop), shares of the steps; None: likewise
     generator=None,  # one torch.Generator a story, or one for all
-    history_frames=None,  # B lists of V PIL images: the past that is shown, if not what is drawn
+    history_frames=None,  # B lists of V pictures: the past that is shown, if not what is drawn
     history_captions=None,  # B lists of V captions: the past that is told, if not the prompt
-    kept_frames=None,  # B lists of n < V PIL images: the first n frames, only later ones are drawn
+    kept_frames=None,  # B lists of n < V pictures: the first n frames, only later ones are drawn
     frame_mask=None,  # (V, F) bool instead of the policy's: who may look at whom, never ahead
     callback_on_step_end=None,  # callback(pipe, step, timestep, dict(latents=..., frame=i))
     output_type: str = "pil",  # "pil", "np", "pt", or "latent": clean latents (B, V, C, h, w)
@@ -443,27 +451,32 @@ def __call__(
     "Draw stories. Raises ValueError on a bad request before any computing starts."
     check_output_type(output_type)
     n_times = self.story_context.config.n_times
+    most = self.scheduler.config.get("num_train_timesteps", 1000)
     captions, images, source_captions = check_stories(
         prompt, task, source_image, source_caption, n_times
     )
     policy = self._asked_policy(history_policy, window)
-    own_mask = policy.mask(len(captions[0]), task)
+    n_given = len(images[0]) if images else 1
+    own_mask = policy.mask(len(captions[0]), task, n_given)
+    check_generator(generator, len(captions))
     request = StoryRequest(
         captions=captions,
         task=task,
         frame_mask=own_mask
         if frame_mask is None
-        else check_mask(frame_mask, len(captions[0]), task),
+        else check_mask(frame_mask, len(captions[0]), task, n_given),
         policy=policy,
         source_images=images,
         source_captions=source_captions,
-        num_inference_steps=num_inference_steps or self.config.num_inference_steps,
-        guidance_scale=_first(guidance_scale, self.config.guidance_scale),
+        num_inference_steps=check_steps(
+            _first(num_inference_steps, self.config.num_inference_steps), most
+        ),
+        guidance_scale=check_scale(_first(guidance_scale, self.config.guidance_scale)),
         guidance_interval=check_interval(_first(guidance_interval, self.config.guidance_interval)),
         generator=generator,
         history_frames=check_history_lists("history_frames", history_frames, captions),
         history_captions=check_history_lists("history_captions", history_captions, captions),
-        kept_frames=check_kept(kept_frames, captions, output_type),
+        kept_frames=check_kept(kept_frames, captions, output_type, self.frame_size),
         callback=callback_on_step_end,
     )
     check_processors(self.unet)
