@@ -2,12 +2,14 @@
 
 import warnings
 
+import diffusers
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 from test_pipeline import CAPTIONS, STORIES, make_pipe
 
+from causal_story.pipeline import CausalStoryPipeline
 from causal_story.storage import warn_once
 
 TWO = CAPTIONS[0][:2]
@@ -181,3 +183,183 @@ def test_given_frames_of_several_stories(pipe):
         tell(pipe, TWO, source_image=PICTURES[:1] * 8, source_caption=["A."] * 8, **one)
     with pytest.raises(ValueError, match="source_image"):
         tell(pipe, prompts, source_image=[given[0], given[1][:2]], source_caption=told, **one)
+
+
+# ---------------------------------------------------------------- schedulers
+
+
+def on(pipe, scheduler, **options):
+    "The same parts with another scheduler."
+    return CausalStoryPipeline(
+        **pipe.components | dict(scheduler=scheduler.from_config(pipe.scheduler.config, **options)),
+        **pipe.settings,
+    )
+
+
+STOCHASTIC = {
+    "ddpm": (diffusers.DDPMScheduler, {}),
+    "ancestral": (diffusers.EulerAncestralDiscreteScheduler, {}),
+    "ancestral2": (diffusers.KDPM2AncestralDiscreteScheduler, {}),
+    "sde": (diffusers.DPMSolverMultistepScheduler, dict(algorithm_type="sde-dpmsolver++")),
+    "lcm": (diffusers.LCMScheduler, {}),
+    "sa": (diffusers.SASolverScheduler, {}),
+}
+
+
+@pytest.mark.parametrize("name", STOCHASTIC)
+def test_the_same_seed_gives_the_same_picture_alone_and_in_a_batch(pipe, name):
+    kind, options = STOCHASTIC[name]
+    other = on(pipe, kind, clip_sample=False, **options)
+    other.set_progress_bar_config(disable=True)
+    both = tell(other, [c[:2] for c in CAPTIONS], generator=[seeded(1), seeded(2)])
+    again = tell(other, CAPTIONS[1][:2], generator=seeded(2))
+    torch.testing.assert_close(both[1:], again, atol=1e-3, rtol=1e-3)
+    assert torch.equal(again, tell(other, CAPTIONS[1][:2], generator=seeded(2)))
+
+
+def test_a_kept_frame_changes_no_noise_of_a_later_one(pipe):
+    other = on(pipe, diffusers.DDPMScheduler, clip_sample=False)
+    other.set_progress_bar_config(disable=True)
+    fast = dict(num_inference_steps=2, generator=seeded(1))
+    whole = other(TWO, **fast).frames[0]
+    rest = other(TWO, kept_frames=whole[:1], **fast | dict(generator=seeded(1))).frames[0]
+    difference = np.asarray(whole[1], int) - np.asarray(rest[1], int)
+    assert abs(difference).max() <= 1
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["Heun", "LMS", "DEISMultistep", "KDPM2", "DPMSolverSinglestep", "UniPCMultistep", "TCD"],
+)
+def test_schedulers_of_many_kinds_draw(pipe, name):
+    name = name if hasattr(diffusers, f"{name}Scheduler") else f"{name}Discrete"
+    other = on(pipe, getattr(diffusers, f"{name}Scheduler"))
+    other.set_progress_bar_config(disable=True)
+    assert tell(other).isfinite().all()
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["FlowMatchEulerDiscrete", "FlowMatchHeunDiscrete", "EDMEuler", "EDMDPMSolverMultistep"]
+    + ["DDIMInverse", "RePaint", "IPNDM", "CMStochasticIterative"],
+)
+def test_a_scheduler_that_cannot_work_is_refused(name):
+    pipe = make_pipe()
+    pipe.scheduler = getattr(diffusers, f"{name}Scheduler")()
+    with pytest.raises(ValueError, match=f"{name}.*ddim, ddpm, dpm, euler"):
+        tell(pipe)
+
+
+# ---------------------------------------------------------------- as in StableDiffusionPipeline
+
+
+def test_a_negative_prompt_takes_the_place_of_the_empty_caption(pipe):
+    plain = tell(pipe)
+    torch.testing.assert_close(tell(pipe, negative_prompt=""), plain)
+    one = tell(pipe, negative_prompt="Kiki sleeps.")
+    assert (one - plain).abs().amax((0, 2, 3, 4)).min() > 1e-4
+    assert torch.equal(one, tell(pipe, negative_prompt=["Kiki sleeps."] * 2))
+    second = tell(pipe, negative_prompt=["", "Kiki sleeps."])
+    torch.testing.assert_close(second[0, 0], plain[0, 0])
+    assert (second[0, 1] - plain[0, 1]).abs().max() > 1e-4
+    unguided = dict(guidance_scale=1)
+    assert torch.equal(tell(pipe, **unguided), tell(pipe, negative_prompt="A.", **unguided))
+    for wrong in (["A."] * 3, [["A."]], 7, [1, 2]):
+        with pytest.raises(ValueError, match="negative_prompt"):
+            tell(pipe, negative_prompt=wrong)
+
+
+def test_several_tellings_of_one_story(pipe):
+    generators = [seeded(1), seeded(2)]
+    both = tell(pipe, num_images_per_prompt=2, generator=generators, negative_prompt="Night.")
+    assert both.shape[:2] == (2, 2)
+    alone = tell(pipe, generator=seeded(2), negative_prompt="Night.")
+    torch.testing.assert_close(both[1:], alone, atol=1e-4, rtol=1e-4)
+    assert not torch.equal(*tell(pipe, num_images_per_prompt=2))
+    for wrong in (0, 1.5, "2"):
+        with pytest.raises(ValueError, match="num_images_per_prompt"):
+            tell(pipe, num_images_per_prompt=wrong)
+
+
+def test_only_the_size_that_the_unet_was_made_for(pipe):
+    assert torch.equal(tell(pipe, height=64, width=64), tell(pipe))
+    for wrong in (dict(height=128), dict(width=32), dict(height="64")):
+        with pytest.raises(ValueError, match=next(iter(wrong))):
+            tell(pipe, **wrong)
+
+
+def test_steps_by_name(pipe):
+    other = on(pipe, diffusers.EulerDiscreteScheduler)
+    other.set_progress_bar_config(disable=True)
+    usual = tell(other)
+    assert torch.equal(tell(other, timesteps=other.scheduler.timesteps.tolist()), usual)
+    sigmas = other.scheduler.sigmas[:-1].tolist()
+    torch.testing.assert_close(tell(other, sigmas=sigmas), usual, atol=0.1, rtol=0)
+    with pytest.raises(ValueError, match="sigmas"):
+        tell(pipe, sigmas=sigmas)  # DDIM takes none
+    for wrong in ([1, 900], [], "fast"):
+        with pytest.raises(ValueError, match="timesteps"):
+            tell(other, timesteps=wrong)
+
+
+def test_eta_is_the_noise_of_ddim(pipe):
+    assert torch.equal(tell(pipe, eta=0.0), tell(pipe))
+    noisy = tell(pipe, eta=1.0)
+    assert not torch.equal(noisy, tell(pipe))
+    assert torch.equal(noisy, tell(pipe, eta=1.0))
+    with pytest.raises(ValueError, match="eta.*ddim"):
+        tell(on(pipe, diffusers.EulerDiscreteScheduler), eta=1.0)
+    with pytest.raises(ValueError, match="eta"):
+        tell(pipe, eta=2)
+
+
+def test_a_callback_gets_the_tensors_that_it_names(pipe):
+    names = []
+
+    def note(pipe, step, t, state):
+        names.append(sorted(state))
+
+    both = ["latents", "prediction"]
+    tell(pipe, callback_on_step_end=note, callback_on_step_end_tensor_inputs=both)
+    tell(pipe, callback_on_step_end=note)
+    assert names == [["frame", *both]] * 4 + [["frame", "latents"]] * 4
+    with pytest.raises(ValueError, match="callback_on_step_end_tensor_inputs.*prompt_embeds"):
+        tell(pipe, callback_on_step_end_tensor_inputs=["prompt_embeds"])
+    with pytest.raises(ValueError, match="guidance_interval"):
+        tell(pipe, callback_on_step_end=diffusers.callbacks.SDCFGCutoffCallback())
+
+
+def test_a_story_can_be_stopped(pipe):
+    def stop(pipe, step, t, state):
+        pipe._interrupt = state["frame"] == 1
+
+    story = pipe(
+        CAPTIONS, generator=[seeded(1), seeded(2)], callback_on_step_end=stop, num_inference_steps=3
+    )
+    assert [len(frames) for frames in story.frames] == [2, 2]
+    assert pipe.interrupt
+    whole = pipe(CAPTIONS, generator=[seeded(1), seeded(2)], num_inference_steps=3)
+    assert [len(frames) for frames in whole.frames] == [3, 3]
+    assert np.array_equal(story.frames[0][0], whole.frames[0][0])
+    assert not np.array_equal(story.frames[0][1], whole.frames[0][1])
+
+
+# ---------------------------------------------------------------- captions
+
+
+def test_a_caption_that_is_too_long_is_named_once(pipe):
+    warn_once.cache_clear()
+    long = "Milo jumps at the beach. " * 5 + "Kiki reads."
+    texts = []
+    for _ in range(2):
+        with warnings.catch_warnings(record=True) as said:
+            warnings.simplefilter("always")
+            tell(pipe, ["Milo jumps.", long])
+        texts += [str(w.message) for w in said if "tokens" in str(w.message)]
+    [text] = texts
+    assert repr(long) in text
+    assert "kiki reads" in text.split("is cut to 24")[1]
+
+
+def test_half_a_letter_is_no_error(pipe):
+    assert tell(pipe, ["Milo \ud83d jumps.", "A."]).isfinite().all()
