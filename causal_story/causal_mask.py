@@ -20,13 +20,14 @@ TASKS = ("visualization", "continuation")
 def frame_times(
     n_frames: int,  # V, frames to draw
     task: str,  # "visualization" or "continuation"
+    n_given: int = 1,  # G, frames that a continuation starts from (more than one: our choice)
 ) -> torch.Tensor:  # (V,) long: the story time of each drawn frame
-    """Story time of every drawn frame: block k has time k, and a given frame stands at time 0.
+    """Story time of every drawn frame: block k has time k, and given frames stand at its start.
 
     Raises `ValueError` for an unknown task."""
     if task not in TASKS:
         raise ValueError(f"task is {task!r}; it must be one of {', '.join(TASKS)}")
-    return torch.arange(n_frames) + TASKS.index(task)
+    return torch.arange(n_frames) + TASKS.index(task) * n_given
 
 # %% ../nbs/05_causal_mask.ipynb #1d096b01
 @dataclass(frozen=True)
@@ -91,19 +92,21 @@ class HistoryPolicy:
     def mask(
         self,
         n_frames: int,  # V, frames to draw
-        task: str,  # "visualization" (F = V) or "continuation" (F = V+1)
+        task: str,  # "visualization" (F = V) or "continuation" (F = V+G)
+        n_given: int = 1,  # G, frames that a continuation starts from
     ) -> torch.Tensor:  # (V, F) bool, True = may attend
         "Which history block (column) each drawn frame (row) may look at."
         check_count(n_frames, "n_frames")
-        times = frame_times(n_frames, task)
-        n_blocks = n_frames + TASKS.index(task)
+        check_count(n_given, "n_given")
+        times = frame_times(n_frames, task, n_given)
+        n_blocks = n_frames + TASKS.index(task) * n_given
         age = times[:, None] - torch.arange(n_blocks)  # (V, F), 1 = the frame just before
         visible = POLICIES[self.name].sees(age).bool() & (age >= 1)
         if self.window is None:
             return visible
         in_window = age <= self.window
         if task == "continuation" and self.keep_given:
-            in_window[:, 0] = True
+            in_window[:, :n_given] = True
         return visible & in_window
 
     def __str__(self):

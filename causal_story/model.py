@@ -221,17 +221,21 @@ def null_condition(
     times: torch.Tensor,  # (V,)
     weighted: bool = False,
     context_layer: bool = True,
-) -> Conditioning:  # of one story, B = 1
+    caption: torch.Tensor | None = None,  # (B, V, S, D) states of other words than none
+) -> Conditioning:  # of one story, B = 1, unless captions say more
     "The unconditional context, as AR-LDM has it, through every trained part (our choice)."
     V, n_blocks = frame_mask.shape
-    caption = null_caption_states(self.text_encoder, self.null_caption_ids)  # (S, D)
+    if caption is None:
+        caption = null_caption_states(self.text_encoder, self.null_caption_ids)  # (S, D)
+        caption = caption.expand(1, V, -1, -1)
     block = null_history_states(self.history_encoder, self.null_history_ids)  # (S, D)
-    every_token = torch.ones(1, 1, len(caption), dtype=torch.bool, device=caption.device)
+    every_token = torch.ones(1, 1, len(block), dtype=torch.bool, device=caption.device)
+    B = len(caption)
     return self.condition(
-        caption.expand(1, V, -1, -1),
-        every_token.expand(1, V, -1),
-        block.expand(1, n_blocks, -1, -1),
-        every_token.expand(1, n_blocks, -1),
+        caption,
+        every_token.expand(B, V, -1),
+        block.expand(B, n_blocks, -1, -1),
+        every_token.expand(B, n_blocks, -1),
         frame_mask,
         times,
         weighted,

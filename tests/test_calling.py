@@ -1,0 +1,365 @@
+"""Calling the pipeline as one calls diffusers': what people try first."""
+
+import warnings
+
+import diffusers
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from test_pipeline import CAPTIONS, STORIES, make_pipe
+
+from causal_story.pipeline import CausalStoryPipeline
+from causal_story.storage import warn_once
+
+TWO = CAPTIONS[0][:2]
+PICTURES = STORIES[0].frames(64)
+FAST = dict(num_inference_steps=2, output_type="latent")
+
+
+@pytest.fixture(scope="module")
+def pipe():
+    return make_pipe()
+
+
+def seeded(seed):
+    return torch.Generator().manual_seed(seed)
+
+
+def tell(pipe, prompt=TWO, **options):
+    "Clean latents of a story of two frames."
+    return pipe(prompt, **FAST | dict(generator=seeded(1)) | options).frames
+
+
+# ---------------------------------------------------------------- pictures
+
+
+def kinds(folder) -> dict:
+    "One picture in every form."
+    picture = PICTURES[0]
+    array = np.asarray(picture)
+    picture.save(folder / "picture.png")
+    on_its_side = picture.rotate(90)  # a camera that was held upright
+    exif = Image.Exif()
+    exif[0x112] = 6
+    on_its_side.save(folder / "photo.png", exif=exif)
+    wide = Image.new("RGB", (96, 64))
+    wide.paste(picture, (16, 0))
+    return {
+        "PIL": picture,
+        "RGBA": picture.convert("RGBA"),
+        "path": folder / "picture.png",
+        "text": str(folder / "picture.png"),
+        "a photo": Image.open(folder / "photo.png"),
+        "wide": wide,
+        "uint8 array": array,
+        "array": array / 255,
+        "tensor": torch.from_numpy(array / 255).permute(2, 0, 1).float(),
+        "-1 to 1": torch.from_numpy(array / 127.5 - 1).permute(2, 0, 1),
+        "half": torch.from_numpy(array.copy()).permute(2, 0, 1),
+    }
+
+
+@pytest.mark.parametrize("name", ["source_image", "history_frames", "kept_frames"])
+def test_any_kind_of_picture_is_the_same_picture(pipe, name, tmp_path, monkeypatch):
+    shown = []
+
+    def noting(request):
+        shown.append([request.source_images, request.history_frames, request.kept_frames])
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(pipe, "_draw", noting)
+    more = dict(task="continuation", source_caption="A.") if name == "source_image" else {}
+    for kind, picture in kinds(tmp_path).items():
+        value = {"source_image": picture, "history_frames": [picture, picture]}
+        with pytest.raises(KeyboardInterrupt), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            tell(pipe, **more, **{name: value.get(name, [picture])}, output_type="pil")
+        rows = [rows for rows in shown.pop() if rows]
+        for read in rows[0][0]:
+            assert read.mode == "RGB" and read.size == (64, 64), kind
+            np.testing.assert_array_equal(np.asarray(read), np.asarray(PICTURES[0]), kind)
+
+
+def test_grey_palette_and_deep_pictures_are_read(pipe):
+    deep = Image.fromarray(np.full((64, 64), 40000, np.uint16))
+    for picture in (PICTURES[0].convert("P"), PICTURES[0].convert("L"), deep):
+        tell(pipe, task="continuation", source_image=picture, source_caption="A.")
+
+
+def test_what_came_out_goes_in_again(pipe):
+    for form in ("np", "pt"):
+        frames = pipe(TWO, generator=seeded(1), num_inference_steps=2, output_type=form).frames
+        again = tell(pipe, history_frames=frames)
+        assert torch.equal(again, tell(pipe))
+        pipe(TWO, num_inference_steps=1, kept_frames=frames[0, :1], output_type=form)
+
+
+def test_a_crop_is_said_once(pipe):
+    warn_once.cache_clear()
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        for width in (80, 90):
+            wide = np.zeros((64, width, 3), np.uint8)
+            tell(pipe, history_frames=[wide, wide])
+    assert len([w for w in said if "history_frames is not square" in str(w.message)]) == 1
+
+
+@pytest.mark.parametrize("wrong", [7, b"x", np.zeros((64, 64, 5)), np.full((4, 4), np.nan), [[7]]])
+def test_what_is_no_picture_is_named(pipe, wrong):
+    with pytest.raises(ValueError, match="source_image"):
+        tell(pipe, task="continuation", source_image=wrong, source_caption="A.")
+
+
+# ---------------------------------------------------------------- arguments
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [dict(num_inference_steps=value) for value in (0, -1, 1.5, "20", True, 2000)]
+    + [dict(guidance_scale=value) for value in (float("nan"), "7", float("inf"), [2])]
+    + [dict(generator=value) for value in (0, "0", [0], [seeded(1), seeded(2)])],
+    ids=str,
+)
+def test_a_wrong_argument_is_named_before_anything_is_computed(pipe, wrong, monkeypatch):
+    [(name, value)] = wrong.items()
+    monkeypatch.setattr(pipe, "_draw", lambda request: pytest.fail("it was drawn"))
+    with pytest.raises(ValueError, match=name):
+        tell(pipe, **wrong)
+
+
+def test_captions_are_any_sequence_of_strings(pipe):
+    plain = tell(pipe)
+    for prompt in (tuple(TWO), np.array(TWO), np.array(TWO, object), np.array([TWO])):
+        assert torch.equal(tell(pipe, prompt), plain)
+    for wrong in ([1, 2], [TWO, 3], [], [[]], "A.", None, {"A.": 1}, 7, [b"A."]):
+        with pytest.raises(ValueError, match="prompt"):
+            tell(pipe, wrong)
+
+
+# ---------------------------------------------------------------- several given frames
+
+
+def test_several_given_frames_are_earlier_frames(pipe):
+    "A story that goes on from two frames is the end of a story that keeps them."
+    captions = STORIES[0].captions[:4]
+    request = dict(num_inference_steps=2, history_policy="full", output_type="pt")
+    whole = pipe(captions, kept_frames=PICTURES[:2], generator=seeded(1), **request).frames[0]
+    noise = torch.randn(4, 8, 8, 8, generator=seeded(1))
+
+    def shift(shape, n_stories, generator, device):
+        return noise[None, 2:]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("causal_story.pipeline.story_noise", shift)
+        rest = pipe(
+            captions[2:],
+            "continuation",
+            source_image=PICTURES[:2],
+            source_caption=captions[:2],
+            **request,
+        ).frames[0]
+    torch.testing.assert_close(whole[2:], rest, atol=2 / 255, rtol=0)
+
+
+def test_given_frames_of_several_stories(pipe):
+    "The same alone and together; all are seen, also outside a window; the table of times ends."
+    one = dict(task="continuation", history_policy="local", window=1)
+    given = [story.frames(64)[:3] for story in STORIES]
+    told = [story.captions[:3] for story in STORIES]
+    prompts = [story.captions[3:5] for story in STORIES]
+    generators = [seeded(1), seeded(2)]
+    both = tell(pipe, prompts, source_image=given, source_caption=told, generator=generators, **one)
+    alone = tell(
+        pipe, prompts[1], source_image=given[1], source_caption=told[1], generator=seeded(2), **one
+    )
+    torch.testing.assert_close(both[1:], alone, atol=1e-4, rtol=1e-4)
+    other = [[*given[1][::-1]]]
+    moved = tell(
+        pipe, prompts[1], source_image=other, source_caption=told[1], generator=seeded(2), **one
+    )
+    assert (moved - alone).abs()[0, 1].max() > 1e-4
+    with pytest.raises(ValueError, match="at most 9 frames"):
+        tell(pipe, TWO, source_image=PICTURES[:1] * 8, source_caption=["A."] * 8, **one)
+    with pytest.raises(ValueError, match="source_image"):
+        tell(pipe, prompts, source_image=[given[0], given[1][:2]], source_caption=told, **one)
+
+
+# ---------------------------------------------------------------- schedulers
+
+
+def on(pipe, scheduler, **options):
+    "The same parts with another scheduler."
+    return CausalStoryPipeline(
+        **pipe.components | dict(scheduler=scheduler.from_config(pipe.scheduler.config, **options)),
+        **pipe.settings,
+    )
+
+
+STOCHASTIC = {
+    "ddpm": (diffusers.DDPMScheduler, {}),
+    "ancestral": (diffusers.EulerAncestralDiscreteScheduler, {}),
+    "ancestral2": (diffusers.KDPM2AncestralDiscreteScheduler, {}),
+    "sde": (diffusers.DPMSolverMultistepScheduler, dict(algorithm_type="sde-dpmsolver++")),
+    "lcm": (diffusers.LCMScheduler, {}),
+    "sa": (diffusers.SASolverScheduler, {}),
+}
+
+
+@pytest.mark.parametrize("name", STOCHASTIC)
+def test_the_same_seed_gives_the_same_picture_alone_and_in_a_batch(pipe, name):
+    kind, options = STOCHASTIC[name]
+    other = on(pipe, kind, clip_sample=False, **options)
+    other.set_progress_bar_config(disable=True)
+    both = tell(other, [c[:2] for c in CAPTIONS], generator=[seeded(1), seeded(2)])
+    again = tell(other, CAPTIONS[1][:2], generator=seeded(2))
+    torch.testing.assert_close(both[1:], again, atol=1e-3, rtol=1e-3)
+    assert torch.equal(again, tell(other, CAPTIONS[1][:2], generator=seeded(2)))
+
+
+def test_a_kept_frame_changes_no_noise_of_a_later_one(pipe):
+    other = on(pipe, diffusers.DDPMScheduler, clip_sample=False)
+    other.set_progress_bar_config(disable=True)
+    fast = dict(num_inference_steps=2, generator=seeded(1))
+    whole = other(TWO, **fast).frames[0]
+    rest = other(TWO, kept_frames=whole[:1], **fast | dict(generator=seeded(1))).frames[0]
+    difference = np.asarray(whole[1], int) - np.asarray(rest[1], int)
+    assert abs(difference).max() <= 1
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["Heun", "LMS", "DEISMultistep", "KDPM2", "DPMSolverSinglestep", "UniPCMultistep", "TCD"],
+)
+def test_schedulers_of_many_kinds_draw(pipe, name):
+    name = name if hasattr(diffusers, f"{name}Scheduler") else f"{name}Discrete"
+    other = on(pipe, getattr(diffusers, f"{name}Scheduler"))
+    other.set_progress_bar_config(disable=True)
+    assert tell(other).isfinite().all()
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["FlowMatchEulerDiscrete", "FlowMatchHeunDiscrete", "EDMEuler", "EDMDPMSolverMultistep"]
+    + ["DDIMInverse", "RePaint", "IPNDM", "CMStochasticIterative"],
+)
+def test_a_scheduler_that_cannot_work_is_refused(name):
+    pipe = make_pipe()
+    pipe.scheduler = getattr(diffusers, f"{name}Scheduler")()
+    with pytest.raises(ValueError, match=f"{name}.*ddim, ddpm, dpm, euler"):
+        tell(pipe)
+
+
+# ---------------------------------------------------------------- as in StableDiffusionPipeline
+
+
+def test_a_negative_prompt_takes_the_place_of_the_empty_caption(pipe):
+    plain = tell(pipe)
+    torch.testing.assert_close(tell(pipe, negative_prompt=""), plain)
+    one = tell(pipe, negative_prompt="Kiki sleeps.")
+    assert (one - plain).abs().amax((0, 2, 3, 4)).min() > 1e-4
+    assert torch.equal(one, tell(pipe, negative_prompt=["Kiki sleeps."] * 2))
+    second = tell(pipe, negative_prompt=["", "Kiki sleeps."])
+    torch.testing.assert_close(second[0, 0], plain[0, 0])
+    assert (second[0, 1] - plain[0, 1]).abs().max() > 1e-4
+    unguided = dict(guidance_scale=1)
+    assert torch.equal(tell(pipe, **unguided), tell(pipe, negative_prompt="A.", **unguided))
+    for wrong in (["A."] * 3, [["A."]], 7, [1, 2]):
+        with pytest.raises(ValueError, match="negative_prompt"):
+            tell(pipe, negative_prompt=wrong)
+
+
+def test_several_tellings_of_one_story(pipe):
+    generators = [seeded(1), seeded(2)]
+    both = tell(pipe, num_images_per_prompt=2, generator=generators, negative_prompt="Night.")
+    assert both.shape[:2] == (2, 2)
+    alone = tell(pipe, generator=seeded(2), negative_prompt="Night.")
+    torch.testing.assert_close(both[1:], alone, atol=1e-4, rtol=1e-4)
+    assert not torch.equal(*tell(pipe, num_images_per_prompt=2))
+    for wrong in (0, 1.5, "2"):
+        with pytest.raises(ValueError, match="num_images_per_prompt"):
+            tell(pipe, num_images_per_prompt=wrong)
+
+
+def test_only_the_size_that_the_unet_was_made_for(pipe):
+    assert torch.equal(tell(pipe, height=64, width=64), tell(pipe))
+    for wrong in (dict(height=128), dict(width=32), dict(height="64")):
+        with pytest.raises(ValueError, match=next(iter(wrong))):
+            tell(pipe, **wrong)
+
+
+def test_steps_by_name(pipe):
+    other = on(pipe, diffusers.EulerDiscreteScheduler)
+    other.set_progress_bar_config(disable=True)
+    usual = tell(other)
+    assert torch.equal(tell(other, timesteps=other.scheduler.timesteps.tolist()), usual)
+    sigmas = other.scheduler.sigmas[:-1].tolist()
+    torch.testing.assert_close(tell(other, sigmas=sigmas), usual, atol=0.1, rtol=0)
+    with pytest.raises(ValueError, match="sigmas"):
+        tell(pipe, sigmas=sigmas)  # DDIM takes none
+    for wrong in ([1, 900], [], "fast"):
+        with pytest.raises(ValueError, match="timesteps"):
+            tell(other, timesteps=wrong)
+
+
+def test_eta_is_the_noise_of_ddim(pipe):
+    assert torch.equal(tell(pipe, eta=0.0), tell(pipe))
+    noisy = tell(pipe, eta=1.0)
+    assert not torch.equal(noisy, tell(pipe))
+    assert torch.equal(noisy, tell(pipe, eta=1.0))
+    with pytest.raises(ValueError, match="eta.*ddim"):
+        tell(on(pipe, diffusers.EulerDiscreteScheduler), eta=1.0)
+    with pytest.raises(ValueError, match="eta"):
+        tell(pipe, eta=2)
+
+
+def test_a_callback_gets_the_tensors_that_it_names(pipe):
+    names = []
+
+    def note(pipe, step, t, state):
+        names.append(sorted(state))
+
+    both = ["latents", "prediction"]
+    tell(pipe, callback_on_step_end=note, callback_on_step_end_tensor_inputs=both)
+    tell(pipe, callback_on_step_end=note)
+    assert names == [["frame", *both]] * 4 + [["frame", "latents"]] * 4
+    with pytest.raises(ValueError, match="callback_on_step_end_tensor_inputs.*prompt_embeds"):
+        tell(pipe, callback_on_step_end_tensor_inputs=["prompt_embeds"])
+    with pytest.raises(ValueError, match="guidance_interval"):
+        tell(pipe, callback_on_step_end=diffusers.callbacks.SDCFGCutoffCallback())
+
+
+def test_a_story_can_be_stopped(pipe):
+    def stop(pipe, step, t, state):
+        pipe._interrupt = state["frame"] == 1
+
+    story = pipe(
+        CAPTIONS, generator=[seeded(1), seeded(2)], callback_on_step_end=stop, num_inference_steps=3
+    )
+    assert [len(frames) for frames in story.frames] == [2, 2]
+    assert pipe.interrupt
+    whole = pipe(CAPTIONS, generator=[seeded(1), seeded(2)], num_inference_steps=3)
+    assert [len(frames) for frames in whole.frames] == [3, 3]
+    assert np.array_equal(story.frames[0][0], whole.frames[0][0])
+    assert not np.array_equal(story.frames[0][1], whole.frames[0][1])
+
+
+# ---------------------------------------------------------------- captions
+
+
+def test_a_caption_that_is_too_long_is_named_once(pipe):
+    warn_once.cache_clear()
+    long = "Milo jumps at the beach. " * 5 + "Kiki reads."
+    texts = []
+    for _ in range(2):
+        with warnings.catch_warnings(record=True) as said:
+            warnings.simplefilter("always")
+            tell(pipe, ["Milo jumps.", long])
+        texts += [str(w.message) for w in said if "tokens" in str(w.message)]
+    [text] = texts
+    assert repr(long) in text
+    assert "kiki reads" in text.split("is cut to 24")[1]
+
+
+def test_half_a_letter_is_no_error(pipe):
+    assert tell(pipe, ["Milo \ud83d jumps.", "A."]).isfinite().all()
