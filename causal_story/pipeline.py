@@ -496,6 +496,7 @@ def decode(
     return [pictures[b * n_frames : (b + 1) * n_frames] for b in range(len(latents))]
 
 # %% ../nbs/08_pipeline.ipynb #26d4272c
+#| echo: false
 @patch
 @torch.no_grad()
 def __call__(
@@ -665,6 +666,7 @@ def use_frame_size(
     return self
 
 # %% ../nbs/08_pipeline.ipynb #fab1c316
+#| echo: false
 @patch(cls_method=True)
 def from_base(
     cls: CausalStoryPipeline,

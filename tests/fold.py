@@ -1,7 +1,7 @@
 """Folds what a reader need not see, in every notebook: `python tests/fold.py`.
 
 A cell that the site leaves out (`#| hide`) or shows without its code (`#| echo: false`) is folded
-in Jupyter as well; a click unfolds it. tests/test_repository.py asks that no notebook is out of step.
+in Jupyter as well; a click unfolds it. tests/test_repository.py asks that none is out of step.
 """
 
 import json
