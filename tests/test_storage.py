@@ -202,7 +202,8 @@ def test_fingerprint_of_a_shipped_part_is_golden():
             assert fingerprint(part) == tuned[key]
             assert fingerprint(part.to(torch.float16)) == tuned[key]
     tokenizer = load_part(CLIPTokenizer, shipped_weights("base") / "tokenizer")
-    words = json.dumps(sorted(tokenizer.get_vocab().items())).encode()
+    words = [tokenizer.model_max_length, sorted(tokenizer.get_vocab().items())]
+    words = json.dumps(words).encode()
     assert fingerprint(tokenizer) == hashlib.sha256(words).hexdigest()[:16]
 
 
