@@ -1008,6 +1008,9 @@ def main(
 ) -> int:  # exit code
     """The command `causal-story`. Errors of the request are one line on standard error and exit
     code 1; Ctrl-C is 130; 3 is a file that is written but lacks stories that could not be read."""
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):  # a console without a letter prints another sign
+            stream.reconfigure(errors="replace")
     words = [str(word) for word in (sys.argv[1:] if argv is None else argv)]
     verb = words[0] if words else "--help"
     if verb in ("--help", "-h"):

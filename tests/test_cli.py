@@ -713,6 +713,15 @@ def test_scores_are_written_before_they_are_printed(mixed, truth, tmp_path, monk
     assert json.loads((tmp_path / "scores.json").read_text())["scores"]
 
 
+def test_a_console_that_knows_no_accents_prints_the_scores(monkeypatch):
+    raw = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(raw, "ascii"))
+    monkeypatch.setattr(cli, "_overview", lambda: "Fréchet")
+    assert run("--help") == 0
+    sys.stdout.flush()
+    assert raw.getvalue().split() == [b"Fr?chet"]
+
+
 def test_two_processes_judge_like_one(mixed, truth, network, tmp_path):
     drawn = shutil.copytree(truth, tmp_path / "drawn")
     for name in ("0.png", "1.png"):  # not quite the truth: a distance of 0 would hide a lot
