@@ -37,7 +37,7 @@ from causal_story.reader import (
     scarf_verdicts,
     scene_targets,
 )
-from .storage import load_part, local_folder
+from .storage import load_part, local_folder, valid_text
 
 # %% ../nbs/library/judges.ipynb #j2000002
 @dataclass(frozen=True)
@@ -825,8 +825,9 @@ class ClipJudge(VisionJudge):
     @torch.no_grad()
     def look(self, record, drawn, task="visualization") -> dict:
         "Notes on one story."
+        captions = record.captions[int(task == "continuation") :]
         tokens = self.tokenizer(
-            record.captions[int(task == "continuation") :],
+            [valid_text(caption) for caption in captions],
             padding=True,
             truncation=True,
             max_length=self.model.config.text_config.max_position_embeddings,

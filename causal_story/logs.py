@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['FREE_SETTINGS', 'read_yaml', 'package_versions', 'start_run', 'read_metrics', 'MetricsLog', 'save_stories',
-           'SamplePictures']
+           'save_pages', 'SamplePictures']
 
 # %% ../nbs/library/logs.ipynb #lgs00003
 import csv
@@ -15,6 +15,7 @@ from pathlib import Path
 import torch
 import yaml
 
+from .comics import page_format, page_rows, save_comic
 from .data import StoryDataset, open_stories, show_story
 from .drawing import draw_batches
 from .storage import atomic_path, read_text
@@ -153,15 +154,16 @@ class MetricsLog:
 def save_stories(
     pipe,  # CausalStoryPipeline
     dataset,  # StoryDataset or StoriesInMemory
-    out,  # PNG file
+    out,  # PNG or PDF file
     task: str = "visualization",
     index=(0,),  # which stories
     seed: int = 0,  # of the noise
     **options,  # of the pipeline's call
 ) -> Path:  # `out`
-    "Draw stories beside their truth and save the picture."
+    "Draw stories beside their truth and save the picture. Raises ValueError for another ending."
     import matplotlib.pyplot as plt
 
+    kind = page_format(out)
     given = int(task == "continuation")
     rows, captions = {}, None
     for batch in draw_batches(pipe, dataset, task, index, seed, **options):
@@ -171,9 +173,33 @@ def save_stories(
     pairs = [row for number in index for row in rows[number]]
     figure = show_story(rows=pairs, captions=captions if len(index) == 1 else None, given=given)
     with atomic_path(out) as partial:
-        figure.savefig(partial, format="png")
+        figure.savefig(partial, format=kind)
     plt.close(figure)
     return Path(out)
+
+
+def save_pages(
+    pipe,  # CausalStoryPipeline
+    dataset,  # StoryDataset or StoriesInMemory
+    out,  # PNG or PDF file; of several stories each page gets its story's number: story-3.png
+    layout: str = "grid",  # key of `PAGE_LAYOUTS`
+    task: str = "visualization",
+    index=(0,),  # which stories
+    seed: int = 0,  # of the noise
+    **options,  # of the pipeline's call
+) -> list[Path]:  # the files
+    """Draw stories and save each as a comic page (library: comics), without its truth.
+
+    Raises ValueError for another ending or layout."""
+    page_format(out)
+    page_rows(1, layout)  # both are checked before anything is drawn
+    out, given, pages = Path(out), int(task == "continuation"), []
+    for batch in draw_batches(pipe, dataset, task, index, seed, **options):
+        for number, record, drawn in batch:
+            path = out if len(index) == 1 else out.with_name(f"{out.stem}-{number}{out.suffix}")
+            pictures = record.frames[:given] + drawn
+            pages.append(save_comic(path, pictures, record.captions, layout, given=given))
+    return pages
 
 
 class SamplePictures:

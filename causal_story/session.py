@@ -50,7 +50,7 @@ from causal_story.diffusion import (
 from .effects import causal_effect
 from .pipeline import story_generator, to_pil
 from .reader import read_frames
-from .storage import atomic_folder
+from .storage import atomic_folder, valid_text
 from .storyworld import LENGTHS, make_story
 from .unet import record_attention
 
@@ -462,7 +462,7 @@ def _token_texts(tokenizer, captions, length):
     "The tokens of every caption as a reader knows them, `length` a caption; signs are empty."
     rows = []
     for caption in captions:
-        ids = tokenizer(caption, truncation=True, max_length=length).input_ids
+        ids = tokenizer(valid_text(caption), truncation=True, max_length=length).input_ids
         row = [_plain_token(token) for token in tokenizer.convert_ids_to_tokens(ids)]
         rows.append((row + [""] * length)[:length])
     return rows

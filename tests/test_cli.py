@@ -4,6 +4,7 @@ import contextlib
 import io
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -32,8 +33,10 @@ from causal_story.pipeline import CausalStoryPipeline, story_generator
 from causal_story.raw import (
     convert_flintstones,
     convert_folder,
+    readable_kinds,
     write_flintstones_raw,
     write_folder,
+    write_pororo_raw,
 )
 from causal_story.recipes import Recipe
 from causal_story.session import StorySession
@@ -143,6 +146,10 @@ WRONG = [
     (["sample", "miniature", "{0}/nowhere.h5"], "nowhere.h5"),
     (["sample", "miniature", "{1}", "--task", "guessing"], "expected one of visualization"),
     (["sample", "miniature", "{1}", "--scheduler", "fastest"], "choose one of ddim"),
+    (["sample", "miniature", "{1}", "--page", "spiral"], "expected one of grid, strip, column"),
+    (["sample", "miniature", "{1}", "--page", "grid", "--folder", "{0}/d"], "ask for one"),
+    (["sample", "miniature", "{1}", "--out", "{0}/story.jpg"], "saved as .png or .pdf"),
+    (["sample", "miniature", "{1}", "--frame-size", "100"], "frame_size=100: a multiple of"),
     (["sample", "miniature", "{1}", "--story", "2"], "no story 2; split 'test' has 0 to 1"),
     (["evaluate", "{0}/nowhere", "{1}"], "nowhere"),
     (["evaluate", "{0}", "{1}"], "holds no drawn story"),
@@ -150,7 +157,8 @@ WRONG = [
     (["evaluate", "miniature", "{1}", "--stories", "-1"], "--stories must be at least 1"),
     (["cache", "{0}/nowhere", "{1}"], "nowhere"),
     (["prepare", "folder", "{0}/nowhere", "{0}/out.h5"], "nowhere"),
-    (["prepare", "folders", "{0}", "{0}/out.h5"], "choose one of"),
+    (["prepare", "folders", "{0}", "{0}/out.h5"], "expected one of flintstones, pororo, folder"),
+    (["prepare", "folder", "{0}", "{0}/out.h5", "--size", "0"], "--size must be at least 1"),
     (["prepare", "folder", "{0}", "{1}"], "is there already"),
     (["experiment", "{0}/out", "--arms", "best"], "'best' is none of"),
     (["experiment", "{0}/out", "--views", "dreamt"], "'dreamt' is none of"),
@@ -587,8 +595,38 @@ def test_damaged_stories_are_refused_or_left_out_by_command(tmp_path, capsys):
     next((tmp_path / "raw").rglob("*.png")).write_bytes(b"no picture")
     words = ["prepare", "folder", raw, tmp_path / "stories.h5"]
     assert run(*words) == 1 and ".png" in complaint(capsys)
-    assert run(*words, "--keep-going") == 0
+    capsys.readouterr()
+    assert run(*words, "--keep-going") == cli.STORIES_LEFT_OUT == 3
+    printed = capsys.readouterr()
+    assert "stories left out: 1, " in printed.out and "left_out.json says why" in printed.out
+    assert "UserWarning" not in printed.err
     assert len(StoryDataset(tmp_path / "stories.h5", "train")) == 1
+
+
+def test_layouts_sizes_and_captions_are_chosen_by_command(tmp_path, capsys):
+    write_folder(dict(train=make_stories(1)), tmp_path / "raw", size=64)
+    out = tmp_path / "small.h5"
+    assert run("prepare", "folder", tmp_path / "raw", out, "--size", "32") == 0
+    assert StoryDataset(out, "train").story(0).frames[0].size == (32, 32)
+    write_pororo_raw(dict(train=make_stories(1)), tmp_path / "pororo", size=16, tiles=1)
+    words = ["prepare", "pororo", tmp_path / "pororo", tmp_path / "pororo.h5"]
+    assert run(*words, "--size", "8") == 1 and "without an option 'size'" in complaint(capsys)
+    (tmp_path / "pororo" / "descriptions.npy").rename(tmp_path / "pororo" / "retold.npy")
+    (tmp_path / "pororo" / "descriptions.npy").write_bytes(b"")
+    assert run(*words, "--captions", "retold.npy") == 0
+    capsys.readouterr()
+    assert run("prepare", "--help") == 0
+    assert set(readable_kinds()) <= set(re.findall(r"\w+", capsys.readouterr().out))
+
+
+def test_comic_pages_are_drawn_by_command(data, tmp_path):
+    out = tmp_path / "page.pdf"
+    words = ["sample", "miniature", data, "--num-inference-steps", "1", "--out", out]
+    assert run(*words, "--page", "grid", "--story", "0", "1", "--task", "continuation") == 0
+    pages = sorted(tmp_path.iterdir())
+    assert [path.name for path in pages] == ["page-0.pdf", "page-1.pdf"]
+    assert run(*words) == 0
+    assert all(path.read_bytes().startswith(b"%PDF") for path in (out, *pages))
 
 
 def test_a_base_is_made_by_command(data, tmp_path, monkeypatch, capsys):
@@ -673,6 +711,15 @@ def test_scores_are_written_before_they_are_printed(mixed, truth, tmp_path, monk
     monkeypatch.setattr(cli, "print_scores", fail)
     assert run("evaluate", truth, mixed.path, "--out", tmp_path / "scores.json") == 1
     assert json.loads((tmp_path / "scores.json").read_text())["scores"]
+
+
+def test_a_console_that_knows_no_accents_prints_the_scores(monkeypatch):
+    raw = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(raw, "ascii"))
+    monkeypatch.setattr(cli, "_overview", lambda: "Fréchet")
+    assert run("--help") == 0
+    sys.stdout.flush()
+    assert raw.getvalue().split() == [b"Fr?chet"]
 
 
 def test_two_processes_judge_like_one(mixed, truth, network, tmp_path):

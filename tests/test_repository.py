@@ -209,6 +209,15 @@ def test_notebook_explains_itself(path):
     assert 2 * prose >= code, f"{prose} prose cells for {code} code cells: at least one to two"
 
 
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_headings_go_down_one_step_at_a_time(path):
+    "What the site's generator warns of, and a warning stops its build."
+    levels = [
+        len(marks) for marks in re.findall(r"(?m)^(#+) ", pages.prose(pages.markdown_of(path)))
+    ]
+    assert levels[0] == 1 and all(b <= a + 1 for a, b in zip(levels, levels[1:]))
+
+
 def test_lessons_are_numbered_in_reading_order():
     numbers = [int(path.name[:2]) for path in lessons()]
     assert numbers == list(range(numbers[0], numbers[0] + len(numbers)))
