@@ -5,12 +5,15 @@
 # %% auto #0
 __all__ = ['DIFFUSION_PARTS', 'HISTORY_PARTS', 'BASE_PARTS', 'STABLE_DIFFUSION_HUB', 'BLIP_HUB', 'FINGERPRINTED', 'NEW_PARTS',
            'LORA', 'LORA_FILE', 'read_diffusion', 'read_blip', 'read_base', 'has_lora', 'without_lora', 'changed_parts',
-           'merged', 'write_tuned', 'read_record', 'read_tuned', 'whole_parts']
+           'merged', 'write_tuned', 'read_record', 'read_tuned', 'whole_parts', 'quiet_casts', 'split_options',
+           'cast_parts']
 
 # %% ../nbs/library/loading.ipynb #ldg00003
 import copy
 import json
+import logging
 import shutil
+from contextlib import contextmanager
 from pathlib import Path
 
 import diffusers
@@ -345,3 +348,56 @@ def whole_parts(
         if issubclass(kind, torch.nn.Module) and entry[1] == kind.__name__:
             parts[name] = load_part(kind, Path(folder) / name)
     return parts
+
+# %% ../nbs/library/loading.ipynb #ldg00031
+_FILE_OPTIONS = ("variant", "use_safetensors", "local_files_only", "low_cpu_mem_usage")
+
+
+@contextmanager
+def quiet_casts():
+    "Without diffusers' warning that no module (`[]`) should be kept in float32."
+    logger = logging.getLogger("diffusers.models.modeling_utils")
+
+    def worth_saying(record):
+        return "kept in float32: []" not in record.getMessage()
+
+    logger.addFilter(worth_saying)
+    try:
+        yield
+    finally:
+        logger.removeFilter(worth_saying)
+
+
+def split_options(
+    options: dict,  # of `from_pretrained`
+    names,  # of the parts
+):  # (parts to use instead, dtype or None, device or None)
+    "The options for a folder of what was tuned. Raises ValueError for one that nobody knows."
+    options = {name: value for name, value in options.items() if name not in _FILE_OPTIONS}
+    dtype = options.pop("torch_dtype", None)
+    dtype = options.pop("dtype", dtype)
+    device = options.pop("device_map", None)
+    if device in ("auto", "balanced"):
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    if isinstance(device, dict):
+        raise ValueError("device_map: give one device (cuda, cpu, auto): the parts work together")
+    unknown = [option for option in options if option not in names]
+    if unknown:
+        raise ValueError(
+            f"{unknown[0]} is no part of a pipeline: expected some of {', '.join(names)}"
+        )
+    return options, dtype, device
+
+
+def cast_parts(
+    parts: dict,  # name -> part; models are changed in place
+    dtype,  # a dtype, a dict of them by part (with "default"), or None
+):
+    "Models in the precision that was asked for."
+    if dtype is None:
+        return
+    by_part = dtype if isinstance(dtype, dict) else {"default": dtype}
+    with quiet_casts():
+        for name, part in parts.items():
+            if isinstance(part, torch.nn.Module):
+                part.to(by_part.get(name, by_part.get("default", torch.float32)))

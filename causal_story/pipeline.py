@@ -53,7 +53,16 @@ from causal_story.checks import (
 from .data import CLIP_IMAGE_MEAN, CLIP_IMAGE_STD, StoryCollator, pixels
 from .diffusion import decode_latents, guide
 from .encoders import StoryContext, encode_captions, null_caption_ids
-from .loading import merged, read_base, read_tuned, whole_parts, write_tuned
+from causal_story.loading import (
+    cast_parts,
+    merged,
+    quiet_casts,
+    read_base,
+    read_tuned,
+    split_options,
+    whole_parts,
+    write_tuned,
+)
 from .model import CausalStoryModel, Conditioning
 from .recipes import find_recipe
 from .storage import HUB_ID, atomic_folder, shipped_weights
@@ -754,15 +763,12 @@ def from_pretrained(
     folder = shipped_weights("story") if name == "miniature" else Path(name)
     if not (folder / "tuned.json").is_file():
         return _from_whole(cls, name, options)
-    dtype = options.pop("torch_dtype", options.pop("dtype", None))
+    instead, dtype, device = split_options(options, COMPONENTS)
     parts, record, settings = read_tuned(folder, base, blip)
-    unknown = [option for option in options if option not in parts]
-    if unknown:
-        raise ValueError(
-            f"{unknown[0]} is no part of a pipeline: expected some of {', '.join(parts)}"
-        )
-    pipe = cls(**(parts | options), **settings, base=record)
-    return pipe if dtype is None else pipe.to(dtype=dtype)
+    parts |= instead
+    cast_parts(parts, dtype)
+    pipe = cls(**parts, **settings, base=record)
+    return pipe if device is None else pipe.to(device)
 
 
 def _from_whole(cls, name: str, options: dict):
@@ -773,8 +779,18 @@ def _from_whole(cls, name: str, options: dict):
             f"there is no folder {name}; give a folder that save_pretrained wrote, a hub id "
             "(owner/name), or 'miniature'"
         )
+    if "torch_dtype" in options:
+        options["dtype"] = options.pop("torch_dtype")  # diffusers' new word
     parts = whole_parts(folder, options) if folder.is_dir() else {}
     load = DiffusionPipeline.from_pretrained.__func__
     pipe = load(cls, name, **parts, **options)
-    dtype = options.get("torch_dtype", options.get("dtype"))
-    return pipe.to(dtype=dtype) if parts and dtype is not None else pipe
+    if parts:
+        cast_parts(pipe.components, options.get("dtype"))
+    return pipe
+
+
+@patch
+def to(self: CausalStoryPipeline, *arguments, **options) -> CausalStoryPipeline:
+    "As in diffusers, without five warnings about nothing."
+    with quiet_casts():
+        return DiffusionPipeline.to(self, *arguments, **options)

@@ -6,11 +6,13 @@ import diffusers
 import numpy as np
 import pytest
 import torch
+from diffusers.models.attention_processor import AttnProcessor
 from PIL import Image
 from test_pipeline import CAPTIONS, STORIES, make_pipe
 
 from causal_story.pipeline import CausalStoryPipeline
 from causal_story.storage import warn_once
+from causal_story.unet import attach_adapters
 
 TWO = CAPTIONS[0][:2]
 PICTURES = STORIES[0].frames(64)
@@ -363,3 +365,78 @@ def test_a_caption_that_is_too_long_is_named_once(pipe):
 
 def test_half_a_letter_is_no_error(pipe):
     assert tell(pipe, ["Milo \ud83d jumps.", "A."]).isfinite().all()
+
+
+# ---------------------------------------------------------------- loading, moving, compiling
+
+
+def said_by_diffusers(caplog) -> list:
+    return [record.getMessage() for record in caplog.records if record.name.startswith("diffusers")]
+
+
+def test_precision_variant_and_device(tmp_path, caplog):
+    diffusers.utils.logging.enable_propagation()
+    caplog.set_level("WARNING")
+    options = dict(variant="fp16", device_map="cpu", use_safetensors=True)
+    pipe = CausalStoryPipeline.from_pretrained("miniature", torch_dtype=torch.bfloat16, **options)
+    assert {pipe.unet.dtype, pipe.adapters.dtype, pipe.vae.dtype} == {torch.bfloat16}
+    by_part = dict(unet=torch.bfloat16, default=torch.float32)
+    pipe = CausalStoryPipeline.from_pretrained("miniature", torch_dtype=by_part)
+    assert [pipe.unet.dtype, pipe.vae.dtype] == [torch.bfloat16, torch.float32]
+
+    whole = make_pipe()
+    whole.save_pretrained(tmp_path / "whole", variant="fp16")
+    options = dict(variant="fp16", device_map="cpu")
+    again = CausalStoryPipeline.from_pretrained(tmp_path / "whole", dtype=torch.float32, **options)
+    torch.testing.assert_close(tell(again), tell(whole), atol=1e-4, rtol=1e-4)
+    whole.to(torch.bfloat16)
+    assert tell(whole).dtype == torch.bfloat16
+    diffusers.utils.logging.disable_propagation()
+    assert not [text for text in said_by_diffusers(caplog) if "float32" in text]
+
+
+def test_half_precision_draws_the_same_story():
+    "The shipped model in bfloat16: the same picture, a little rougher; no noise."
+    pipes = [
+        CausalStoryPipeline.from_pretrained("miniature", torch_dtype=dtype)
+        for dtype in (torch.float32, torch.bfloat16)
+    ]
+    frames = []
+    for pipe in pipes:
+        pipe.set_progress_bar_config(disable=True)
+        drawn = pipe(TWO[:1], generator=seeded(1), num_inference_steps=4, output_type="np").frames
+        frames.append(drawn)
+    assert np.abs(frames[0] - frames[1]).mean() < 0.03
+
+
+@pytest.mark.parametrize("way", ["torch.compile", "unet.compile"])
+def test_a_compiled_unet_draws_the_same(way, tmp_path):
+    "Tracing the U-Net takes half a minute: one frame, one step."
+    pipe = make_pipe()
+    once = dict(num_inference_steps=1, guidance_scale=1, prompt=TWO[:1])
+    plain = tell(pipe, **once)
+    if way == "unet.compile":
+        pipe.unet.compile(backend="eager")
+    else:
+        pipe.unet = torch.compile(pipe.unet, backend="eager")
+    torch.testing.assert_close(tell(pipe, **once), plain)
+    pipe.save_pretrained(tmp_path)
+    again = CausalStoryPipeline.from_pretrained(tmp_path)
+    torch.testing.assert_close(tell(again, **once), plain)
+
+
+def test_nobody_takes_the_adapters_away_in_silence():
+    for take in (
+        lambda pipe: pipe.unet.set_attn_processor(AttnProcessor()),
+        lambda pipe: pipe.unet.fuse_qkv_projections(),
+        lambda pipe: pipe.enable_attention_slicing(),
+    ):
+        pipe = make_pipe()
+        plain = tell(pipe)
+        take(pipe)
+        with pytest.raises(ValueError, match="set_attn_processor.*attach_adapters"):
+            tell(pipe)
+        if getattr(pipe.unet, "original_attn_processors", None):
+            pipe.unet.unfuse_qkv_projections()
+        attach_adapters(pipe.unet, pipe.adapters)
+        torch.testing.assert_close(tell(pipe), plain)
