@@ -4,9 +4,10 @@
 
 # %% auto #0
 __all__ = ['DIFFUSION_PARTS', 'HISTORY_PARTS', 'BASE_PARTS', 'STABLE_DIFFUSION_HUB', 'BLIP_HUB', 'FINGERPRINTED', 'NEW_PARTS',
-           'LORA', 'LORA_FILE', 'read_diffusion', 'read_blip', 'read_base', 'has_lora', 'without_lora', 'changed_parts',
-           'merged', 'write_tuned', 'read_record', 'read_tuned', 'whole_parts', 'quiet_casts', 'split_options',
-           'cast_parts']
+           'LORA', 'LORAS', 'LORA_FILE', 'OWN_LORA', 'WITH_LORA', 'read_diffusion', 'read_blip', 'read_base',
+           'has_lora', 'without_lora', 'changed_parts', 'merged', 'lora_layers', 'lora_strengths', 'write_lora',
+           'own_part', 'write_tuned', 'read_record', 'read_tuned', 'read_loras', 'whole_parts', 'quiet_casts',
+           'split_options', 'cast_parts']
 
 # %% ../nbs/library/loading.ipynb #ldg00003
 import copy
@@ -24,7 +25,10 @@ from diffusers import (
     DPMSolverMultistepScheduler,
     UNet2DConditionModel,
 )
-from safetensors.torch import load_file
+from diffusers.loaders.lora_base import fuse_text_encoder_lora
+from diffusers.utils.peft_utils import recurse_remove_peft_layers
+from peft.tuners.lora import LoraLayer
+from safetensors.torch import load_file, save_file
 from transformers import BertTokenizer, BlipForImageTextRetrieval, CLIPTextModel, CLIPTokenizer
 
 from .encoders import HistoryEncoder, StoryContext
@@ -162,17 +166,18 @@ def _check_widths(parts: dict):
 # %% ../nbs/library/loading.ipynb #ldg00013
 NEW_PARTS = dict(story_context=StoryContext, adapters=UNetAdapters)
 LORA = "lora"  # folder name; the factors alone, as diffusers writes them
+LORAS = "loras"  # folder name; a subfolder for each LoRA that was loaded from elsewhere
 LORA_FILE = "pytorch_lora_weights.safetensors"
 
 
-def has_lora(unet) -> bool:
-    "Whether a U-Net carries LoRA layers."
-    return bool(getattr(unet, "peft_config", None))
+def has_lora(part) -> bool:
+    "Whether a U-Net or a text encoder carries LoRA layers."
+    return bool(getattr(part, "peft_config", None))
 
 
-def without_lora(unet) -> dict:  # name -> tensor
-    "A U-Net's own weights under their own names, LoRA layers left out."
-    state = unet.state_dict()
+def without_lora(part) -> dict:  # name -> tensor
+    "A part's own weights under their own names, LoRA layers left out."
+    state = part.state_dict()
     return {
         name.replace(".base_layer.", "."): value
         for name, value in state.items()
@@ -188,22 +193,88 @@ def changed_parts(
     changed = [name for name in NEW_PARTS if components[name] is not None]
     for name in FINGERPRINTED:
         part = components[name]
-        own = without_lora(part) if name == "unet" and has_lora(part) else part
+        own = without_lora(part) if has_lora(part) else part
         if name in base["fingerprints"] and fingerprint(own) != base["fingerprints"][name]:
             changed.append(name)
     return changed
 
 # %% ../nbs/library/loading.ipynb #ldg00015
 def merged(
-    unet,  # left as it is
+    part,  # U-Net or text encoder, left as it is
 ) -> torch.nn.Module:  # the same one if it has no LoRA, else a copy with LoRA multiplied in
-    "A U-Net that can be stored and loaded without knowing of LoRA."
-    if not has_lora(unet):
-        return unet
-    unet = copy.deepcopy(unet)
-    unet.fuse_lora()
-    unet.unload_lora()
-    return unet
+    "A part that can be stored and loaded without knowing of LoRA."
+    if not has_lora(part):
+        return part
+    part = copy.deepcopy(part)
+    if hasattr(part, "fuse_lora"):  # diffusers'
+        part.fuse_lora()
+        part.unload_lora()
+        return part
+    fuse_text_encoder_lora(part)
+    return _without_layers(part)
+
+
+def _without_layers(part):
+    "A text encoder (changed in place) without its LoRA layers."
+    recurse_remove_peft_layers(part)
+    del part.peft_config
+    part._hf_peft_config_loaded = False
+    return part
+
+
+OWN_LORA = "default"  # the name of what method "lora" trains
+WITH_LORA = ("unet", "text_encoder")
+
+
+def lora_layers(part):  # yields (site, layer, name) of every LoRA that was loaded and is not fused
+    "LoRAs that came from elsewhere: a style, a character, LCM."
+    for site, layer in part.named_modules():
+        if isinstance(layer, LoraLayer) and not layer.merged:
+            yield from ((site, layer, name) for name in layer.lora_A if name != OWN_LORA)
+
+
+def lora_strengths(
+    components: dict,  # name -> part, of a pipeline
+) -> dict:  # name of a loaded LoRA -> its strength
+    "How strongly each loaded LoRA works: `set_adapters`' weight, 0 for one that is switched off."
+    strengths = {}
+    for part in WITH_LORA:
+        for _, layer, name in lora_layers(components[part]):
+            on = name in layer.active_adapters and not layer.disable_adapters
+            usual = layer.lora_alpha[name] / layer.r[name]
+            strengths[name] = layer.scaling[name] / usual if on else 0.0
+    return strengths
+
+
+def write_lora(
+    folder: Path,  # new
+    components: dict,  # name -> part, of a pipeline
+    name: str,  # of a loaded LoRA
+):
+    "A loaded LoRA as a file that `load_lora_weights` reads, its alpha multiplied in."
+    weights = {}
+    for part in WITH_LORA:
+        for site, layer, other in lora_layers(components[part]):
+            if other == name:
+                alpha = layer.lora_alpha[name] / layer.r[name]
+                down, up = layer.lora_A[name].weight, layer.lora_B[name].weight * alpha
+                weights[f"{part}.{site}.lora_A.weight"] = down.detach().cpu().contiguous()
+                weights[f"{part}.{site}.lora_B.weight"] = up.detach().cpu().contiguous()
+    folder.mkdir(parents=True)
+    save_file(weights, folder / LORA_FILE)
+
+
+def own_part(
+    part,  # of a pipeline, left as it is
+):
+    "A copy without loaded LoRAs, what was trained as LoRA multiplied in."
+    part = copy.deepcopy(part)
+    if not has_lora(part):
+        return part
+    if not hasattr(part, "delete_adapters"):
+        return _without_layers(part)
+    part.delete_adapters([name for name in part.peft_config if name != OWN_LORA])
+    return merged(part)
 
 
 def write_tuned(
@@ -215,23 +286,28 @@ def write_tuned(
 ):
     "Write what tuning changed and how it is drawn, a subfolder each, and tuned.json."
     names = changed_parts(components, base)
-    replaces = (*NEW_PARTS, *BASE_PARTS, LORA, "model_index.json")
+    replaces = (*NEW_PARTS, *BASE_PARTS, LORA, LORAS, "model_index.json")
     with atomic_folder(folder, "tuned.json", replaces) as aside:
         for name in names:
             part = components[name]
             if isinstance(part, torch.nn.Module):
-                part = copy.deepcopy(merged(part) if name == "unet" else part)
+                part = own_part(part)
                 if hasattr(part, "register_to_config"):
                     part.register_to_config(_name_or_path="")  # a path of this machine
                 part = part.half() if half else part
             part.save_pretrained(aside / name)
-        lora = has_lora(components["unet"]) and "unet" not in names
+        lora = OWN_LORA in getattr(components["unet"], "peft_config", ()) and "unet" not in names
         if lora:
-            components["unet"].save_lora_adapter(aside / LORA, weight_name=LORA_FILE)
+            components["unet"].save_lora_adapter(aside / LORA, OWN_LORA, weight_name=LORA_FILE)
+        loaded = lora_strengths(components)
+        for k, name in enumerate(loaded):
+            write_lora(aside / LORAS / str(k), components, name)
         scheduler = components["scheduler"]
         scheduler.save_pretrained(aside / "scheduler")
         record = dict(format=2, base=base, parts=names + [LORA] * lora, settings=settings)
         record["scheduler"] = type(scheduler).__name__
+        if loaded:
+            record["loras"] = list(loaded.items())
         text = json.dumps(record, indent=1, ensure_ascii=False)
         (aside / "tuned.json").write_text(text + "\n", encoding="utf-8")
 
@@ -332,6 +408,22 @@ def read_tuned(
     return parts, remembered, record["settings"]
 
 # %% ../nbs/library/loading.ipynb #ldg00022
+def read_loras(
+    pipe,  # changed in place
+    folder: Path,  # from `write_tuned`
+):
+    "Load the LoRAs that a tuned model was stored with, each at its strength."
+    stored = read_record(folder).get("loras", [])
+    for k, (name, _) in enumerate(stored):
+        where = folder / LORAS / str(k)
+        with reading(where, "a LoRA of this model"):
+            pipe.load_lora_weights(str(where), weight_name=LORA_FILE, adapter_name=name)
+    if stored:
+        own = [(OWN_LORA, 1.0)] * (OWN_LORA in pipe.unet.peft_config)
+        names, strengths = zip(*own, *stored)
+        pipe.set_adapters(list(names), list(strengths))
+
+
 def whole_parts(
     folder: Path,  # of a whole pipeline
     options: dict,  # of `from_pretrained`

@@ -21,6 +21,7 @@ from diffusers import (
     PNDMScheduler,
     UniPCMultistepScheduler,
 )
+from diffusers.loaders import StableDiffusionLoraLoaderMixin, TextualInversionLoaderMixin
 from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import retrieve_timesteps
 from diffusers.utils import BaseOutput
 from fastcore.basics import patch
@@ -58,6 +59,7 @@ from causal_story.loading import (
     merged,
     quiet_casts,
     read_base,
+    read_loras,
     read_tuned,
     split_options,
     whole_parts,
@@ -190,8 +192,12 @@ COMPONENTS = (
 )
 
 
-class CausalStoryPipeline(DiffusionPipeline):
-    """Draws stories frame by frame (paper, figure). Owns all parts; adapters are one of them."""
+class CausalStoryPipeline(
+    DiffusionPipeline, StableDiffusionLoraLoaderMixin, TextualInversionLoaderMixin
+):
+    """Draws stories frame by frame (paper, figure). Owns all parts; adapters are one of them.
+
+    LoRAs and textual inversions of Stable Diffusion load as they do in diffusers."""
 
     _interrupt = False
     _optional_components = ["adapters"]
@@ -304,6 +310,8 @@ def tokens(
     captions: list,  # B lists of n captions
 ):  # ids (B, n, S), mask (B, n, S) bool
     "Captions as padded ids."
+    if tokenizer is self.tokenizer:  # words of a textual inversion may stand for several tokens
+        captions = [self.maybe_convert_prompt(list(story), tokenizer) for story in captions]
     ids, mask = caption_tokens(tokenizer, captions, self.max_length)
     return ids.to(self._execution_device), mask.to(self._execution_device)
 
@@ -720,13 +728,13 @@ def save_pretrained(
             )
         write_tuned(save_directory, self.components, self.config.base, self.settings, half)
         return
-    replaces = (*self.components, "lora", "tuned.json")
+    replaces = (*self.components, "lora", "loras", "tuned.json")
     with atomic_folder(save_directory, "model_index.json", replaces) as aside:
-        whole = merged(self.unet)
-        if whole is self.unet:
+        whole = dict(unet=merged(self.unet), text_encoder=merged(self.text_encoder))
+        if whole.items() <= self.components.items():
             DiffusionPipeline.save_pretrained(self, aside, **options)
         else:
-            parts = self.components | dict(unet=whole)
+            parts = self.components | whole
             copy = type(self)(**parts, **self.settings, base=self.config.base)
             DiffusionPipeline.save_pretrained(copy, aside, **options)
 
@@ -768,6 +776,7 @@ def from_pretrained(
     parts |= instead
     cast_parts(parts, dtype)
     pipe = cls(**parts, **settings, base=record)
+    read_loras(pipe, folder)
     return pipe if device is None else pipe.to(device)
 
 

@@ -8,6 +8,7 @@ import pytest
 import torch
 from diffusers.models.attention_processor import AttnProcessor
 from PIL import Image
+from safetensors.torch import save_file
 from test_pipeline import CAPTIONS, STORIES, make_pipe
 
 from causal_story.pipeline import CausalStoryPipeline
@@ -440,3 +441,102 @@ def test_nobody_takes_the_adapters_away_in_silence():
             pipe.unet.unfuse_qkv_projections()
         attach_adapters(pipe.unet, pipe.adapters)
         torch.testing.assert_close(tell(pipe), plain)
+
+
+# ---------------------------------------------------------------- what others have trained
+
+
+def lora_file(pipe, folder, kind) -> str:
+    """A small file of a real layout, with everything that the published ones hold.
+
+    "kohya": as Civitai's styles and characters have it, U-Net and text encoder, with alphas. "lcm":
+    as LCM-LoRA, the U-Net's convolutions too. "peft": as diffusers' training scripts write it."""
+    ends = ("to_q", "to_k", "to_v", "to_out.0", "proj_in", "proj_out", "ff.net.0.proj", "ff.net.2")
+    if kind == "lcm":
+        ends += ("conv1", "conv2", "conv_shortcut", "downsamplers.0.conv", "upsamplers.0.conv")
+        ends += ("time_emb_proj",)
+    words = ("q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2")
+    parts = [("unet", "lora_unet_", pipe.unet, ends)]
+    if kind != "lcm":
+        parts.append(("text_encoder.text_model", "lora_te_text_model_", pipe.text_encoder, words))
+    weights, generator = {}, seeded(0)
+    for part, prefix, module, ends in parts:
+        for site, layer in module.named_modules():
+            if not site.endswith(ends) or not hasattr(layer, "weight"):
+                continue
+            n_out, *n_in = layer.weight.shape
+            down = torch.randn(4, *n_in, generator=generator) * 0.1
+            up = torch.randn(n_out, 4, *[1] * (len(n_in) - 1), generator=generator) * 0.1
+            if kind == "peft":
+                weights[f"{part}.{site}.lora_A.weight"] = down
+                weights[f"{part}.{site}.lora_B.weight"] = up
+            else:
+                name = prefix + site.replace(".", "_")
+                weights |= {f"{name}.lora_down.weight": down, f"{name}.lora_up.weight": up}
+                weights[f"{name}.alpha"] = torch.tensor(2.0)
+    save_file(weights, folder / f"{kind}.safetensors")
+    return f"{kind}.safetensors"
+
+
+@pytest.fixture(scope="module")
+def plain(as_if_tuned):
+    "Latents of the shipped base with adapters that do something."
+    return tell(as_if_tuned())
+
+
+@pytest.mark.parametrize("kind", ["kohya", "lcm", "peft"])
+def test_a_lora_works_beside_the_adapters_and_comes_back(as_if_tuned, plain, tmp_path, kind):
+    pipe = as_if_tuned()
+    pipe.load_lora_weights(tmp_path, weight_name=lora_file(pipe, tmp_path, kind), adapter_name="a")
+    full = tell(pipe)
+    assert (full - plain).abs().max() > 1e-2
+    pipe.set_adapters("a", 0.5)
+    half = tell(pipe)
+    assert (full - half).abs().max() > 1e-3
+    for only_tuned in (False, True):
+        pipe.save_pretrained(tmp_path / "stored", only_tuned=only_tuned)
+        again = CausalStoryPipeline.from_pretrained(tmp_path / "stored")
+        again.set_progress_bar_config(disable=True)
+        torch.testing.assert_close(tell(again), half, atol=2e-3, rtol=1e-3)
+        assert again.get_active_adapters() == (["a"] if only_tuned else [])
+    assert not (tmp_path / "stored" / "unet").exists()  # the base, the LoRA and our adapters
+    again.unload_lora_weights()
+    torch.testing.assert_close(tell(again), plain, atol=1e-4, rtol=1e-4)
+
+
+def test_lcm_lora_draws_in_four_steps_without_guidance(as_if_tuned, tmp_path):
+    pipe = as_if_tuned()
+    pipe.load_lora_weights(tmp_path, weight_name=lora_file(pipe, tmp_path, "lcm"))
+    pipe.scheduler = diffusers.LCMScheduler.from_config(pipe.scheduler.config)
+    request = dict(num_inference_steps=4, guidance_scale=1)
+    both = tell(pipe, [c[:2] for c in CAPTIONS], generator=[seeded(1), seeded(2)], **request)
+    alone = tell(pipe, CAPTIONS[1][:2], generator=seeded(2), **request)
+    torch.testing.assert_close(both[1:], alone, atol=2e-3, rtol=1e-3)
+
+
+@pytest.mark.parametrize("kind", ["diffusers", "automatic1111", "several tokens"])
+def test_a_textual_inversion_is_a_word_and_comes_back(as_if_tuned, tmp_path, kind):
+    pipe = as_if_tuned()
+    width = pipe.text_encoder.config.hidden_size
+    rows = torch.randn(2 if kind == "several tokens" else 1, width, generator=seeded(0))
+    if kind == "automatic1111":
+        path = tmp_path / "hat.pt"
+        about = dict(string_to_token={"*": 265}, name="hat", step=1, sd_checkpoint=None)
+        torch.save(about | dict(string_to_param={"*": rows}, sd_checkpoint_name=None), path)
+        pipe.load_textual_inversion(path, token="<hat>")
+    elif kind == "diffusers":
+        save_file({"<hat>": rows[0]}, tmp_path / "hat.safetensors")
+        pipe.load_textual_inversion(tmp_path / "hat.safetensors")
+    else:
+        save_file({"emb_params": rows}, tmp_path / "hat.safetensors")
+        pipe.load_textual_inversion(tmp_path / "hat.safetensors", token="<hat>")
+    [ids], _ = pipe.tokens(pipe.tokenizer, [["Milo wears a <hat>."]])
+    states = pipe.text_encoder.get_input_embeddings().weight[ids[0]]
+    assert sum(bool((states == row).all(-1).any()) for row in rows) == len(rows)
+    story = ["Milo wears a <hat>.", "He jumps."]
+    drawn = tell(pipe, story)
+    for only_tuned in (False, True):
+        pipe.save_pretrained(tmp_path / "stored", only_tuned=only_tuned)
+        again = CausalStoryPipeline.from_pretrained(tmp_path / "stored")
+        again.set_progress_bar_config(disable=True)
+        torch.testing.assert_close(tell(again, story), drawn, atol=2e-3, rtol=1e-3)
