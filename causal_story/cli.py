@@ -437,8 +437,14 @@ def sample(
     story: tuple[int, ...] | None = None,  # which stories; left out: story 0, with --folder all
     out: str = "story.png",  # picture to write
     folder: str | None = None,  # instead: a subfolder a story and a PNG a frame; can be continued
+    given: int = 1,  # frames that a continuation starts from, in a picture
 ) -> int:
     "Draw stories: a picture beside their truth, or, with --folder, a folder of frames."
+    if given < 1 or given > 1 and (folder or task == "visualization"):
+        raise ValueError(
+            f"given={given}: at least 1, and more than one in a picture of --task continuation "
+            "only: a folder is judged from one given frame"
+        )
     dataset = StoryDataset(data, split, task)
     _check_kind(model, dataset)
     for index in story or []:
@@ -449,7 +455,8 @@ def sample(
             print(f"wrote {count} stories to {folder}; next: causal-story evaluate {folder} {data}")
         return 0
     pipe = load_model(pipeline, model, drawing)
-    path = save_stories(pipe, dataset, out, task, story or [0], drawing.seed, **drawing.call())
+    options = drawing.call()
+    path = save_stories(pipe, dataset, out, task, story or [0], drawing.seed, given, **options)
     print(f"wrote {path}")
     return 0
 

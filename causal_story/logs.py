@@ -157,13 +157,15 @@ def save_stories(
     task: str = "visualization",
     index=(0,),  # which stories
     seed: int = 0,  # of the noise
+    n_given: int = 1,  # frames that a continuation starts from
     **options,  # of the pipeline's call
 ) -> Path:  # `out`
     "Draw stories beside their truth and save the picture."
     import matplotlib.pyplot as plt
 
-    given = int(task == "continuation")
+    given = n_given if task == "continuation" else 0
     rows, captions = {}, None
+    options |= dict(n_given=n_given)
     for batch in draw_batches(pipe, dataset, task, index, seed, **options):
         for number, record, drawn in batch:
             rows[number] = [("truth", record.frames), ("drawn", record.frames[:given] + drawn)]

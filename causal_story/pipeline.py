@@ -99,7 +99,7 @@ def story_noise(
         rows.append(torch.randn(*shape, generator=one, device=where).to(device))
     return torch.stack(rows)
 
-
+# %% ../nbs/08_pipeline.ipynb #stepgen1
 def step_generators(
     generator,  # one a story, or one for all, after `story_noise`; not advanced
     n_stories: int,  # B
@@ -159,16 +159,6 @@ class StoryRequest:
     step_generators: dict | None = None  # see there
     callback: object = None
     callback_inputs: tuple = ("latents",)  # names of tensors
-
-    def times_over(self, n: int) -> "StoryRequest":
-        "Every story n times in a row."
-        lists = ("captions", "source_images", "source_captions", "history_frames")
-        lists += ("history_captions", "kept_frames", "negative_captions")
-        stories = {name: getattr(self, name) for name in lists}
-        more = {
-            name: [row for row in rows for _ in range(n)] for name, rows in stories.items() if rows
-        }
-        return replace(self, **more)
 
     @property
     def n_kept(self) -> int:
@@ -391,13 +381,6 @@ def _denoise(
                 latents = answer.get("latents", latents)
     return latents
 
-
-@patch
-def _set_timesteps(self: CausalStoryPipeline, request: StoryRequest) -> torch.Tensor:  # (steps,)
-    "The scheduler at the start of a frame."
-    asked = request.num_inference_steps, self._execution_device, request.timesteps, request.sigmas
-    return retrieve_timesteps(self.scheduler, *asked)[0]
-
 # %% ../nbs/08_pipeline.ipynb #f07ef62f
 @patch
 def _draw(
@@ -590,21 +573,6 @@ def __call__(
     return CausalStoryOutput(frames, relevance) if return_dict else (frames, relevance)
 
 
-@patch
-def _warn_of_cuts(self: CausalStoryPipeline, request: StoryRequest):
-    "Say which caption is longer than a tokenizer reads."
-    history = [*request.captions, *request.source_captions, *(request.history_captions or [])]
-    both = self.tokenizer, self.history_tokenizer
-    warn_of_cut_captions(both, history, self.max_length)
-    warn_of_cut_captions(both[:1], request.negative_captions or [], self.max_length)
-
-
-@patch(as_prop=True)
-def interrupt(self: CausalStoryPipeline) -> bool:
-    "Whether somebody has asked to stop (`pipe._interrupt = True`), as in diffusers."
-    return self._interrupt
-
-
 def _first(asked, stored):
     return stored if asked is None else asked
 
@@ -629,6 +597,38 @@ def _asked_policy(self: CausalStoryPipeline, policy, window) -> HistoryPolicy:
             "relevance"
         )
     return policy
+
+# %% ../nbs/08_pipeline.ipynb #plumb001
+@patch
+def times_over(self: StoryRequest, n: int) -> StoryRequest:
+    "Every story n times in a row."
+    lists = ("captions", "source_images", "source_captions", "history_frames")
+    lists += ("history_captions", "kept_frames", "negative_captions")
+    stories = {name: getattr(self, name) for name in lists}
+    more = {name: [row for row in rows for _ in range(n)] for name, rows in stories.items() if rows}
+    return replace(self, **more)
+
+
+@patch
+def _set_timesteps(self: CausalStoryPipeline, request: StoryRequest) -> torch.Tensor:  # (steps,)
+    "The scheduler at the start of a frame."
+    asked = request.num_inference_steps, self._execution_device, request.timesteps, request.sigmas
+    return retrieve_timesteps(self.scheduler, *asked)[0]
+
+
+@patch
+def _warn_of_cuts(self: CausalStoryPipeline, request: StoryRequest):
+    "Say which caption is longer than a tokenizer reads."
+    history = [*request.captions, *request.source_captions, *(request.history_captions or [])]
+    both = self.tokenizer, self.history_tokenizer
+    warn_of_cut_captions(both, history, self.max_length)
+    warn_of_cut_captions(both[:1], request.negative_captions or [], self.max_length)
+
+
+@patch(as_prop=True)
+def interrupt(self: CausalStoryPipeline) -> bool:
+    "Whether somebody has asked to stop (`pipe._interrupt = True`), as in diffusers."
+    return self._interrupt
 
 # %% ../nbs/08_pipeline.ipynb #7d79b8e5
 SCHEDULERS = {  # name -> (class, options as Stable Diffusion uses them); latents are never clipped

@@ -1,6 +1,7 @@
 """Calling the pipeline as one calls diffusers': what people try first."""
 
 import warnings
+from types import SimpleNamespace
 
 import diffusers
 import numpy as np
@@ -11,7 +12,9 @@ from PIL import Image
 from safetensors.torch import save_file
 from test_pipeline import CAPTIONS, STORIES, make_pipe
 
+import causal_story.cli as cli
 from causal_story.pipeline import CausalStoryPipeline
+from causal_story.raw import convert_folder, write_folder
 from causal_story.storage import warn_once
 from causal_story.unet import attach_adapters
 
@@ -540,3 +543,22 @@ def test_a_textual_inversion_is_a_word_and_comes_back(as_if_tuned, tmp_path, kin
         again = CausalStoryPipeline.from_pretrained(tmp_path / "stored")
         again.set_progress_bar_config(disable=True)
         torch.testing.assert_close(tell(again, story), drawn, atol=2e-3, rtol=1e-3)
+
+
+def test_sample_starts_from_several_frames(tmp_path, monkeypatch):
+    write_folder(dict(test=STORIES[:1]), tmp_path / "raw", size=64)
+    data = convert_folder(tmp_path / "raw", tmp_path / "stories.h5", progress=False)
+    calls = []
+
+    class Pipe:
+        def __call__(self, prompt, **options):
+            calls.append((prompt, options["source_caption"], len(options["source_image"][0])))
+            return SimpleNamespace(frames=[PICTURES[:2]])
+
+    monkeypatch.setattr(cli, "load_model", lambda *_: Pipe())
+    words = ["sample", "miniature", str(data), "--task", "continuation", "--given"]
+    assert cli.main([*words, "3", "--out", str(tmp_path / "a.png")]) == 0
+    captions = STORIES[0].captions
+    assert calls == [([captions[3:]], [captions[:3]], 3)]
+    assert cli.main([*words, "5"]) == 1
+    assert cli.main([*words, "2", "--folder", str(tmp_path / "b")]) == 1
