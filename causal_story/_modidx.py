@@ -882,6 +882,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/causal-story', 'doc_host':
                                                                                'causal_story/loading.py'),
                                       'causal_story.loading.read_loras': ('library/loading.html#read_loras', 'causal_story/loading.py'),
                                       'causal_story.loading.read_record': ('library/loading.html#read_record', 'causal_story/loading.py'),
+                                      'causal_story.loading.read_single_file': ( 'library/loading.html#read_single_file',
+                                                                                 'causal_story/loading.py'),
                                       'causal_story.loading.read_tuned': ('library/loading.html#read_tuned', 'causal_story/loading.py'),
                                       'causal_story.loading.split_options': ( 'library/loading.html#split_options',
                                                                               'causal_story/loading.py'),

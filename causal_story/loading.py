@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['DIFFUSION_PARTS', 'HISTORY_PARTS', 'BASE_PARTS', 'STABLE_DIFFUSION_HUB', 'BLIP_HUB', 'FINGERPRINTED', 'NEW_PARTS',
-           'LORA', 'LORAS', 'LORA_FILE', 'OWN_LORA', 'WITH_LORA', 'read_diffusion', 'read_blip', 'read_base',
-           'has_lora', 'without_lora', 'changed_parts', 'merged', 'lora_layers', 'lora_strengths', 'write_lora',
-           'own_part', 'write_tuned', 'read_record', 'read_tuned', 'read_loras', 'whole_parts', 'quiet_casts',
-           'split_options', 'cast_parts']
+           'LORA', 'LORAS', 'LORA_FILE', 'OWN_LORA', 'WITH_LORA', 'read_diffusion', 'read_single_file', 'read_blip',
+           'read_base', 'has_lora', 'without_lora', 'changed_parts', 'merged', 'lora_layers', 'lora_strengths',
+           'write_lora', 'own_part', 'write_tuned', 'read_record', 'read_tuned', 'read_loras', 'whole_parts',
+           'quiet_casts', 'split_options', 'cast_parts']
 
 # %% ../nbs/library/loading.ipynb #ldg00003
 import copy
@@ -23,6 +23,7 @@ from diffusers import (
     AutoencoderKL,
     DDPMScheduler,
     DPMSolverMultistepScheduler,
+    StableDiffusionPipeline,
     UNet2DConditionModel,
 )
 from diffusers.loaders.lora_base import fuse_text_encoder_lora
@@ -92,6 +93,32 @@ def read_diffusion(
     return parts
 
 
+def read_single_file(
+    path,  # .safetensors or .ckpt: a whole Stable Diffusion 1.x, as it is passed around
+    config=None,  # folder or hub id with its configuration and tokenizer; None: those of 1.5
+) -> dict:  # vae, text_encoder, tokenizer, unet and scheduler
+    "The parts in one file. Raises ValueError that names the file if they are not all there."
+    holds = "model_index.json, a tokenizer and the configuration of every part"
+    small = ("model_index.json", "*/*.json", "tokenizer/*")
+    folder = local_folder(config or STABLE_DIFFUSION_HUB, "config", holds, small)
+    without = dict(safety_checker=None, feature_extractor=None, image_encoder=None)
+    with reading(path, "a Stable Diffusion in one file"):
+        pipe = StableDiffusionPipeline.from_single_file(
+            str(path), config=str(folder), local_files_only=True, **without
+        )
+        parts = {name: getattr(pipe, name) for name in DIFFUSION_PARTS}
+        for name, part in parts.items():
+            if isinstance(part, torch.nn.Module):
+                lacking = [key for key, value in part.state_dict().items() if value.is_meta]
+                if lacking:
+                    raise ValueError(f"{name} lacks {lacking[0]!r}")
+                part.float().eval()
+    parts["scheduler"] = DDPMScheduler(
+        **{key: pipe.scheduler.config[key] for key in _NOISE if key in pipe.scheduler.config}
+    )
+    return parts
+
+
 def read_blip(
     source=BLIP_HUB,  # folder or hub id of `BlipForImageTextRetrieval`
     image_size: int = 224,  # pixels a side that it shall read
@@ -118,11 +145,12 @@ FINGERPRINTED = ("unet", "vae", "text_encoder", "tokenizer", *HISTORY_PARTS)
 
 
 def read_base(
-    base="miniature",  # folder of a base, "miniature", or Stable Diffusion: folder or hub id
+    base="miniature",  # "miniature", folder of a base, or Stable Diffusion: folder, file or hub id
     blip=None,  # folder or hub id, for a base without history encoder; None: `BLIP_HUB`
     words=(),  # new words for both tokenizers: names of characters
     max_length: int | None = None,  # tokens a caption; None: what the base has
     image_size: int = 224,  # pixels a side of the frames that a BLIP from elsewhere reads
+    config=None,  # of a single file, see `read_single_file`
 ) -> tuple[dict, dict]:  # (name -> part, what is to be remembered of the base)
     """The frozen parts. Raises FileNotFoundError that names a missing part, ValueError for one that
     cannot be read, for parts of different widths, and for a BLIP where the base has its own."""
@@ -135,10 +163,12 @@ def read_base(
         _check_parts(folder, BASE_PARTS, "a base")
         parts = {name: load_part(kind, folder / name) for name, kind in BASE_PARTS.items()}
     else:
-        parts = read_diffusion(base) | read_blip(blip or BLIP_HUB, image_size)
+        single = folder.is_file() or folder.suffix in (".safetensors", ".ckpt")
+        parts = read_single_file(folder, config) if single else read_diffusion(base)
+        parts |= read_blip(blip or BLIP_HUB, image_size)
         _check_widths(parts)
     record = dict(
-        name=base if base == "miniature" or not folder.is_dir() else None,  # no path of a machine
+        name=base if base == "miniature" or not folder.exists() else None,  # no path of a machine
         size="miniature" if ours else "full",
         words=[],
         fingerprints={name: fingerprint(parts[name]) for name in FINGERPRINTED},
@@ -371,6 +401,7 @@ def read_tuned(
     folder,  # from `write_tuned`
     base=None,  # what it was tuned on, as `read_base` takes it; None: what the record names
     blip=None,  # likewise
+    config=None,  # likewise
 ) -> tuple[dict, dict, dict]:  # (name -> part, what is to be remembered of the base, settings)
     """A base with what tuning changed. Raises ValueError if it was tuned on another base or a part
     cannot be read, FileNotFoundError if one is missing."""
@@ -388,7 +419,8 @@ def read_tuned(
             f"{folder} holds what tuning changed, and not its base: name it (base=...)"
         )
     size = known.get("image_size", 224)
-    parts, found = read_base(base or known["name"] or "miniature", blip, image_size=size)
+    name = base or known["name"] or "miniature"
+    parts, found = read_base(name, blip, image_size=size, config=config)
     for name, expected in known["fingerprints"].items():
         if name not in record["parts"] and expected != found["fingerprints"].get(name):
             raise ValueError(

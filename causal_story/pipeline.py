@@ -667,18 +667,19 @@ def use_scheduler(
 @patch(cls_method=True)
 def from_base(
     cls: CausalStoryPipeline,
-    base="miniature",  # "miniature", a folder that `pretrain` wrote, or Stable Diffusion
+    base="miniature",  # "miniature", what `pretrain` wrote, or Stable Diffusion, also in one file
     recipe="causal-story",  # name or `Recipe`: context, adapters, policy, drawing
     blip=None,  # for Stable Diffusion: BLIP, folder or hub id; None: the usual one
     words=(),  # new words for both tokenizers
     max_length: int | None = None,  # tokens a caption; None: what the base has
     image_size: int = 224,  # pixels a side of the frames that a BLIP from elsewhere reads
     seed: int = 0,  # of the new weights
+    config=None,  # of a single file, see `read_single_file`
 ) -> CausalStoryPipeline:
     """Causal-Story on a base, before tuning: it draws what the base draws.
 
     Raises FileNotFoundError or ValueError that names the folder or argument at fault."""
-    parts, record = read_base(base, blip, words, max_length, image_size)
+    parts, record = read_base(base, blip, words, max_length, image_size, config)
     recipe = find_recipe(recipe, record["size"])
     width = parts["text_encoder"].config.hidden_size
     with torch.random.fork_rng(devices=[]):
@@ -761,6 +762,7 @@ def from_pretrained(
     pretrained_model_name_or_path,  # folder that `save_pretrained` wrote, hub id, or "miniature"
     base=None,  # for a folder of what was tuned: its base, if that is not the miniature
     blip=None,  # likewise: BLIP, if the base has none
+    config=None,  # likewise: of a base in one file
     **options,  # of diffusers' `from_pretrained`: torch_dtype, components to use instead ...
 ) -> CausalStoryPipeline:
     """A pipeline, whole or not at all.
@@ -772,7 +774,7 @@ def from_pretrained(
     if not (folder / "tuned.json").is_file():
         return _from_whole(cls, name, options)
     instead, dtype, device = split_options(options, COMPONENTS)
-    parts, record, settings = read_tuned(folder, base, blip)
+    parts, record, settings = read_tuned(folder, base, blip, config)
     parts |= instead
     cast_parts(parts, dtype)
     pipe = cls(**parts, **settings, base=record)

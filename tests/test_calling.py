@@ -9,7 +9,8 @@ import pytest
 import torch
 from diffusers.models.attention_processor import AttnProcessor
 from PIL import Image
-from safetensors.torch import save_file
+from published import single_file, small
+from safetensors.torch import load_file, save_file
 from test_pipeline import CAPTIONS, STORIES, make_pipe
 
 import causal_story.cli as cli
@@ -562,3 +563,32 @@ def test_sample_starts_from_several_frames(tmp_path, monkeypatch):
     assert calls == [([captions[3:]], [captions[:3]], 3)]
     assert cli.main([*words, "5"]) == 1
     assert cli.main([*words, "2", "--folder", str(tmp_path / "b")]) == 1
+
+
+def test_a_single_file_is_a_base(world, tmp_path):
+    "The published layout of one file, with the configuration of a folder: the same parts."
+    path = single_file(world.sd, tmp_path / "v1-5.safetensors")
+    options = dict(config=world.sd)
+    pipe, other = (
+        small(world),
+        CausalStoryPipeline.from_base(
+            path, blip=world.blip, words=["milo"], max_length=24, image_size=32, config=world.sd
+        ),
+    )
+    prints = "fingerprints"
+    assert other.config.base[prints] == pipe.config.base[prints]
+    other.set_progress_bar_config(disable=True)
+    once = dict(num_inference_steps=1, generator=seeded(1), output_type="latent")
+    drawn = other(["milo jumps."], **once).frames
+    other.save_pretrained(tmp_path / "tuned", only_tuned=True)
+    again = CausalStoryPipeline.from_pretrained(
+        tmp_path / "tuned", base=path, blip=world.blip, **options
+    )
+    once["generator"] = seeded(1)
+    torch.testing.assert_close(again(["milo jumps."], **once).frames, drawn)
+
+    weights = load_file(path)
+    weights.pop("model.diffusion_model.out.2.weight")
+    save_file(weights, path)
+    with pytest.raises(ValueError, match="v1-5.safetensors"):
+        CausalStoryPipeline.from_base(path, blip=world.blip, **options)
