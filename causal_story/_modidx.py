@@ -187,6 +187,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/causal-story', 'doc_host':
                                      'causal_story.checks.check_size': ('library/checks.html#check_size', 'causal_story/checks.py'),
                                      'causal_story.checks.check_steps': ('library/checks.html#check_steps', 'causal_story/checks.py'),
                                      'causal_story.checks.check_stories': ('library/checks.html#check_stories', 'causal_story/checks.py'),
+                                     'causal_story.checks.check_takes_steps': ( 'library/checks.html#check_takes_steps',
+                                                                                'causal_story/checks.py'),
                                      'causal_story.checks.given_frames': ('library/checks.html#given_frames', 'causal_story/checks.py'),
                                      'causal_story.checks.is_picture': ('library/checks.html#is_picture', 'causal_story/checks.py'),
                                      'causal_story.checks.picture_rows': ('library/checks.html#picture_rows', 'causal_story/checks.py'),

@@ -23,7 +23,6 @@ from diffusers import (
     AutoencoderKL,
     DDPMScheduler,
     DPMSolverMultistepScheduler,
-    StableDiffusionPipeline,
     UNet2DConditionModel,
 )
 from diffusers.loaders.lora_base import fuse_text_encoder_lora
@@ -98,6 +97,8 @@ def read_single_file(
     config=None,  # folder or hub id with its configuration and tokenizer; None: those of 1.5
 ) -> dict:  # vae, text_encoder, tokenizer, unet and scheduler
     "The parts in one file. Raises ValueError that names the file if they are not all there."
+    from diffusers import StableDiffusionPipeline  # here, because it is slow and not quiet
+
     holds = "model_index.json, a tokenizer and the configuration of every part"
     small = ("model_index.json", "*/*.json", "tokenizer/*")
     folder = local_folder(config or STABLE_DIFFUSION_HUB, "config", holds, small)

@@ -21,8 +21,8 @@ from diffusers import (
     PNDMScheduler,
     UniPCMultistepScheduler,
 )
-from diffusers.loaders import StableDiffusionLoraLoaderMixin, TextualInversionLoaderMixin
-from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import retrieve_timesteps
+from diffusers.loaders.lora_pipeline import StableDiffusionLoraLoaderMixin
+from diffusers.loaders.textual_inversion import TextualInversionLoaderMixin
 from diffusers.utils import BaseOutput
 from fastcore.basics import patch
 from PIL import Image
@@ -47,6 +47,7 @@ from causal_story.checks import (
     check_size,
     check_steps,
     check_stories,
+    check_takes_steps,
     step_options,
     to_uint8,
     warn_of_cut_captions,
@@ -612,8 +613,15 @@ def times_over(self: StoryRequest, n: int) -> StoryRequest:
 @patch
 def _set_timesteps(self: CausalStoryPipeline, request: StoryRequest) -> torch.Tensor:  # (steps,)
     "The scheduler at the start of a frame."
-    asked = request.num_inference_steps, self._execution_device, request.timesteps, request.sigmas
-    return retrieve_timesteps(self.scheduler, *asked)[0]
+    device = self._execution_device
+    asked = dict(timesteps=request.timesteps, sigmas=request.sigmas)
+    asked = {name: value for name, value in asked.items() if value is not None}
+    if asked:
+        check_takes_steps(self.scheduler, asked)
+        self.scheduler.set_timesteps(**asked, device=device)
+    else:
+        self.scheduler.set_timesteps(request.num_inference_steps, device=device)
+    return self.scheduler.timesteps
 
 
 @patch
