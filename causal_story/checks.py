@@ -6,7 +6,8 @@
 __all__ = ['CALLBACK_TENSORS', 'is_picture', 'as_picture', 'picture_rows', 'check_stories', 'given_frames', 'caption_lists',
            'check_negative', 'warn_of_cut_captions', 'check_history_lists', 'check_kept', 'check_mask',
            'check_interval', 'check_steps', 'check_scale', 'check_generator', 'check_count', 'check_size',
-           'check_descending', 'check_output_type', 'to_uint8', 'check_scheduler', 'step_options', 'callback_names']
+           'check_descending', 'check_output_type', 'to_uint8', 'check_scheduler', 'check_takes_steps', 'step_options',
+           'callback_names']
 
 # %% ../nbs/library/checks.ipynb #chk00003
 import inspect
@@ -459,6 +460,21 @@ def check_scheduler(
         raise ValueError(f"eta={eta!r}: expected a number from 0 to 1")
     if eta and not _takes(scheduler.step, "eta"):
         raise ValueError(f"eta={eta!r}: {name} takes none, use_scheduler('ddim') does")
+
+
+def check_takes_steps(
+    scheduler,  # of diffusers
+    asked: dict,  # timesteps or sigmas -> values
+):
+    "Raise ValueError unless the scheduler takes the one that is asked for."
+    if len(asked) > 1:
+        raise ValueError("timesteps and sigmas say the same in two ways: give one of them")
+    for name in asked:
+        if not _takes(scheduler.set_timesteps, name):
+            raise ValueError(
+                f"{name}: {type(scheduler).__name__} takes none; use_scheduler('euler') does, or "
+                "give num_inference_steps"
+            )
 
 
 def step_options(

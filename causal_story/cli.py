@@ -458,12 +458,18 @@ def sample(
     out: str = "story.png",  # picture to write, .png or .pdf
     page: Literal[tuple(PAGE_LAYOUTS)] | None = None,  # write it as a comic page, without the truth
     folder: str | None = None,  # instead: a subfolder a story and a PNG a frame; can be continued
+    given: int = 1,  # frames that a continuation starts from, in a picture
 ) -> int:
     """Draw stories: a picture beside their truth, with --page a comic page each, or, with --folder,
     a folder of frames."""
     page_format(out)
     if folder and page:
         raise ValueError("--folder and --page are two things: ask for one, then for the other")
+    if given < 1 or given > 1 and (folder or task == "visualization"):
+        raise ValueError(
+            f"given={given}: at least 1, and more than one in a picture of --task continuation "
+            "only: a folder is judged from one given frame"
+        )
     dataset = StoryDataset(data, split, task)
     _check_kind(model, dataset)
     for index in story or []:
@@ -476,9 +482,9 @@ def sample(
     pipe = load_model(pipeline, model, drawing)
     options = dict(task=task, index=story or (0,), seed=drawing.seed, **drawing.call())
     if page:
-        paths = save_pages(pipe, dataset, out, page, **options)
+        paths = save_pages(pipe, dataset, out, page, n_given=given, **options)
     else:
-        paths = [save_stories(pipe, dataset, out, **options)]
+        paths = [save_stories(pipe, dataset, out, n_given=given, **options)]
     print(f"wrote {', '.join(map(str, paths))}")
     return 0
 

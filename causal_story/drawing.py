@@ -43,12 +43,13 @@ def draw_batches(
     seed: int = 0,  # of the noise
     batch_size: int = 8,  # stories at once
     true_history: bool = False,  # show the true earlier frames instead of the drawn ones
+    n_given: int = 1,  # frames that a continuation starts from
     **options,  # of the pipeline's call: history_policy, num_inference_steps ...
 ):  # yields lists of (index, StoryRecord, V pictures)
     """Draw stories batch by batch; stories of different lengths go apart.
 
-    Raises what the call raises."""
-    given = int(task == "continuation")
+    Raises what the call raises, and ValueError for a story without a frame to draw."""
+    given = n_given if task == "continuation" else 0
     numbers = list(range(len(dataset)) if index is None else index)
     for start in range(0, len(numbers), batch_size):
         records = {k: story_of(dataset, k) for k in numbers[start : start + batch_size]}
@@ -59,10 +60,18 @@ def draw_batches(
         for _, group in groupby(sorted(records, key=length), key=length):
             group = list(group)
             chosen = [records[k] for k in group]
+            if length(group[0]) <= given:
+                raise ValueError(
+                    f"story {group[0]} has {length(group[0])} frames: with {given} given, none is "
+                    "left to draw"
+                )
             request = dict(generator=[story_generator(seed, k) for k in group])
-            if given:
+            if given == 1:
                 request["source_image"] = [record.frames[0] for record in chosen]
                 request["source_caption"] = [record.captions[0] for record in chosen]
+            elif given:
+                request["source_image"] = [record.frames[:given] for record in chosen]
+                request["source_caption"] = [record.captions[:given] for record in chosen]
             if true_history:
                 request["history_frames"] = [record.frames[given:] for record in chosen]
             captions = [record.captions[given:] for record in chosen]

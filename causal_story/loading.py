@@ -4,14 +4,17 @@
 
 # %% auto #0
 __all__ = ['DIFFUSION_PARTS', 'HISTORY_PARTS', 'BASE_PARTS', 'STABLE_DIFFUSION_HUB', 'BLIP_HUB', 'FINGERPRINTED', 'NEW_PARTS',
-           'LORA', 'LORA_FILE', 'read_diffusion', 'read_blip', 'read_base', 'frame_size_of', 'set_frame_size',
-           'has_lora', 'without_lora', 'changed_parts', 'merged', 'write_tuned', 'read_record', 'read_tuned',
-           'whole_parts']
+           'LORA', 'LORAS', 'LORA_FILE', 'OWN_LORA', 'WITH_LORA', 'read_diffusion', 'read_single_file', 'read_blip',
+           'read_base', 'frame_size_of', 'set_frame_size', 'has_lora', 'without_lora', 'changed_parts', 'merged',
+           'lora_layers', 'lora_strengths', 'write_lora', 'own_part', 'write_tuned', 'read_record', 'read_tuned',
+           'read_loras', 'whole_parts', 'quiet_casts', 'split_options', 'cast_parts']
 
 # %% ../nbs/library/loading.ipynb #ldg00003
 import copy
 import json
+import logging
 import shutil
+from contextlib import contextmanager
 from pathlib import Path
 
 import diffusers
@@ -22,7 +25,10 @@ from diffusers import (
     DPMSolverMultistepScheduler,
     UNet2DConditionModel,
 )
-from safetensors.torch import load_file
+from diffusers.loaders.lora_base import fuse_text_encoder_lora
+from diffusers.utils.peft_utils import recurse_remove_peft_layers
+from peft.tuners.lora import LoraLayer
+from safetensors.torch import load_file, save_file
 from transformers import BertTokenizer, BlipForImageTextRetrieval, CLIPTextModel, CLIPTokenizer
 
 from .encoders import HistoryEncoder, StoryContext
@@ -86,6 +92,34 @@ def read_diffusion(
     return parts
 
 
+def read_single_file(
+    path,  # .safetensors or .ckpt: a whole Stable Diffusion 1.x, as it is passed around
+    config=None,  # folder or hub id with its configuration and tokenizer; None: those of 1.5
+) -> dict:  # vae, text_encoder, tokenizer, unet and scheduler
+    "The parts in one file. Raises ValueError that names the file if they are not all there."
+    from diffusers import StableDiffusionPipeline  # here, because it is slow and not quiet
+
+    holds = "model_index.json, a tokenizer and the configuration of every part"
+    small = ("model_index.json", "*/*.json", "tokenizer/*")
+    folder = local_folder(config or STABLE_DIFFUSION_HUB, "config", holds, small)
+    without = dict(safety_checker=None, feature_extractor=None, image_encoder=None)
+    with reading(path, "a Stable Diffusion in one file"):
+        pipe = StableDiffusionPipeline.from_single_file(
+            str(path), config=str(folder), local_files_only=True, **without
+        )
+        parts = {name: getattr(pipe, name) for name in DIFFUSION_PARTS}
+        for name, part in parts.items():
+            if isinstance(part, torch.nn.Module):
+                lacking = [key for key, value in part.state_dict().items() if value.is_meta]
+                if lacking:
+                    raise ValueError(f"{name} lacks {lacking[0]!r}")
+                part.float().eval()
+    parts["scheduler"] = DDPMScheduler(
+        **{key: pipe.scheduler.config[key] for key in _NOISE if key in pipe.scheduler.config}
+    )
+    return parts
+
+
 def read_blip(
     source=BLIP_HUB,  # folder or hub id of `BlipForImageTextRetrieval`
     image_size: int = 224,  # pixels a side that it shall read
@@ -112,11 +146,12 @@ FINGERPRINTED = ("unet", "vae", "text_encoder", "tokenizer", *HISTORY_PARTS)
 
 
 def read_base(
-    base="miniature",  # folder of a base, "miniature", or Stable Diffusion: folder or hub id
+    base="miniature",  # "miniature", folder of a base, or Stable Diffusion: folder, file or hub id
     blip=None,  # folder or hub id, for a base without history encoder; None: `BLIP_HUB`
     words=(),  # new words for both tokenizers: names of characters
     max_length: int | None = None,  # tokens a caption; None: what the base has
     image_size: int = 224,  # pixels a side of the frames that a BLIP from elsewhere reads
+    config=None,  # of a single file, see `read_single_file`
 ) -> tuple[dict, dict]:  # (name -> part, what is to be remembered of the base)
     """The frozen parts. Raises FileNotFoundError that names a missing part, ValueError for one that
     cannot be read, for parts of different widths, and for a BLIP where the base has its own."""
@@ -129,10 +164,12 @@ def read_base(
         _check_parts(folder, BASE_PARTS, "a base")
         parts = {name: load_part(kind, folder / name) for name, kind in BASE_PARTS.items()}
     else:
-        parts = read_diffusion(base) | read_blip(blip or BLIP_HUB, image_size)
+        single = folder.is_file() or folder.suffix in (".safetensors", ".ckpt")
+        parts = read_single_file(folder, config) if single else read_diffusion(base)
+        parts |= read_blip(blip or BLIP_HUB, image_size)
         _check_widths(parts)
     record = dict(
-        name=base if base == "miniature" or not folder.is_dir() else None,  # no path of a machine
+        name=base if base == "miniature" or not folder.exists() else None,  # no path of a machine
         size="miniature" if ours else "full",
         words=[],
         fingerprints={name: fingerprint(parts[name]) for name in FINGERPRINTED},
@@ -184,17 +221,18 @@ def set_frame_size(
 # %% ../nbs/library/loading.ipynb #ldg00013
 NEW_PARTS = dict(story_context=StoryContext, adapters=UNetAdapters)
 LORA = "lora"  # folder name; the factors alone, as diffusers writes them
+LORAS = "loras"  # folder name; a subfolder for each LoRA that was loaded from elsewhere
 LORA_FILE = "pytorch_lora_weights.safetensors"
 
 
-def has_lora(unet) -> bool:
-    "Whether a U-Net carries LoRA layers."
-    return bool(getattr(unet, "peft_config", None))
+def has_lora(part) -> bool:
+    "Whether a U-Net or a text encoder carries LoRA layers."
+    return bool(getattr(part, "peft_config", None))
 
 
-def without_lora(unet) -> dict:  # name -> tensor
-    "A U-Net's own weights under their own names, LoRA layers left out."
-    state = unet.state_dict()
+def without_lora(part) -> dict:  # name -> tensor
+    "A part's own weights under their own names, LoRA layers left out."
+    state = part.state_dict()
     return {
         name.replace(".base_layer.", "."): value
         for name, value in state.items()
@@ -210,22 +248,88 @@ def changed_parts(
     changed = [name for name in NEW_PARTS if components[name] is not None]
     for name in FINGERPRINTED:
         part = components[name]
-        own = without_lora(part) if name == "unet" and has_lora(part) else part
+        own = without_lora(part) if has_lora(part) else part
         if name in base["fingerprints"] and fingerprint(own) != base["fingerprints"][name]:
             changed.append(name)
     return changed
 
 # %% ../nbs/library/loading.ipynb #ldg00015
 def merged(
-    unet,  # left as it is
+    part,  # U-Net or text encoder, left as it is
 ) -> torch.nn.Module:  # the same one if it has no LoRA, else a copy with LoRA multiplied in
-    "A U-Net that can be stored and loaded without knowing of LoRA."
-    if not has_lora(unet):
-        return unet
-    unet = copy.deepcopy(unet)
-    unet.fuse_lora()
-    unet.unload_lora()
-    return unet
+    "A part that can be stored and loaded without knowing of LoRA."
+    if not has_lora(part):
+        return part
+    part = copy.deepcopy(part)
+    if hasattr(part, "fuse_lora"):  # diffusers'
+        part.fuse_lora()
+        part.unload_lora()
+        return part
+    fuse_text_encoder_lora(part)
+    return _without_layers(part)
+
+
+def _without_layers(part):
+    "A text encoder (changed in place) without its LoRA layers."
+    recurse_remove_peft_layers(part)
+    del part.peft_config
+    part._hf_peft_config_loaded = False
+    return part
+
+
+OWN_LORA = "default"  # the name of what method "lora" trains
+WITH_LORA = ("unet", "text_encoder")
+
+
+def lora_layers(part):  # yields (site, layer, name) of every LoRA that was loaded and is not fused
+    "LoRAs that came from elsewhere: a style, a character, LCM."
+    for site, layer in part.named_modules():
+        if isinstance(layer, LoraLayer) and not layer.merged:
+            yield from ((site, layer, name) for name in layer.lora_A if name != OWN_LORA)
+
+
+def lora_strengths(
+    components: dict,  # name -> part, of a pipeline
+) -> dict:  # name of a loaded LoRA -> its strength
+    "How strongly each loaded LoRA works: `set_adapters`' weight, 0 for one that is switched off."
+    strengths = {}
+    for part in WITH_LORA:
+        for _, layer, name in lora_layers(components[part]):
+            on = name in layer.active_adapters and not layer.disable_adapters
+            usual = layer.lora_alpha[name] / layer.r[name]
+            strengths[name] = layer.scaling[name] / usual if on else 0.0
+    return strengths
+
+
+def write_lora(
+    folder: Path,  # new
+    components: dict,  # name -> part, of a pipeline
+    name: str,  # of a loaded LoRA
+):
+    "A loaded LoRA as a file that `load_lora_weights` reads, its alpha multiplied in."
+    weights = {}
+    for part in WITH_LORA:
+        for site, layer, other in lora_layers(components[part]):
+            if other == name:
+                alpha = layer.lora_alpha[name] / layer.r[name]
+                down, up = layer.lora_A[name].weight, layer.lora_B[name].weight * alpha
+                weights[f"{part}.{site}.lora_A.weight"] = down.detach().cpu().contiguous()
+                weights[f"{part}.{site}.lora_B.weight"] = up.detach().cpu().contiguous()
+    folder.mkdir(parents=True)
+    save_file(weights, folder / LORA_FILE)
+
+
+def own_part(
+    part,  # of a pipeline, left as it is
+):
+    "A copy without loaded LoRAs, what was trained as LoRA multiplied in."
+    part = copy.deepcopy(part)
+    if not has_lora(part):
+        return part
+    if not hasattr(part, "delete_adapters"):
+        return _without_layers(part)
+    part.delete_adapters([name for name in part.peft_config if name != OWN_LORA])
+    return merged(part)
 
 
 def write_tuned(
@@ -237,24 +341,29 @@ def write_tuned(
 ):
     "Write what tuning changed and how it is drawn, a subfolder each, and tuned.json."
     names = changed_parts(components, base)
-    replaces = (*NEW_PARTS, *BASE_PARTS, LORA, "model_index.json")
+    replaces = (*NEW_PARTS, *BASE_PARTS, LORA, LORAS, "model_index.json")
     with atomic_folder(folder, "tuned.json", replaces) as aside:
         for name in names:
             part = components[name]
             if isinstance(part, torch.nn.Module):
-                part = copy.deepcopy(merged(part) if name == "unet" else part)
+                part = own_part(part)
                 if hasattr(part, "register_to_config"):
                     part.register_to_config(_name_or_path="")  # a path of this machine
                 part = part.half() if half else part
             part.save_pretrained(aside / name)
-        lora = has_lora(components["unet"]) and "unet" not in names
+        lora = OWN_LORA in getattr(components["unet"], "peft_config", ()) and "unet" not in names
         if lora:
-            components["unet"].save_lora_adapter(aside / LORA, weight_name=LORA_FILE)
+            components["unet"].save_lora_adapter(aside / LORA, OWN_LORA, weight_name=LORA_FILE)
+        loaded = lora_strengths(components)
+        for k, name in enumerate(loaded):
+            write_lora(aside / LORAS / str(k), components, name)
         scheduler = components["scheduler"]
         scheduler.save_pretrained(aside / "scheduler")
         record = dict(format=2, base=base, parts=names + [LORA] * lora, settings=settings)
         record["scheduler"] = type(scheduler).__name__
         record["frame_size"] = frame_size_of(components)
+        if loaded:
+            record["loras"] = list(loaded.items())
         text = json.dumps(record, indent=1, ensure_ascii=False)
         (aside / "tuned.json").write_text(text + "\n", encoding="utf-8")
 
@@ -318,6 +427,7 @@ def read_tuned(
     folder,  # from `write_tuned`
     base=None,  # what it was tuned on, as `read_base` takes it; None: what the record names
     blip=None,  # likewise
+    config=None,  # likewise
 ) -> tuple[dict, dict, dict]:  # (name -> part, what is to be remembered of the base, settings)
     """A base with what tuning changed. Raises ValueError if it was tuned on another base or a part
     cannot be read, FileNotFoundError if one is missing."""
@@ -335,7 +445,8 @@ def read_tuned(
             f"{folder} holds what tuning changed, and not its base: name it (base=...)"
         )
     size = known.get("image_size", 224)
-    parts, found = read_base(base or known["name"] or "miniature", blip, image_size=size)
+    name = base or known["name"] or "miniature"
+    parts, found = read_base(name, blip, image_size=size, config=config)
     for name, expected in known["fingerprints"].items():
         if name not in record["parts"] and expected != found["fingerprints"].get(name):
             raise ValueError(
@@ -358,6 +469,22 @@ def read_tuned(
     return parts, remembered, record["settings"]
 
 # %% ../nbs/library/loading.ipynb #ldg00022
+def read_loras(
+    pipe,  # changed in place
+    folder: Path,  # from `write_tuned`
+):
+    "Load the LoRAs that a tuned model was stored with, each at its strength."
+    stored = read_record(folder).get("loras", [])
+    for k, (name, _) in enumerate(stored):
+        where = folder / LORAS / str(k)
+        with reading(where, "a LoRA of this model"):
+            pipe.load_lora_weights(str(where), weight_name=LORA_FILE, adapter_name=name)
+    if stored:
+        own = [(OWN_LORA, 1.0)] * (OWN_LORA in pipe.unet.peft_config)
+        names, strengths = zip(*own, *stored)
+        pipe.set_adapters(list(names), list(strengths))
+
+
 def whole_parts(
     folder: Path,  # of a whole pipeline
     options: dict,  # of `from_pretrained`
@@ -374,3 +501,56 @@ def whole_parts(
         if issubclass(kind, torch.nn.Module) and entry[1] == kind.__name__:
             parts[name] = load_part(kind, Path(folder) / name)
     return parts
+
+# %% ../nbs/library/loading.ipynb #ldg00031
+_FILE_OPTIONS = ("variant", "use_safetensors", "local_files_only", "low_cpu_mem_usage")
+
+
+@contextmanager
+def quiet_casts():
+    "Without diffusers' warning that no module (`[]`) should be kept in float32."
+    logger = logging.getLogger("diffusers.models.modeling_utils")
+
+    def worth_saying(record):
+        return "kept in float32: []" not in record.getMessage()
+
+    logger.addFilter(worth_saying)
+    try:
+        yield
+    finally:
+        logger.removeFilter(worth_saying)
+
+
+def split_options(
+    options: dict,  # of `from_pretrained`
+    names,  # of the parts
+):  # (parts to use instead, dtype or None, device or None)
+    "The options for a folder of what was tuned. Raises ValueError for one that nobody knows."
+    options = {name: value for name, value in options.items() if name not in _FILE_OPTIONS}
+    dtype = options.pop("torch_dtype", None)
+    dtype = options.pop("dtype", dtype)
+    device = options.pop("device_map", None)
+    if device in ("auto", "balanced"):
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    if isinstance(device, dict):
+        raise ValueError("device_map: give one device (cuda, cpu, auto): the parts work together")
+    unknown = [option for option in options if option not in names]
+    if unknown:
+        raise ValueError(
+            f"{unknown[0]} is no part of a pipeline: expected some of {', '.join(names)}"
+        )
+    return options, dtype, device
+
+
+def cast_parts(
+    parts: dict,  # name -> part; models are changed in place
+    dtype,  # a dtype, a dict of them by part (with "default"), or None
+):
+    "Models in the precision that was asked for."
+    if dtype is None:
+        return
+    by_part = dtype if isinstance(dtype, dict) else {"default": dtype}
+    with quiet_casts():
+        for name, part in parts.items():
+            if isinstance(part, torch.nn.Module):
+                part.to(by_part.get(name, by_part.get("default", torch.float32)))

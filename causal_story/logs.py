@@ -158,14 +158,16 @@ def save_stories(
     task: str = "visualization",
     index=(0,),  # which stories
     seed: int = 0,  # of the noise
+    n_given: int = 1,  # frames that a continuation starts from
     **options,  # of the pipeline's call
 ) -> Path:  # `out`
     "Draw stories beside their truth and save the picture. Raises ValueError for another ending."
     import matplotlib.pyplot as plt
 
     kind = page_format(out)
-    given = int(task == "continuation")
+    given = n_given if task == "continuation" else 0
     rows, captions = {}, None
+    options |= dict(n_given=n_given)
     for batch in draw_batches(pipe, dataset, task, index, seed, **options):
         for number, record, drawn in batch:
             rows[number] = [("truth", record.frames), ("drawn", record.frames[:given] + drawn)]
@@ -186,6 +188,7 @@ def save_pages(
     task: str = "visualization",
     index=(0,),  # which stories
     seed: int = 0,  # of the noise
+    n_given: int = 1,  # frames that a continuation starts from
     **options,  # of the pipeline's call
 ) -> list[Path]:  # the files
     """Draw stories and save each as a comic page (library: comics), without its truth.
@@ -193,8 +196,9 @@ def save_pages(
     Raises ValueError for another ending or layout."""
     page_format(out)
     page_rows(1, layout)  # both are checked before anything is drawn
-    out, given, pages = Path(out), int(task == "continuation"), []
-    for batch in draw_batches(pipe, dataset, task, index, seed, **options):
+    out, pages = Path(out), []
+    given = n_given if task == "continuation" else 0
+    for batch in draw_batches(pipe, dataset, task, index, seed, n_given=n_given, **options):
         for number, record, drawn in batch:
             path = out if len(index) == 1 else out.with_name(f"{out.stem}-{number}{out.suffix}")
             pictures = record.frames[:given] + drawn

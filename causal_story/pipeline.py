@@ -21,7 +21,8 @@ from diffusers import (
     PNDMScheduler,
     UniPCMultistepScheduler,
 )
-from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import retrieve_timesteps
+from diffusers.loaders.lora_pipeline import StableDiffusionLoraLoaderMixin
+from diffusers.loaders.textual_inversion import TextualInversionLoaderMixin
 from diffusers.utils import BaseOutput
 from fastcore.basics import patch
 from PIL import Image
@@ -46,6 +47,7 @@ from causal_story.checks import (
     check_size,
     check_steps,
     check_stories,
+    check_takes_steps,
     step_options,
     to_uint8,
     warn_of_cut_captions,
@@ -54,11 +56,15 @@ from .data import CLIP_IMAGE_MEAN, CLIP_IMAGE_STD, StoryCollator, pixels
 from .diffusion import decode_latents, guide
 from .encoders import StoryContext, encode_captions, null_caption_ids
 from causal_story.loading import (
+    cast_parts,
     frame_size_of,
     merged,
+    quiet_casts,
     read_base,
+    read_loras,
     read_tuned,
     set_frame_size,
+    split_options,
     whole_parts,
     write_tuned,
 )
@@ -96,7 +102,7 @@ def story_noise(
         rows.append(torch.randn(*shape, generator=one, device=where).to(device))
     return torch.stack(rows)
 
-
+# %% ../nbs/08_pipeline.ipynb #stepgen1
 def step_generators(
     generator,  # one a story, or one for all, after `story_noise`; not advanced
     n_stories: int,  # B
@@ -157,16 +163,6 @@ class StoryRequest:
     callback: object = None
     callback_inputs: tuple = ("latents",)  # names of tensors
 
-    def times_over(self, n: int) -> "StoryRequest":
-        "Every story n times in a row."
-        lists = ("captions", "source_images", "source_captions", "history_frames")
-        lists += ("history_captions", "kept_frames", "negative_captions")
-        stories = {name: getattr(self, name) for name in lists}
-        more = {
-            name: [row for row in rows for _ in range(n)] for name, rows in stories.items() if rows
-        }
-        return replace(self, **more)
-
     @property
     def n_kept(self) -> int:
         return len(self.kept_frames[0]) if self.kept_frames else 0
@@ -189,8 +185,12 @@ COMPONENTS = (
 )
 
 
-class CausalStoryPipeline(DiffusionPipeline):
-    """Draws stories frame by frame (paper, figure). Owns all parts; adapters are one of them."""
+class CausalStoryPipeline(
+    DiffusionPipeline, StableDiffusionLoraLoaderMixin, TextualInversionLoaderMixin
+):
+    """Draws stories frame by frame (paper, figure). Owns all parts; adapters are one of them.
+
+    LoRAs and textual inversions of Stable Diffusion load as they do in diffusers."""
 
     _interrupt = False
     _optional_components = ["adapters"]
@@ -303,6 +303,8 @@ def tokens(
     captions: list,  # B lists of n captions
 ):  # ids (B, n, S), mask (B, n, S) bool
     "Captions as padded ids."
+    if tokenizer is self.tokenizer:  # words of a textual inversion may stand for several tokens
+        captions = [self.maybe_convert_prompt(list(story), tokenizer) for story in captions]
     ids, mask = caption_tokens(tokenizer, captions, self.max_length)
     return ids.to(self._execution_device), mask.to(self._execution_device)
 
@@ -381,13 +383,6 @@ def _denoise(
                 answer = request.callback(self, step, t, state | dict(frame=frame)) or {}
                 latents = answer.get("latents", latents)
     return latents
-
-
-@patch
-def _set_timesteps(self: CausalStoryPipeline, request: StoryRequest) -> torch.Tensor:  # (steps,)
-    "The scheduler at the start of a frame."
-    asked = request.num_inference_steps, self._execution_device, request.timesteps, request.sigmas
-    return retrieve_timesteps(self.scheduler, *asked)[0]
 
 # %% ../nbs/08_pipeline.ipynb #f07ef62f
 @patch
@@ -582,21 +577,6 @@ def __call__(
     return CausalStoryOutput(frames, relevance) if return_dict else (frames, relevance)
 
 
-@patch
-def _warn_of_cuts(self: CausalStoryPipeline, request: StoryRequest):
-    "Say which caption is longer than a tokenizer reads."
-    history = [*request.captions, *request.source_captions, *(request.history_captions or [])]
-    both = self.tokenizer, self.history_tokenizer
-    warn_of_cut_captions(both, history, self.max_length)
-    warn_of_cut_captions(both[:1], request.negative_captions or [], self.max_length)
-
-
-@patch(as_prop=True)
-def interrupt(self: CausalStoryPipeline) -> bool:
-    "Whether somebody has asked to stop (`pipe._interrupt = True`), as in diffusers."
-    return self._interrupt
-
-
 def _first(asked, stored):
     return stored if asked is None else asked
 
@@ -621,6 +601,45 @@ def _asked_policy(self: CausalStoryPipeline, policy, window) -> HistoryPolicy:
             "relevance"
         )
     return policy
+
+# %% ../nbs/08_pipeline.ipynb #plumb001
+@patch
+def times_over(self: StoryRequest, n: int) -> StoryRequest:
+    "Every story n times in a row."
+    lists = ("captions", "source_images", "source_captions", "history_frames")
+    lists += ("history_captions", "kept_frames", "negative_captions")
+    stories = {name: getattr(self, name) for name in lists}
+    more = {name: [row for row in rows for _ in range(n)] for name, rows in stories.items() if rows}
+    return replace(self, **more)
+
+
+@patch
+def _set_timesteps(self: CausalStoryPipeline, request: StoryRequest) -> torch.Tensor:  # (steps,)
+    "The scheduler at the start of a frame."
+    device = self._execution_device
+    asked = dict(timesteps=request.timesteps, sigmas=request.sigmas)
+    asked = {name: value for name, value in asked.items() if value is not None}
+    if asked:
+        check_takes_steps(self.scheduler, asked)
+        self.scheduler.set_timesteps(**asked, device=device)
+    else:
+        self.scheduler.set_timesteps(request.num_inference_steps, device=device)
+    return self.scheduler.timesteps
+
+
+@patch
+def _warn_of_cuts(self: CausalStoryPipeline, request: StoryRequest):
+    "Say which caption is longer than a tokenizer reads."
+    history = [*request.captions, *request.source_captions, *(request.history_captions or [])]
+    both = self.tokenizer, self.history_tokenizer
+    warn_of_cut_captions(both, history, self.max_length)
+    warn_of_cut_captions(both[:1], request.negative_captions or [], self.max_length)
+
+
+@patch(as_prop=True)
+def interrupt(self: CausalStoryPipeline) -> bool:
+    "Whether somebody has asked to stop (`pipe._interrupt = True`), as in diffusers."
+    return self._interrupt
 
 # %% ../nbs/08_pipeline.ipynb #7d79b8e5
 SCHEDULERS = {  # name -> (class, options as Stable Diffusion uses them); latents are never clipped
@@ -670,7 +689,7 @@ def use_frame_size(
 @patch(cls_method=True)
 def from_base(
     cls: CausalStoryPipeline,
-    base="miniature",  # "miniature", a folder that `pretrain` wrote, or Stable Diffusion
+    base="miniature",  # "miniature", what `pretrain` wrote, or Stable Diffusion, also in one file
     recipe="causal-story",  # name or `Recipe`: context, adapters, policy, drawing
     blip=None,  # for Stable Diffusion: BLIP, folder or hub id; None: the usual one
     words=(),  # new words for both tokenizers
@@ -678,11 +697,12 @@ def from_base(
     image_size: int = 224,  # pixels a side of the frames that a BLIP from elsewhere reads
     seed: int = 0,  # of the new weights
     frame_size: int | None = None,  # pixels a side of what is drawn; None: the base's
+    config=None,  # of a single file, see `read_single_file`
 ) -> CausalStoryPipeline:
     """Causal-Story on a base, before tuning: it draws what the base draws.
 
     Raises FileNotFoundError or ValueError that names the folder or argument at fault."""
-    parts, record = read_base(base, blip, words, max_length, image_size)
+    parts, record = read_base(base, blip, words, max_length, image_size, config)
     if frame_size is not None:
         set_frame_size(parts, frame_size)
     recipe = find_recipe(recipe, record["size"])
@@ -734,13 +754,13 @@ def save_pretrained(
             )
         write_tuned(save_directory, self.components, self.config.base, self.settings, half)
         return
-    replaces = (*self.components, "lora", "tuned.json")
+    replaces = (*self.components, "lora", "loras", "tuned.json")
     with atomic_folder(save_directory, "model_index.json", replaces) as aside:
-        whole = merged(self.unet)
-        if whole is self.unet:
+        whole = dict(unet=merged(self.unet), text_encoder=merged(self.text_encoder))
+        if whole.items() <= self.components.items():
             DiffusionPipeline.save_pretrained(self, aside, **options)
         else:
-            parts = self.components | dict(unet=whole)
+            parts = self.components | whole
             copy = type(self)(**parts, **self.settings, base=self.config.base)
             DiffusionPipeline.save_pretrained(copy, aside, **options)
 
@@ -767,6 +787,7 @@ def from_pretrained(
     pretrained_model_name_or_path,  # folder that `save_pretrained` wrote, hub id, or "miniature"
     base=None,  # for a folder of what was tuned: its base, if that is not the miniature
     blip=None,  # likewise: BLIP, if the base has none
+    config=None,  # likewise: of a base in one file
     **options,  # of diffusers' `from_pretrained`: torch_dtype, components to use instead ...
 ) -> CausalStoryPipeline:
     """A pipeline, whole or not at all.
@@ -777,15 +798,13 @@ def from_pretrained(
     folder = shipped_weights("story") if name == "miniature" else Path(name)
     if not (folder / "tuned.json").is_file():
         return _from_whole(cls, name, options)
-    dtype = options.pop("torch_dtype", options.pop("dtype", None))
-    parts, record, settings = read_tuned(folder, base, blip)
-    unknown = [option for option in options if option not in parts]
-    if unknown:
-        raise ValueError(
-            f"{unknown[0]} is no part of a pipeline: expected some of {', '.join(parts)}"
-        )
-    pipe = cls(**(parts | options), **settings, base=record)
-    return pipe if dtype is None else pipe.to(dtype=dtype)
+    instead, dtype, device = split_options(options, COMPONENTS)
+    parts, record, settings = read_tuned(folder, base, blip, config)
+    parts |= instead
+    cast_parts(parts, dtype)
+    pipe = cls(**parts, **settings, base=record)
+    read_loras(pipe, folder)
+    return pipe if device is None else pipe.to(device)
 
 
 def _from_whole(cls, name: str, options: dict):
@@ -796,8 +815,18 @@ def _from_whole(cls, name: str, options: dict):
             f"there is no folder {name}; give a folder that save_pretrained wrote, a hub id "
             "(owner/name), or 'miniature'"
         )
+    if "torch_dtype" in options:
+        options["dtype"] = options.pop("torch_dtype")  # diffusers' new word
     parts = whole_parts(folder, options) if folder.is_dir() else {}
     load = DiffusionPipeline.from_pretrained.__func__
     pipe = load(cls, name, **parts, **options)
-    dtype = options.get("torch_dtype", options.get("dtype"))
-    return pipe.to(dtype=dtype) if parts and dtype is not None else pipe
+    if parts:
+        cast_parts(pipe.components, options.get("dtype"))
+    return pipe
+
+
+@patch
+def to(self: CausalStoryPipeline, *arguments, **options) -> CausalStoryPipeline:
+    "As in diffusers, without five warnings about nothing."
+    with quiet_casts():
+        return DiffusionPipeline.to(self, *arguments, **options)

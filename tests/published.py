@@ -1,8 +1,11 @@
 """Tiny folders of the published layouts, and a data set, for the tests at full size."""
 
+import re
 import shutil
 from collections import namedtuple
 from pathlib import Path
+
+from safetensors.torch import load_file, save_file
 
 from causal_story.data import StoryDataset
 from causal_story.full_scale import write_tiny_folders
@@ -46,3 +49,58 @@ def parts_of_training(world, recipe="causal-story"):
 
 def copied(folder: Path, to: Path) -> Path:
     return Path(shutil.copytree(folder, to))
+
+
+def single_file(sd: Path, out: Path) -> Path:
+    "A tiny Stable Diffusion as one .safetensors, under the names that the published files have."
+    inside = {
+        "norm1": "in_layers.0",
+        "conv1": "in_layers.2",
+        "norm2": "out_layers.0",
+        "conv2": "out_layers.3",
+        "time_emb_proj": "emb_layers.1",
+        "conv_shortcut": "skip_connection",
+    }
+    outside = {
+        "time_embedding.linear_1": "time_embed.0",
+        "time_embedding.linear_2": "time_embed.2",
+        "conv_in": "input_blocks.0.0",
+        "conv_norm_out": "out.0",
+        "conv_out": "out.2",
+        "mid_block.attentions.0": "middle_block.1",
+        "mid_block.resnets.0": "middle_block.0",
+        "mid_block.resnets.1": "middle_block.2",
+    }
+    for i in range(2):  # two levels of one layer (down) and two (up)
+        outside[f"down_blocks.{i}.resnets.0"] = f"input_blocks.{2 * i + 1}.0"
+        outside[f"down_blocks.{i}.attentions.0"] = f"input_blocks.{2 * i + 1}.1"
+        outside[f"down_blocks.{i}.downsamplers.0.conv"] = f"input_blocks.{2 * i + 2}.0.op"
+        for j in range(2):
+            outside[f"up_blocks.{i}.resnets.{j}"] = f"output_blocks.{2 * i + j}.0"
+            outside[f"up_blocks.{i}.attentions.{j}"] = f"output_blocks.{2 * i + j}.1"
+        outside[f"up_blocks.{i}.upsamplers.0.conv"] = f"output_blocks.{2 * i + 1}.2.conv"
+    weights = {}
+    for name, value in load_file(sd / "unet" / "diffusion_pytorch_model.safetensors").items():
+        start = next(key for key in outside if name.startswith(key + "."))
+        rest = name.removeprefix(start)
+        if "resnets" in start:
+            part = next(key for key in inside if rest.startswith(f".{key}."))
+            rest = rest.replace(part, inside[part])
+        weights[f"model.diffusion_model.{outside[start]}{rest}"] = value
+    for name, value in load_file(sd / "vae" / "diffusion_pytorch_model.safetensors").items():
+        name = re.sub(r"up_blocks\.(\d)", lambda match: f"up.{3 - int(match[1])}", name)
+        name = name.replace("down_blocks.", "down.").replace("mid_block.resnets.", "mid.block_")
+        name = name.replace("mid.block_1", "mid.block_2").replace("mid.block_0", "mid.block_1")
+        name = name.replace("mid_block.attentions.0", "mid.attn_1").replace("resnets", "block")
+        name = name.replace("downsamplers.0", "downsample").replace("upsamplers.0", "upsample")
+        name = name.replace("conv_norm_out", "norm_out").replace("conv_shortcut", "nin_shortcut")
+        if "attn_1" in name:
+            name = name.replace("group_norm", "norm").replace("to_out.0", "proj_out")
+            name = re.sub(r"to_([qkv])", r"\1", name)
+            value = value[..., None, None] if value.ndim == 2 else value  # convolutions of 1x1
+        weights[f"first_stage_model.{name}"] = value
+    for name, value in load_file(sd / "text_encoder" / "model.safetensors").items():
+        name = name if name.startswith("text_model.") else f"text_model.{name}"
+        weights[f"cond_stage_model.transformer.{name}"] = value
+    save_file({name: value.contiguous() for name, value in weights.items()}, out)
+    return out

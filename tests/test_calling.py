@@ -1,16 +1,23 @@
 """Calling the pipeline as one calls diffusers': what people try first."""
 
 import warnings
+from types import SimpleNamespace
 
 import diffusers
 import numpy as np
 import pytest
 import torch
+from diffusers.models.attention_processor import AttnProcessor
 from PIL import Image
+from published import single_file, small
+from safetensors.torch import load_file, save_file
 from test_pipeline import CAPTIONS, STORIES, make_pipe
 
+import causal_story.cli as cli
 from causal_story.pipeline import CausalStoryPipeline
+from causal_story.raw import convert_folder, write_folder
 from causal_story.storage import warn_once
+from causal_story.unet import attach_adapters
 
 TWO = CAPTIONS[0][:2]
 PICTURES = STORIES[0].frames(64)
@@ -363,3 +370,225 @@ def test_a_caption_that_is_too_long_is_named_once(pipe):
 
 def test_half_a_letter_is_no_error(pipe):
     assert tell(pipe, ["Milo \ud83d jumps.", "A."]).isfinite().all()
+
+
+# ---------------------------------------------------------------- loading, moving, compiling
+
+
+def said_by_diffusers(caplog) -> list:
+    return [record.getMessage() for record in caplog.records if record.name.startswith("diffusers")]
+
+
+def test_precision_variant_and_device(tmp_path, caplog):
+    diffusers.utils.logging.enable_propagation()
+    caplog.set_level("WARNING")
+    options = dict(variant="fp16", device_map="cpu", use_safetensors=True)
+    pipe = CausalStoryPipeline.from_pretrained("miniature", torch_dtype=torch.bfloat16, **options)
+    assert {pipe.unet.dtype, pipe.adapters.dtype, pipe.vae.dtype} == {torch.bfloat16}
+    by_part = dict(unet=torch.bfloat16, default=torch.float32)
+    pipe = CausalStoryPipeline.from_pretrained("miniature", torch_dtype=by_part)
+    assert [pipe.unet.dtype, pipe.vae.dtype] == [torch.bfloat16, torch.float32]
+
+    whole = make_pipe()
+    whole.save_pretrained(tmp_path / "whole", variant="fp16")
+    options = dict(variant="fp16", device_map="cpu")
+    again = CausalStoryPipeline.from_pretrained(tmp_path / "whole", dtype=torch.float32, **options)
+    torch.testing.assert_close(tell(again), tell(whole), atol=1e-4, rtol=1e-4)
+    whole.to(torch.bfloat16)
+    assert tell(whole).dtype == torch.bfloat16
+    diffusers.utils.logging.disable_propagation()
+    assert not [text for text in said_by_diffusers(caplog) if "float32" in text]
+
+
+def test_half_precision_draws_the_same_story():
+    "The shipped model in bfloat16: the same picture, a little rougher; no noise."
+    pipes = [
+        CausalStoryPipeline.from_pretrained("miniature", torch_dtype=dtype)
+        for dtype in (torch.float32, torch.bfloat16)
+    ]
+    frames = []
+    for pipe in pipes:
+        pipe.set_progress_bar_config(disable=True)
+        drawn = pipe(TWO[:1], generator=seeded(1), num_inference_steps=4, output_type="np").frames
+        frames.append(drawn)
+    assert np.abs(frames[0] - frames[1]).mean() < 0.03
+
+
+@pytest.mark.parametrize("way", ["torch.compile", "unet.compile"])
+def test_a_compiled_unet_draws_the_same(way, tmp_path):
+    "Tracing the U-Net takes half a minute: one frame, one step."
+    pipe = make_pipe()
+    once = dict(num_inference_steps=1, guidance_scale=1, prompt=TWO[:1])
+    plain = tell(pipe, **once)
+    if way == "unet.compile":
+        pipe.unet.compile(backend="eager")
+    else:
+        pipe.unet = torch.compile(pipe.unet, backend="eager")
+    torch.testing.assert_close(tell(pipe, **once), plain)
+    pipe.save_pretrained(tmp_path)
+    again = CausalStoryPipeline.from_pretrained(tmp_path)
+    torch.testing.assert_close(tell(again, **once), plain)
+
+
+def test_nobody_takes_the_adapters_away_in_silence():
+    for take in (
+        lambda pipe: pipe.unet.set_attn_processor(AttnProcessor()),
+        lambda pipe: pipe.unet.fuse_qkv_projections(),
+        lambda pipe: pipe.enable_attention_slicing(),
+    ):
+        pipe = make_pipe()
+        plain = tell(pipe)
+        take(pipe)
+        with pytest.raises(ValueError, match="set_attn_processor.*attach_adapters"):
+            tell(pipe)
+        if getattr(pipe.unet, "original_attn_processors", None):
+            pipe.unet.unfuse_qkv_projections()
+        attach_adapters(pipe.unet, pipe.adapters)
+        torch.testing.assert_close(tell(pipe), plain)
+
+
+# ---------------------------------------------------------------- what others have trained
+
+
+def lora_file(pipe, folder, kind) -> str:
+    """A small file of a real layout, with everything that the published ones hold.
+
+    "kohya": as Civitai's styles and characters have it, U-Net and text encoder, with alphas. "lcm":
+    as LCM-LoRA, the U-Net's convolutions too. "peft": as diffusers' training scripts write it."""
+    ends = ("to_q", "to_k", "to_v", "to_out.0", "proj_in", "proj_out", "ff.net.0.proj", "ff.net.2")
+    if kind == "lcm":
+        ends += ("conv1", "conv2", "conv_shortcut", "downsamplers.0.conv", "upsamplers.0.conv")
+        ends += ("time_emb_proj",)
+    words = ("q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2")
+    parts = [("unet", "lora_unet_", pipe.unet, ends)]
+    if kind != "lcm":
+        parts.append(("text_encoder.text_model", "lora_te_text_model_", pipe.text_encoder, words))
+    weights, generator = {}, seeded(0)
+    for part, prefix, module, ends in parts:
+        for site, layer in module.named_modules():
+            if not site.endswith(ends) or not hasattr(layer, "weight"):
+                continue
+            n_out, *n_in = layer.weight.shape
+            down = torch.randn(4, *n_in, generator=generator) * 0.1
+            up = torch.randn(n_out, 4, *[1] * (len(n_in) - 1), generator=generator) * 0.1
+            if kind == "peft":
+                weights[f"{part}.{site}.lora_A.weight"] = down
+                weights[f"{part}.{site}.lora_B.weight"] = up
+            else:
+                name = prefix + site.replace(".", "_")
+                weights |= {f"{name}.lora_down.weight": down, f"{name}.lora_up.weight": up}
+                weights[f"{name}.alpha"] = torch.tensor(2.0)
+    save_file(weights, folder / f"{kind}.safetensors")
+    return f"{kind}.safetensors"
+
+
+@pytest.fixture(scope="module")
+def plain(as_if_tuned):
+    "Latents of the shipped base with adapters that do something."
+    return tell(as_if_tuned())
+
+
+@pytest.mark.parametrize("kind", ["kohya", "lcm", "peft"])
+def test_a_lora_works_beside_the_adapters_and_comes_back(as_if_tuned, plain, tmp_path, kind):
+    pipe = as_if_tuned()
+    pipe.load_lora_weights(tmp_path, weight_name=lora_file(pipe, tmp_path, kind), adapter_name="a")
+    full = tell(pipe)
+    assert (full - plain).abs().max() > 1e-2
+    pipe.set_adapters("a", 0.5)
+    half = tell(pipe)
+    assert (full - half).abs().max() > 1e-3
+    for only_tuned in (False, True):
+        pipe.save_pretrained(tmp_path / "stored", only_tuned=only_tuned)
+        again = CausalStoryPipeline.from_pretrained(tmp_path / "stored")
+        again.set_progress_bar_config(disable=True)
+        torch.testing.assert_close(tell(again), half, atol=2e-3, rtol=1e-3)
+        assert again.get_active_adapters() == (["a"] if only_tuned else [])
+    assert not (tmp_path / "stored" / "unet").exists()  # the base, the LoRA and our adapters
+    again.unload_lora_weights()
+    torch.testing.assert_close(tell(again), plain, atol=1e-4, rtol=1e-4)
+
+
+def test_lcm_lora_draws_in_four_steps_without_guidance(as_if_tuned, tmp_path):
+    pipe = as_if_tuned()
+    pipe.load_lora_weights(tmp_path, weight_name=lora_file(pipe, tmp_path, "lcm"))
+    pipe.scheduler = diffusers.LCMScheduler.from_config(pipe.scheduler.config)
+    request = dict(num_inference_steps=4, guidance_scale=1)
+    both = tell(pipe, [c[:2] for c in CAPTIONS], generator=[seeded(1), seeded(2)], **request)
+    alone = tell(pipe, CAPTIONS[1][:2], generator=seeded(2), **request)
+    torch.testing.assert_close(both[1:], alone, atol=2e-3, rtol=1e-3)
+
+
+@pytest.mark.parametrize("kind", ["diffusers", "automatic1111", "several tokens"])
+def test_a_textual_inversion_is_a_word_and_comes_back(as_if_tuned, tmp_path, kind):
+    pipe = as_if_tuned()
+    width = pipe.text_encoder.config.hidden_size
+    rows = torch.randn(2 if kind == "several tokens" else 1, width, generator=seeded(0))
+    if kind == "automatic1111":
+        path = tmp_path / "hat.pt"
+        about = dict(string_to_token={"*": 265}, name="hat", step=1, sd_checkpoint=None)
+        torch.save(about | dict(string_to_param={"*": rows}, sd_checkpoint_name=None), path)
+        pipe.load_textual_inversion(path, token="<hat>")
+    elif kind == "diffusers":
+        save_file({"<hat>": rows[0]}, tmp_path / "hat.safetensors")
+        pipe.load_textual_inversion(tmp_path / "hat.safetensors")
+    else:
+        save_file({"emb_params": rows}, tmp_path / "hat.safetensors")
+        pipe.load_textual_inversion(tmp_path / "hat.safetensors", token="<hat>")
+    [ids], _ = pipe.tokens(pipe.tokenizer, [["Milo wears a <hat>."]])
+    states = pipe.text_encoder.get_input_embeddings().weight[ids[0]]
+    assert sum(bool((states == row).all(-1).any()) for row in rows) == len(rows)
+    story = ["Milo wears a <hat>.", "He jumps."]
+    drawn = tell(pipe, story)
+    for only_tuned in (False, True):
+        pipe.save_pretrained(tmp_path / "stored", only_tuned=only_tuned)
+        again = CausalStoryPipeline.from_pretrained(tmp_path / "stored")
+        again.set_progress_bar_config(disable=True)
+        torch.testing.assert_close(tell(again, story), drawn, atol=2e-3, rtol=1e-3)
+
+
+def test_sample_starts_from_several_frames(tmp_path, monkeypatch):
+    write_folder(dict(test=STORIES[:1]), tmp_path / "raw", size=64)
+    data = convert_folder(tmp_path / "raw", tmp_path / "stories.h5", progress=False)
+    calls = []
+
+    class Pipe:
+        def __call__(self, prompt, **options):
+            calls.append((prompt, options["source_caption"], len(options["source_image"][0])))
+            return SimpleNamespace(frames=[PICTURES[:2]])
+
+    monkeypatch.setattr(cli, "load_model", lambda *_: Pipe())
+    words = ["sample", "miniature", str(data), "--task", "continuation", "--given"]
+    assert cli.main([*words, "3", "--out", str(tmp_path / "a.png")]) == 0
+    captions = STORIES[0].captions
+    assert calls == [([captions[3:]], [captions[:3]], 3)]
+    assert cli.main([*words, "5"]) == 1
+    assert cli.main([*words, "2", "--folder", str(tmp_path / "b")]) == 1
+
+
+def test_a_single_file_is_a_base(world, tmp_path):
+    "The published layout of one file, with the configuration of a folder: the same parts."
+    path = single_file(world.sd, tmp_path / "v1-5.safetensors")
+    options = dict(config=world.sd)
+    pipe, other = (
+        small(world),
+        CausalStoryPipeline.from_base(
+            path, blip=world.blip, words=["milo"], max_length=24, image_size=32, config=world.sd
+        ),
+    )
+    prints = "fingerprints"
+    assert other.config.base[prints] == pipe.config.base[prints]
+    other.set_progress_bar_config(disable=True)
+    once = dict(num_inference_steps=1, generator=seeded(1), output_type="latent")
+    drawn = other(["milo jumps."], **once).frames
+    other.save_pretrained(tmp_path / "tuned", only_tuned=True)
+    again = CausalStoryPipeline.from_pretrained(
+        tmp_path / "tuned", base=path, blip=world.blip, **options
+    )
+    once["generator"] = seeded(1)
+    torch.testing.assert_close(again(["milo jumps."], **once).frames, drawn)
+
+    weights = load_file(path)
+    weights.pop("model.diffusion_model.out.2.weight")
+    save_file(weights, path)
+    with pytest.raises(ValueError, match="v1-5.safetensors"):
+        CausalStoryPipeline.from_base(path, blip=world.blip, **options)
