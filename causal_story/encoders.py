@@ -9,7 +9,6 @@ __all__ = ['RELEVANCES', 'tiny_text_encoder', 'encode_captions', 'HistoryEncoder
            'NullRelevance']
 
 # %% ../nbs/04_encoders.ipynb #cc258bfe
-#| echo: false
 from pathlib import Path
 
 import torch
@@ -35,7 +34,6 @@ from .data import CLIP_IMAGE_MEAN, CLIP_IMAGE_STD, pixels
 from .words import add_blip_tokens
 
 # %% ../nbs/04_encoders.ipynb #32cc987f
-#| echo: false
 def tiny_text_encoder(
     tokenizer: CLIPTokenizer,  # gives vocabulary, special ids and length
     width: int = 128,  # D
@@ -58,7 +56,6 @@ def tiny_text_encoder(
     return CLIPTextModel(config).eval()
 
 # %% ../nbs/04_encoders.ipynb #f56725f2
-#| echo: false
 def encode_captions(
     text_encoder: CLIPTextModel,  # reads the captions
     input_ids: torch.Tensor,  # (..., S) long
@@ -73,7 +70,6 @@ def encode_captions(
     return states.unflatten(0, input_ids.shape[:-1])
 
 # %% ../nbs/04_encoders.ipynb #enc20003
-#| echo: false
 def _check_length(text_encoder, input_ids):
     "Raise `ValueError` if there are more tokens than CLIP's position table has rows."
     rows = text_encoder.config.max_position_embeddings
@@ -84,7 +80,6 @@ def _check_length(text_encoder, input_ids):
         )
 
 # %% ../nbs/04_encoders.ipynb #6099ccb0
-#| echo: false
 def _with_cross_attention(text_config) -> BlipTextConfig:
     "The text configuration as an object. Raises `ValueError` if it has no cross-attention."
     config = BlipTextConfig.from_dict(dict(text_config))
@@ -116,7 +111,6 @@ def _first_token(config, pixel_values, input_ids, image_features, causal) -> int
     return first
 
 # %% ../nbs/04_encoders.ipynb #7b0ff267
-#| echo: false
 class HistoryEncoder(ModelMixin, ConfigMixin):
     """BLIP as a reader of history: every word looks at the picture (paper, figure).
 
@@ -169,7 +163,6 @@ class HistoryEncoder(ModelMixin, ConfigMixin):
         return output.last_hidden_state
 
 # %% ../nbs/04_encoders.ipynb #enc2000n
-#| echo: false
 @patch(cls_method=True)
 def from_blip(
     cls: HistoryEncoder,
@@ -225,7 +218,6 @@ def tiny_history_encoder(
     return encoder.eval()
 
 # %% ../nbs/04_encoders.ipynb #4fd05d90
-#| echo: false
 def null_caption_ids(
     tokenizer: CLIPTokenizer | BertTokenizer,  # of the encoder that will read it
     length: int | None = None,  # S; None: the tokenizer's own
@@ -270,7 +262,6 @@ def assemble_context(
     return torch.cat([caption_states + types[0], history], dim=2)
 
 # %% ../nbs/04_encoders.ipynb #cf847454
-#| echo: false
 class StoryLayer(nn.Module):
     "Pre-norm transformer layer in which only visible tokens are looked at (our choice)."
 
@@ -297,7 +288,6 @@ class StoryLayer(nn.Module):
         return x + self.mlp(self.norm2(x))
 
 # %% ../nbs/04_encoders.ipynb #016b5bfc
-#| echo: false
 def story_distance(
     n_frames: int,  # V
     n_blocks: int,  # F
@@ -314,7 +304,6 @@ def story_distance(
     return frame_times[..., None] - torch.arange(n_blocks, device=frame_times.device)
 
 # %% ../nbs/04_encoders.ipynb #enc20008
-#| echo: false
 def _times_in_order(n_frames: int, n_blocks: int) -> torch.Tensor:
     "(V,) for a story drawn as a whole. Raises `ValueError` if V and F do not say where it starts."
     if n_blocks and n_blocks - n_frames not in (0, 1):
@@ -387,7 +376,6 @@ class StoryContext(ModelMixin, ConfigMixin):
         return context + self.look_around(context, token_mask, distance)
 
 # %% ../nbs/04_encoders.ipynb #49a9f39f
-#| echo: false
 def _check_context(config, caption_states, history_states, token_mask):
     "Raise `ValueError` naming the argument whose shape does not fit the others or the checkpoint."
     B, V, S, D = caption_states.shape
@@ -421,7 +409,6 @@ def _known_distance(story_context, context, n_blocks, frame_times) -> torch.Tens
     return distance.clamp(0, story_context.config.n_times - 1).to(context.device)
 
 # %% ../nbs/04_encoders.ipynb #b72c6b73
-#| echo: false
 def pack_tokens(
     tokens: torch.Tensor,  # (N, T, D)
     mask: torch.Tensor,  # (N, T) bool, True = may attend
@@ -435,7 +422,6 @@ def pack_tokens(
     return packed, mask.gather(1, places), places
 
 # %% ../nbs/04_encoders.ipynb #enc20009
-#| echo: false
 @patch
 def look_around(
     self: StoryContext,
@@ -517,7 +503,6 @@ class RelevanceHead(nn.Module):
         return relevance, shift[..., None]
 
 # %% ../nbs/04_encoders.ipynb #enc2000a
-#| echo: false
 def _log_gain(scores: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:  # (..., n) float32
     "log(share / equal share) over the entries that take part, 0 elsewhere and at equal scores."
     lowest = torch.finfo(torch.float32).min
@@ -589,7 +574,6 @@ def _make_relevance(relevance: bool | str, width: int, n_times: int) -> nn.Modul
     return RELEVANCES[kind](width, n_times)
 
 # %% ../nbs/04_encoders.ipynb #enc2000c
-#| echo: false
 @patch
 def weigh(
     self: StoryContext,
@@ -622,7 +606,6 @@ def weigh(
     return relevance, functional.pad(shift, (S, 0))
 
 # %% ../nbs/04_encoders.ipynb #enc2000d
-#| echo: false
 @patch
 def relevance(
     self: StoryContext,

@@ -70,7 +70,7 @@ from causal_story.loading import (
 )
 from .model import CausalStoryModel, Conditioning
 from .recipes import find_recipe
-from .storage import HUB_ID, atomic_folder, shipped_weights
+from .storage import HUB_ID, atomic_folder, shipped_weights, valid_text
 from .unet import add_adapters, attach_adapters, cached_context, check_processors
 
 # %% ../nbs/08_pipeline.ipynb #ecdd10c7
@@ -304,7 +304,8 @@ def tokens(
 ):  # ids (B, n, S), mask (B, n, S) bool
     "Captions as padded ids."
     if tokenizer is self.tokenizer:  # words of a textual inversion may stand for several tokens
-        captions = [self.maybe_convert_prompt(list(story), tokenizer) for story in captions]
+        stories = [[valid_text(caption) for caption in story] for story in captions]
+        captions = [self.maybe_convert_prompt(story, tokenizer) for story in stories]
     ids, mask = caption_tokens(tokenizer, captions, self.max_length)
     return ids.to(self._execution_device), mask.to(self._execution_device)
 
@@ -491,7 +492,6 @@ def decode(
     return [pictures[b * n_frames : (b + 1) * n_frames] for b in range(len(latents))]
 
 # %% ../nbs/08_pipeline.ipynb #26d4272c
-#| echo: false
 @patch
 @torch.no_grad()
 def __call__(
@@ -685,7 +685,6 @@ def use_frame_size(
     return self
 
 # %% ../nbs/08_pipeline.ipynb #fab1c316
-#| echo: false
 @patch(cls_method=True)
 def from_base(
     cls: CausalStoryPipeline,

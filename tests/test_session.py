@@ -187,7 +187,7 @@ def edit(story, kind, k, *more):
     return story.set_link(k, more[0] % k, more[1]) or k
 
 
-@settings(max_examples=12)
+@settings(max_examples=6)
 @given(edits=EDITS, task=st.sampled_from(["visualization", "continuation"]))
 def test_edits_in_any_order(pipe, edits, task):
     source = OTHER if task == "continuation" else None
