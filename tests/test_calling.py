@@ -1,5 +1,6 @@
 """Calling the pipeline as one calls diffusers': what people try first."""
 
+import re
 import warnings
 from types import SimpleNamespace
 
@@ -126,7 +127,7 @@ def test_what_is_no_picture_is_named(pipe, wrong):
     [dict(num_inference_steps=value) for value in (0, -1, 1.5, "20", True, 2000)]
     + [dict(guidance_scale=value) for value in (float("nan"), "7", float("inf"), [2])]
     + [dict(generator=value) for value in (0, "0", [0], [seeded(1), seeded(2)])],
-    ids=str,
+    ids=lambda wrong: re.sub("object at 0x[0-9a-f]+", "", str(wrong)),  # the same in every worker
 )
 def test_a_wrong_argument_is_named_before_anything_is_computed(pipe, wrong, monkeypatch):
     [(name, value)] = wrong.items()
