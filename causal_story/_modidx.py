@@ -743,6 +743,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/causal-story', 'doc_host':
                                        'causal_story.features.cached_story_batch': ( 'library/features.html#cached_story_batch',
                                                                                      'causal_story/features.py'),
                                        'causal_story.features.check_disk': ('library/features.html#check_disk', 'causal_story/features.py'),
+                                       'causal_story.features.contents_hash': ( 'library/features.html#contents_hash',
+                                                                                'causal_story/features.py'),
                                        'causal_story.features.open_cache': ('library/features.html#open_cache', 'causal_story/features.py'),
                                        'causal_story.features.reconstructed_history': ( 'library/features.html#reconstructed_history',
                                                                                         'causal_story/features.py'),

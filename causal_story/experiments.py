@@ -233,7 +233,7 @@ def run_arm(
     if path.exists():
         return _check_same_run(path, asked, views)
     run = Path(folder) / "runs" / f"{name}-{seed}-{before[:6]}"
-    result = tune(pipe, train, recipe, config, run, progress=progress)
+    result = tune(pipe, train, recipe, config, run, cache=run.parent, progress=progress)
     trained = {part: n for part, (n, _) in trained_by_part(pipe.model).items()}
     megabytes = stored_mb(pipe, Path(folder) / "tuned" / f"{name}-{seed}")
     records = StoriesInMemory(make_stories(**stories)).records

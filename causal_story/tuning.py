@@ -118,7 +118,7 @@ def tune(
     config: TrainingConfig
     | None = None,  # steps, batch ...; a learning rate wins over the recipe's
     folder=None,  # run folder; an interrupted run there is continued
-    cache: bool = True,  # compute once what frozen networks say, and keep it
+    cache=True,  # compute once what frozen networks say; a folder keeps it for stories in memory
     half: bool = False,  # keep it in half precision
     gradient_checkpointing: bool = False,  # less memory, a third more computing
     accelerator=None,  # accelerate.Accelerator; made here if None
@@ -151,7 +151,14 @@ def tune(
             history = recipe.reconstructed_history
             alone = accelerator.num_processes == 1
             kept = open_cache(
-                model, dataset, collator, half, history, build=alone, progress=progress
+                model,
+                dataset,
+                collator,
+                half,
+                history,
+                build=alone,
+                folder=None if cache is True else cache,
+                progress=progress,
             )
             at_the_end.callback(kept.close)
         batches = StoryBatches(

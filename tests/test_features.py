@@ -13,6 +13,7 @@ from causal_story.features import (
     StoryBatches,
     cache_path,
     cache_settings,
+    contents_hash,
     open_cache,
     scan_stories,
     write_cache,
@@ -201,3 +202,22 @@ def test_nothing_is_kept_of_an_autoencoder_that_trains(world):
     model.vae.requires_grad_(True)
     with pytest.raises(ValueError, match="autoencoder trains"):
         cache_settings(model, dataset, collator)
+
+
+def test_stories_in_memory_find_their_cache_again(world, tmp_path):
+    "Runs of an experiment share it; other stories do not."
+    model, _, collator = parts_of_training(world)
+    stories = StoriesInMemory(make_stories(2, seed=1, n_frames=3))
+    first = open_cache(model, stories, collator, folder=tmp_path / "kept", progress=False)
+    again = open_cache(model, stories, collator, folder=tmp_path / "kept", build=False)
+    assert again.path == first.path and again.path.parent == tmp_path / "kept"
+    in_memory = open_cache(model, stories, collator, progress=False)
+    for name in ("latent_mean", "image_features"):
+        torch.testing.assert_close(again.rows(name, [0, 1]), in_memory.rows(name, [0, 1]))
+
+    turned = StoriesInMemory(make_stories(2, seed=1, n_frames=3)[::-1])
+    assert contents_hash(turned) != contents_hash(stories)
+    with pytest.raises(FileNotFoundError):
+        open_cache(model, turned, collator, folder=tmp_path / "kept", build=False)
+    for cache in (first, again, in_memory):
+        cache.close()
