@@ -306,8 +306,8 @@ def tokens(
     if tokenizer is self.tokenizer:  # words of a textual inversion may stand for several tokens
         stories = [[valid_text(caption) for caption in story] for story in captions]
         captions = [self.maybe_convert_prompt(story, tokenizer) for story in stories]
-    ids, mask = caption_tokens(tokenizer, captions, self.max_length)
-    return ids.to(self._execution_device), mask.to(self._execution_device)
+    device = self._execution_device
+    return tuple(part.to(device) for part in caption_tokens(tokenizer, captions, self.max_length))
 
 
 @patch
@@ -358,7 +358,7 @@ def _denoise(
     bar,
 ) -> torch.Tensor:  # (B, C, h, w), clean latents
     "One frame of every story, from noise to clean latents."
-    scheduler = self.scheduler
+    model, scheduler = self.model, self.scheduler  # asking for `self.model` looks at every part
     timesteps = self._set_timesteps(request)
     options = step_options(scheduler, request.eta, (request.step_generators or {}).get(frame))
     latents = noise * scheduler.init_noise_sigma
@@ -373,7 +373,7 @@ def _denoise(
             x = scheduler.scale_model_input(latents, t)
             x = torch.cat([x, x]) if both else x  # (2B, C, h, w) or (B, C, h, w)
             at = t.expand(len(x), 1)
-            prediction = self.model.predict(x[:, None], at, pair if both else alone)[:, 0]
+            prediction = model.predict(x[:, None], at, pair if both else alone)[:, 0]
             if both:
                 prediction = guide(*prediction.chunk(2), request.guidance_scale)
             latents = scheduler.step(prediction, t, latents, **options, return_dict=False)[0]
@@ -393,10 +393,11 @@ def _draw(
 ):  # B lists of V pictures, relevance (B, V, F) or None, latents (B, drawn, C, h, w)
     "Frame by frame: lay out, denoise, decode, read what was drawn, go on."
     B, V = len(request.captions), len(request.captions[0])
+    model = self.model
     shape = (V, self.unet.config.in_channels, *[self.unet.config.sample_size] * 2)
     noise = story_noise(shape, B, request.generator, self._execution_device).to(self.unet.dtype)
     ids, words = self.tokens(self.tokenizer, request.captions)
-    caption_states = self.model.read_captions(ids, words)  # (B, V, S, D)
+    caption_states = model.read_captions(ids, words)  # (B, V, S, D)
     request.step_generators = step_generators(request.generator, B, V)
     guided = request.guidance_scale != 1
     negative = self._read_negative(request) if guided else None
@@ -414,7 +415,7 @@ def _draw(
             row = self._frame_row(request, i)
             history, history_words = (torch.cat(parts, 1) for parts in zip(*past))
             now = slice(i, i + 1)
-            with_story = self.model.condition(
+            with_story = model.condition(
                 caption_states[:, now], words[:, now], history, history_words, **row
             )
             relevance.append(with_story.relevance)
@@ -422,7 +423,7 @@ def _draw(
                 drawn.append([story[i] for story in request.kept_frames])
             else:
                 words_of_it = None if negative is None else negative[:, now]
-                empty = self.model.null_condition(**row, caption=words_of_it) if guided else None
+                empty = model.null_condition(**row, caption=words_of_it) if guided else None
                 latents.append(self._denoise(noise[:, i], with_story, empty, request, i, bar))
                 drawn.append(to_pil(decode_latents(self.vae, latents[-1])))
             if i + 1 < V:  # the last frame is nobody's history
