@@ -1045,3 +1045,7 @@ def main(
             file=sys.stderr,
         )
         return 130
+
+# %% ../nbs/library/cli.ipynb #cli0main
+if __name__ == "__main__" and "__file__" in globals():  # python -m causal_story.cli
+    sys.exit(main())

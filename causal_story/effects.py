@@ -106,6 +106,7 @@ def causal_effect(
     task: str = "visualization",
     seed: int = 0,  # of the noise, the same for all versions
     reader=None,  # a FrameReader, to find which attributes change; None: not read
+    n_given: int = 1,  # frames that a continuation starts from
     **options,  # of the pipeline's call
 ) -> dict:  # effect (V, F): root mean square change of the latents; changed (V, F); frames
     """Replace one history block at a time, draw again with the same noise, measure what changes.
@@ -121,7 +122,7 @@ def causal_effect(
         raise ValueError(
             f"other has {len(other.frames)} frames, the story {n_blocks}: they must be equally long"
         )
-    given = int(task == "continuation")
+    given = n_given if task == "continuation" else 0
     versions = [(list(record.frames), list(record.captions))]
     versions += [_replaced(record, other, block, change) for block in range(n_blocks)]
     request = dict(
@@ -130,8 +131,8 @@ def causal_effect(
         history_captions=[captions[given:] for _, captions in versions],
     )
     if given:
-        request["source_image"] = [frames[0] for frames, _ in versions]
-        request["source_caption"] = [captions[0] for _, captions in versions]
+        request["source_image"] = [frames[:given] for frames, _ in versions]
+        request["source_caption"] = [captions[:given] for _, captions in versions]
     prompt = [list(record.captions[given:])] * len(versions)
     latents = pipe(prompt, task=task, output_type="latent", **request, **options).frames
     change = latents[1:] - latents[:1]  # (F, V, C, h, w)

@@ -28,7 +28,7 @@ from PIL import Image, ImageOps
 
 from .captions import PLACES
 from .cartoon import ACTIONS, CHARACTERS, PROPS, SCARVES, SETTINGS, Actor, Scene, render
-from .causal_mask import frame_mask
+from .causal_mask import HistoryPolicy
 from .comics import PAGE_LAYOUTS
 from .data import open_image, png_bytes
 from causal_story.session import (
@@ -108,16 +108,18 @@ def _button(text, icon="", handler=None, style="", tip=""):
     return button
 
 
-def _upload(text, accept, handler):
-    "A button that asks for a file; `handler` is called with its bytes."
-    upload = widgets.FileUpload(accept=accept, description=text, layout=Layout(width="max-content"))
+def _upload(text, accept, handler, multiple=False):
+    "A button that asks for files; `handler` is called with their bytes, in the order of names."
+    layout = Layout(width="max-content")
+    upload = widgets.FileUpload(accept=accept, multiple=multiple, description=text, layout=layout)
     upload.observe(lambda change: _take_upload(change, handler), "value")
     return upload
 
 
 def _take_upload(change, handler):
-    if change["new"]:
-        handler(bytes(change["new"][0]["content"]))
+    files = sorted(change["new"], key=lambda file: file.get("name", ""))
+    if files:
+        handler(*[bytes(file["content"]) for file in files])
 
 
 def _row(*parts, **layout):
@@ -266,16 +268,16 @@ POLICY_LABELS = {
 
 
 class SettingsForm:
-    "The fields for `StorySettings`, and the given picture of a continuation."
+    "The fields for `StorySettings`, and the given pictures of a continuation."
 
     def __init__(
         self,
         config,  # of the pipeline: what stands in the fields at first
         longest: int,  # positions at most
-        on_upload,  # called with the bytes of a user's picture
+        on_upload,  # called with the bytes of a user's pictures
     ):
         self.task = widgets.Dropdown(
-            options=[("draw all frames", "visualization"), ("continue a picture", "continuation")]
+            options=[("draw all frames", "visualization"), ("continue pictures", "continuation")]
         )
         self.policy = widgets.Dropdown(
             options=[(label, name) for name, label in POLICY_LABELS.items()],
@@ -288,9 +290,9 @@ class SettingsForm:
         self.steps = widgets.IntSlider(config.num_inference_steps, 1, 50)
         self.guidance = widgets.FloatSlider(value=config.guidance_scale, min=1, max=6, step=0.5)
         self.seed = widgets.IntText(1)
-        self.given_image = widgets.Image(format="png", width=96)
-        self.upload = _upload("your picture", "image/*", on_upload)
-        self.given_box = _row(self.given_image, self.upload, margin="4px 0 0 86px")
+        self.given_images = _row()
+        self.upload = _upload("your pictures", "image/*", on_upload, multiple=True)
+        self.given_box = _row(self.given_images, self.upload, margin="4px 0 0 86px")
         fields = {
             "task": self.task,
             "looks back": self.policy,
@@ -315,9 +317,13 @@ class SettingsForm:
     def _show_given(self):
         self.given_box.layout.display = "" if self.task.value == "continuation" else "none"
 
-    def show_picture(self, picture: Image.Image):
-        "The given picture, as it stands beside the settings."
-        self.given_image.value = _enlarged(ImageOps.fit(picture, (64, 64)))
+    def show_pictures(self, pictures: list):
+        "The given pictures, as they stand beside the settings."
+        small = [_enlarged(ImageOps.fit(picture, (64, 64))) for picture in pictures]
+        width = 96 if len(small) == 1 else 64
+        self.given_images.children = [
+            widgets.Image(format="png", width=width, value=content) for content in small
+        ]
 
     def values(self) -> dict:
         "What is chosen, as `StorySettings` takes it."
@@ -674,7 +680,7 @@ class StoryExplorer:
         self.preview_every = preview_every
         self.folder = Path(folder)
         self.job = OneJob()
-        self.given = None  # picture that a continuation would continue
+        self.given = []  # pictures that a continuation would continue
         self.session = None  # StorySession that is shown
         self.look = None  # StoryLook of it, once it is drawn
         self.effect = None  # (V, F) causal effects, once they were asked for
@@ -723,18 +729,18 @@ class StoryExplorer:
 
 # %% ../nbs/library/widgets.ipynb #wi00001f
 @patch
-def write(self: StoryExplorer, captions, given: Image.Image | None = None):
-    "Put captions into the fields, and a given picture beside them if there is one."
+def write(self: StoryExplorer, captions, given: list = ()):
+    "Put captions into the fields, and given pictures beside them if there are any."
     self.form.write(captions)
-    if given is not None:
-        self.given = given
-        self.settings.show_picture(given)
+    if given:
+        self.given = list(given)
+        self.settings.show_pictures(self.given)
 
 
 @patch
 def write_example(self: StoryExplorer, name: str):
     "Write one of the examples."
-    self.write(EXAMPLES[name].captions, EXAMPLES[name].picture())
+    self.write(EXAMPLES[name].captions, [EXAMPLES[name].picture()])
 
 
 @patch
@@ -743,16 +749,23 @@ def write_random(self: StoryExplorer, seed: int | None = None):
     if seed is None:
         seed = random.randrange(10**6)
     story = world_story(seed, len(self.form.rows))
-    self.write(story.captions, story.frames(64)[0])
+    self.write(story.captions, story.frames(64)[:1])
 
 
 @patch
-def take_given(self: StoryExplorer, content: bytes):
-    "A user's own picture to continue."
+def take_given(self: StoryExplorer, *contents: bytes):
+    "A user's own pictures to continue: the first captions tell them, in the order of file names."
+    n = len(contents)
     try:
-        self.write(self.form.captions, open_image(content, "the uploaded file"))
+        pictures = [
+            open_image(content, f"the uploaded file {k + 1}" if n > 1 else "the uploaded file")
+            for k, content in enumerate(contents)
+        ]
     except ValueError as error:
-        self.say(str(error), wrong=True)
+        return self.say(str(error), wrong=True)
+    self.write(self.form.captions, pictures)
+    if n > 1:
+        self.say(f"captions 0 to {n - 1} tell these {n} pictures; drawing begins with {n}")
 
 
 @patch
@@ -764,7 +777,7 @@ def new_session(self: StoryExplorer) -> StorySession:
             f"caption {captions.index('')} is empty: write something, or take it away with −"
         )
     settings = self.settings.values()
-    given = self.given if settings["task"] == "continuation" else None
+    given = list(self.given) if settings["task"] == "continuation" else None
     return StorySession(self.pipe, captions, given, self.reader, **settings)
 
 
@@ -911,7 +924,7 @@ def values(self: StoryExplorer):
 def show_arcs(self: StoryExplorer):
     "Draw the arcs anew."
     session = self.session
-    possible = frame_mask("full", len(session.links), session.settings.task)
+    possible = HistoryPolicy("full").mask(**session.layout)
     possible[self.rows_by_hand()] = False
     self.stage.show_arcs(self.values(), session.links, possible, self.selected)
 
@@ -1059,7 +1072,7 @@ def open_kept(self: StoryExplorer, content: bytes):
         self.settings.show(session.settings)
     except ValueError as error:
         return self.say(str(error), wrong=True)
-    self.write(session.captions, session.pictures[0] if session.given else None)
+    self.write(session.captions, session.pictures[: session.given])
     self.take(session)
 
 # %% ../nbs/library/widgets.ipynb #wi00002c

@@ -159,7 +159,7 @@ EXAMPLES = {
 class StorySettings:
     "What decides a story beside captions and pinned pictures. None: as the checkpoint stores it."
 
-    task: str = "visualization"  # or "continuation": position 0 is given
+    task: str = "visualization"  # or "continuation": the first positions are given
     history_policy: str | HistoryPolicy | None = None  # a name, or the value itself
     window: int | None = None  # beside a name only
     num_inference_steps: int | None = None  # denoising steps a frame
@@ -190,7 +190,7 @@ class StorySettings:
 class StoryState:
     "What an edit changes and `undo` brings back. N positions, V drawn frames, F history blocks."
 
-    captions: list  # N strings; in a continuation the first tells the given picture
+    captions: list  # N strings; in a continuation the first tell the given pictures
     pictures: list  # N PIL images; None = still to be drawn
     links: torch.Tensor  # (V, F) bool, True = may look
     pinned: set  # positions whose pictures were put there
@@ -211,8 +211,8 @@ class StorySession:
     def __init__(
         self,
         pipe,  # CausalStoryPipeline
-        captions,  # N strings; in a continuation the first tells the given picture
-        source_image=None,  # the given picture of a continuation (PIL, any size)
+        captions,  # N strings; in a continuation the first tell the given pictures
+        source_image=None,  # the given picture of a continuation (PIL, any size), or a list of G
         reader=None,  # FrameReader, names what changed
         **settings,  # of `StorySettings`
     ):
@@ -221,20 +221,14 @@ class StorySession:
         self.reader = reader
         wanted = StorySettings(**settings)
         self.settings = wanted.filled(pipe.config)
-        self.given = TASKS.index(self.settings.task)  # how many pictures are given: 0 or 1
+        sources = self._given_pictures(source_image)
+        self.given = len(sources)  # G, 0 in a visualization
         self.captions = list(captions)
         self.check_length()
-        policy = wanted.policy(pipe.config)
-        self.links = policy.mask(len(self.captions) - self.given, self.settings.task)
-        self.pictures = [None] * len(self.captions)
-        self.pinned = set()
-        if self.given:
-            if source_image is None:
-                raise ValueError(
-                    "source_image is missing: a continuation needs the picture it continues"
-                )
-            self.pictures[0] = self.fitted(source_image)
-            self.pinned = {0}
+        self.links = wanted.policy(pipe.config).mask(**self.layout)
+        missing = [None] * (len(self.captions) - self.given)
+        self.pictures = [self.fitted(source) for source in sources] + missing
+        self.pinned = set(range(self.given))
         self.before = None  # pictures before the last edit
         self.past = []  # a `StoryState` for each edit that `undo` can take back
         self.seconds = 0.0  # the last drawing took
@@ -243,6 +237,12 @@ class StorySession:
     def size(self) -> int:
         "Pixels a side of every picture."
         return self.pipe.vae.config.sample_size
+
+    @property
+    def layout(self) -> dict:
+        "V, task and G, as masks and story times want them."
+        n_frames = len(self.captions) - self.given
+        return dict(n_frames=n_frames, task=self.settings.task, n_given=max(1, self.given))
 
     @property
     def complete(self) -> bool:
@@ -279,10 +279,25 @@ class StorySession:
             generator=story_generator(s.seed, 0),
         )
         if self.given:
-            arguments |= dict(source_image=self.pictures[0], source_caption=self.captions[0])
+            arguments |= dict(
+                source_image=self.pictures[: self.given],
+                source_caption=self.captions[: self.given],
+            )
         return arguments
 
 # %% ../nbs/library/session.ipynb #se000013
+@patch
+def _given_pictures(self: StorySession, source_image) -> list:
+    "The pictures that stand at the start. Raises ValueError if a continuation has none."
+    if self.settings.task == "visualization":
+        return []
+    many = isinstance(source_image, (list, tuple))
+    sources = list(source_image) if many else [source_image]
+    if not sources or None in sources:
+        raise ValueError("source_image is missing: a continuation needs the picture it continues")
+    return sources
+
+
 @patch
 def check_length(self: StorySession):
     "Raise ValueError for fewer or more captions than the checkpoint can draw."
@@ -530,7 +545,7 @@ def _conditioning(self: StorySession):
         model.read_history(history_ids, history_mask, pixel_values),
         history_mask,
         self.links.to(pipe.device),
-        frame_times(len(self.links), self.settings.task),
+        frame_times(**self.layout),
         as_policy(self.settings.history_policy, self.settings.window).weighs,
         pipe.config.context_layer,
     )
@@ -593,6 +608,7 @@ def effect(
                 self._other_record(other_seed),
                 task=settings.task,
                 seed=settings.seed,
+                n_given=self.layout["n_given"],
                 frame_mask=self.links,
                 history_policy=settings.history_policy,
                 window=settings.window,
@@ -945,8 +961,10 @@ def recipe(
     pinned = {}
     for k in sorted(session.pinned):
         pinned[str(k)] = base64.b64encode(png_bytes(session.pictures[k])).decode()
+    several = session.given > 1  # which version 1 cannot say
     return dict(
-        version=1,
+        version=2 if several else 1,
+        **(dict(given=session.given) if several else {}),
         captions=session.captions,
         links=session.links.int().tolist(),
         pinned=pinned,
@@ -976,8 +994,13 @@ def check_recipe(entries: dict):
         value = entries[name]
         if not isinstance(value, kind) or isinstance(value, bool):
             raise ValueError(f"recipe has {name}={value!r:.60}, which is of the wrong kind")
-    if entries["version"] != 1:
-        raise ValueError(f"recipe has version {entries['version']!r}; this code reads version 1")
+    if entries["version"] not in (1, 2):
+        raise ValueError(
+            f"recipe has version {entries['version']!r}; this code reads versions 1 and 2"
+        )
+    given = entries.get("given", 1)
+    if isinstance(given, bool) or not isinstance(given, int) or given < 1:
+        raise ValueError(f"recipe has given={given!r:.60}: a continuation starts from 1 or more")
     if not all(isinstance(caption, str) for caption in entries["captions"]):
         raise ValueError("recipe: every caption must be a string")
     if entries["num_inference_steps"] < 1:
@@ -996,9 +1019,11 @@ def from_recipe(
         pinned = {}
         for k, text in entries["pinned"].items():
             pinned[int(k)] = open_image(base64.b64decode(text), f"pinned picture {k}")
-        session = StorySession(pipe, entries["captions"], pinned.get(0), reader, **settings)
-        task = session.settings.task
-        session.links = check_mask(entries["links"], len(session.links), task)
+        sources = [
+            pinned.get(k) for k in range(min(entries.get("given", 1), len(entries["captions"])))
+        ]
+        session = StorySession(pipe, entries["captions"], sources, reader, **settings)
+        session.links = check_mask(entries["links"], **session.layout)
     except (TypeError, KeyError) as error:
         raise ValueError(f"recipe cannot be read: {error}") from error
     for k, picture in pinned.items():

@@ -933,3 +933,11 @@ def test_help_and_version_need_no_verb():
     with contextlib.redirect_stdout(text):
         assert run("--help") == 0 and run("--version") == 0 and run() == 0
     assert all(verb in text.getvalue() for verb in VERBS)
+
+
+def test_the_module_is_the_command():
+    words = [sys.executable, "-m", "causal_story.cli"]
+    done = subprocess.run([*words, "--version"], capture_output=True, text=True)
+    assert done.returncode == 0 and re.fullmatch(r"\d+\.\d+\.\d+\n", done.stdout)
+    done = subprocess.run([*words, "smaple"], capture_output=True, text=True)
+    assert done.returncode == 1 and "did you mean 'sample'" in done.stderr

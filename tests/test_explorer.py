@@ -17,6 +17,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+from causal_story.data import png_bytes
 from causal_story.explorer import (
     COLUMN,
     LONGEST,
@@ -147,6 +148,24 @@ def test_every_setting_can_be_drawn(app, policy, window):
         app.select(k)
 
 
+def test_several_pictures_may_be_given(app):
+    "They come in the order of their names; the first captions tell them."
+    app.form.example.value = "A balloon in the snow"
+    app.settings.task.value = "continuation"
+    files = []
+    for name, colour in (("b.png", "blue"), ("a.png", "red")):
+        content = png_bytes(Image.new("RGB", (64, 64), colour))
+        files.append(uploaded(content, name))
+    app.settings.upload.set_trait("value", tuple(files))
+    assert len(app.settings.given_images.children) == 2 and "2 pictures" in app.status.value
+    app.settings.steps.value = 1
+    app.draw()
+    assert app.job.wait(60) and app.session.complete, app.status.value
+    assert app.session.given == 2 and app.session.pictures[0].getpixel((5, 5)) == (255, 0, 0)
+    for k in range(3):
+        app.select(k)
+
+
 def test_edits_through_the_fields(app):
     app.draw()
     assert app.job.wait(60)
@@ -194,11 +213,15 @@ def test_a_kept_story_is_opened_again(app):
     assert as_bytes(app.session.pictures) == pictures
 
 
+def uploaded(content, name="file"):
+    "A file as the browser hands it over."
+    now = datetime.now(timezone.utc)
+    return dict(name=name, type="", size=len(content), content=content, last_modified=now)
+
+
 def choose_file(upload, content):
     "As if somebody had chosen a file."
-    now = datetime.now(timezone.utc)
-    file = dict(name="file", type="", size=len(content), content=content, last_modified=now)
-    upload.set_trait("value", (file,))
+    upload.set_trait("value", (uploaded(content),))
 
 
 def test_files_that_are_no_pictures_are_refused(app):

@@ -362,3 +362,36 @@ def test_nothing_half_written_is_left(edited, tmp_path, monkeypatch):
     for write in (story_page, story_gif):
         with pytest.raises(ValueError, match="not complete"):
             write(StorySession(edited.pipe, CAPTIONS))
+
+
+def test_a_continuation_of_several_given_pictures(pipe, tmp_path):
+    "Drawn, looked at, changed, kept and opened again as the pipeline draws it."
+    sources = [OTHER, OTHER.rotate(90)]
+    story = drawn(pipe, task="continuation", seed=11, source_image=sources)
+    assert story.given == 2 and story.pinned == {0, 1} and story.links.shape == (2, 4)
+    out = pipe(
+        CAPTIONS[2:],
+        task="continuation",
+        source_image=sources,
+        source_caption=list(CAPTIONS[:2]),
+        generator=story_generator(11, 0),
+    )
+    assert as_bytes(out.frames[0]) == as_bytes(story.pictures[2:])
+    look = story.look()
+    assert look.relevance.shape == look.mass.shape == (2, 4) and (look.mass[0, 2:] == 0).all()
+    assert story.effect(steps=1).shape == (2, 4)
+
+    entries = read_recipe(save_story(story, tmp_path / "kept"))
+    assert entries["version"] == 2 and entries["given"] == 2
+    again = from_recipe(pipe, entries)
+    assert again.draw() and as_bytes(again.pictures) == as_bytes(story.pictures)
+
+    story.forget(1)
+    assert not story.links[:, 1].any() and story.pictures[1] is not None
+    with pytest.raises(ValueError, match="3 to"):
+        StorySession(pipe, CAPTIONS[:2], sources, task="continuation")
+    for wrong in (0, True, "2"):
+        with pytest.raises(ValueError, match="given="):
+            from_recipe(pipe, entries | dict(given=wrong))
+    with pytest.raises(ValueError, match="source_image is missing"):
+        from_recipe(pipe, entries | dict(given=3))
