@@ -7,7 +7,7 @@ __all__ = ['DIFFUSION_PARTS', 'HISTORY_PARTS', 'BASE_PARTS', 'STABLE_DIFFUSION_H
            'LORA', 'LORAS', 'LORA_FILE', 'OWN_LORA', 'WITH_LORA', 'read_diffusion', 'read_single_file', 'read_blip',
            'read_base', 'frame_size_of', 'set_frame_size', 'has_lora', 'without_lora', 'changed_parts', 'merged',
            'lora_layers', 'lora_strengths', 'write_lora', 'own_part', 'write_tuned', 'read_record', 'read_tuned',
-           'read_loras', 'whole_parts', 'quiet_casts', 'split_options', 'cast_parts']
+           'read_loras', 'whole_parts', 'check_is_story', 'quiet_casts', 'split_options', 'check_dtype', 'cast_parts']
 
 # %% ../nbs/library/loading.ipynb #ldg00003
 import copy
@@ -22,6 +22,7 @@ import torch
 from diffusers import (
     AutoencoderKL,
     DDPMScheduler,
+    DiffusionPipeline,
     DPMSolverMultistepScheduler,
     UNet2DConditionModel,
 )
@@ -503,7 +504,28 @@ def whole_parts(
     return parts
 
 # %% ../nbs/library/loading.ipynb #ldg00031
-_FILE_OPTIONS = ("variant", "use_safetensors", "local_files_only", "low_cpu_mem_usage")
+_HUB_OPTIONS = ("cache_dir", "revision", "token", "force_download", "proxies", "local_files_only")
+_FILE_OPTIONS = _HUB_OPTIONS + ("variant", "use_safetensors", "low_cpu_mem_usage")
+_NOT_HERE = ("safety_checker", "requires_safety_checker", "feature_extractor", "image_encoder")
+
+
+def check_is_story(
+    name: str,  # folder of a whole pipeline, or hub id
+    options: dict,  # of `from_pretrained`
+):
+    "Raise ValueError for another kind of pipeline, before its weights are read."
+    if Path(name).is_dir():
+        index = Path(name) / "model_index.json"
+        listed = read_json(index, dict) if index.is_file() else {"story_context": None}
+    else:
+        hub = {option: options[option] for option in _HUB_OPTIONS if option in options}
+        listed = DiffusionPipeline.load_config(name, **hub)
+    if "story_context" not in listed:
+        kind = listed.get("_class_name", "another pipeline")
+        raise ValueError(
+            f"{name} is a {kind}, which has no story context: "
+            f"CausalStoryPipeline.from_base({name!r}) makes a story pipeline of it, to be tuned"
+        )
 
 
 @contextmanager
@@ -526,9 +548,11 @@ def split_options(
     names,  # of the parts
 ):  # (parts to use instead, dtype or None, device or None)
     "The options for a folder of what was tuned. Raises ValueError for one that nobody knows."
-    options = {name: value for name, value in options.items() if name not in _FILE_OPTIONS}
+    ignored = _FILE_OPTIONS + _NOT_HERE
+    options = {name: value for name, value in options.items() if name not in ignored}
     dtype = options.pop("torch_dtype", None)
     dtype = options.pop("dtype", dtype)
+    check_dtype(dtype)
     device = options.pop("device_map", None)
     if device in ("auto", "balanced"):
         device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -540,6 +564,18 @@ def split_options(
             f"{unknown[0]} is no part of a pipeline: expected some of {', '.join(names)}"
         )
     return options, dtype, device
+
+
+def check_dtype(
+    dtype,  # a dtype, a dict of them by part, or None
+):
+    "Raise ValueError, that says what to write, for anything else."
+    for one in dtype.values() if isinstance(dtype, dict) else [dtype]:
+        if one is not None and not isinstance(one, torch.dtype):
+            raise ValueError(
+                f"torch_dtype={one!r} is no dtype: write torch.float32, torch.float16 or "
+                "torch.bfloat16"
+            )
 
 
 def cast_parts(

@@ -375,7 +375,8 @@ def check_processors(
                 f"the attention at {name} is computed by {type(attn.processor).__name__}, which "
                 "knows neither relevance nor adapters: another call (set_attn_processor, an "
                 "IP-Adapter, xformers, attention slicing, fuse_qkv_projections) took ours away. "
-                "Undo it, or put them back with attach_adapters(unet, adapters)"
+                "Put them back: from causal_story.unet import attach_adapters; "
+                "attach_adapters(pipe.unet, pipe.adapters)"
             )
 
 # %% ../nbs/06_unet.ipynb #m3thods1

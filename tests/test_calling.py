@@ -1,5 +1,7 @@
 """Calling the pipeline as one calls diffusers': what people try first."""
 
+import inspect
+import json
 import re
 import warnings
 from types import SimpleNamespace
@@ -15,6 +17,7 @@ from safetensors.torch import load_file, save_file
 from test_pipeline import CAPTIONS, STORIES, make_pipe
 
 import causal_story.cli as cli
+from causal_story.checks import INSTEAD
 from causal_story.pipeline import CausalStoryPipeline
 from causal_story.raw import convert_folder, write_folder
 from causal_story.storage import warn_once
@@ -435,7 +438,7 @@ def test_nobody_takes_the_adapters_away_in_silence():
     for take in (
         lambda pipe: pipe.unet.set_attn_processor(AttnProcessor()),
         lambda pipe: pipe.unet.fuse_qkv_projections(),
-        lambda pipe: pipe.enable_attention_slicing(),
+        lambda pipe: pipe.unet.set_attention_slice("auto"),
     ):
         pipe = make_pipe()
         plain = tell(pipe)
@@ -593,3 +596,84 @@ def test_a_single_file_is_a_base(world, tmp_path):
     save_file(weights, path)
     with pytest.raises(ValueError, match="v1-5.safetensors"):
         CausalStoryPipeline.from_base(path, blip=world.blip, **options)
+
+
+# ------------------------------------------------ what a user of diffusers types first
+
+
+def test_images_are_all_frames_in_a_row():
+    pipe = make_pipe()
+    two = [TWO, TWO[::-1]]
+    found = pipe(two, num_inference_steps=1, generator=seeded(0))
+    assert found.images == [*found.frames[0], *found.frames[1]]
+    found = pipe(two, num_inference_steps=1, output_type="pt")
+    assert found.images.shape == (4, 3, 64, 64)
+
+
+def test_arguments_of_other_pipelines_are_answered():
+    pipe = make_pipe()
+    for name, hint in (
+        ("seed", "generator="),
+        ("image", "source_image"),
+        ("strength", "kept_frames"),
+        ("latents", "generator"),
+        ("callback", "callback_on_step_end"),
+        ("cross_attention_kwargs", "set_adapters"),
+        ("nonsense", "help"),
+    ):
+        with pytest.raises(TypeError, match=f"'{name}'.*{hint}"):
+            pipe(TWO, **{name: 1})
+    assert set(INSTEAD).isdisjoint(inspect.signature(pipe.__call__).parameters)
+    given = dict(source_image=Image.new("RGB", (64, 64)), source_caption="Milo waves.")
+    for name in given:
+        with pytest.raises(ValueError, match="task='continuation'"):
+            pipe(TWO, **{name: given[name]})
+    with pytest.raises(ValueError, match="one string"):
+        pipe("Milo waves.")
+
+
+def test_what_saves_memory_elsewhere_changes_nothing():
+    pipe = make_pipe()
+    plain = tell(pipe)
+    with pytest.warns(UserWarning, match="attention slicing changes nothing"):
+        pipe.enable_attention_slicing()
+    torch.testing.assert_close(tell(pipe), plain)
+    with pytest.warns(UserWarning, match="xformers changes nothing"):
+        pipe.set_use_memory_efficient_attention_xformers(True)
+    pipe.disable_attention_slicing()
+    torch.testing.assert_close(tell(pipe), plain)
+
+
+def test_a_callback_ends_guidance_as_in_diffusers():
+    pipe = make_pipe()
+    once = dict(num_inference_steps=4, output_type="latent")
+    seen = []
+
+    def stop(pipe, step, timestep, tensors):
+        seen.append((pipe.guidance_scale, pipe.num_timesteps))
+        pipe._guidance_scale = 0.0
+        return tensors
+
+    def draw(**more):
+        return pipe(TWO, generator=seeded(0), **once, **more).frames
+
+    stopped = draw(guidance_scale=5.0, callback_on_step_end=stop)
+    assert seen[0] == (5.0, 4) and set(seen[1:]) == {(0.0, 4)}
+    assert not torch.equal(stopped, draw(guidance_scale=5.0))
+    alone = draw(guidance_scale=1.0)
+    assert torch.equal(alone, draw(guidance_scale=0.0)) and not torch.equal(stopped, alone)
+
+
+def test_pipelines_of_other_kinds_and_options_of_the_hub(tmp_path):
+    pipe = make_pipe()
+    same = CausalStoryPipeline.from_pipe(pipe)
+    torch.testing.assert_close(tell(same), tell(pipe))
+    index = dict(_class_name="StableDiffusionPipeline", unet=["diffusers", "UNet2DConditionModel"])
+    (tmp_path / "model_index.json").write_text(json.dumps(index))
+    with pytest.raises(ValueError, match="StableDiffusionPipeline.*from_base"):
+        CausalStoryPipeline.from_pretrained(tmp_path)
+    options = dict(cache_dir=tmp_path, revision="main", token=None, safety_checker=None)
+    CausalStoryPipeline.from_pretrained("miniature", **options)
+    for wrong in ("auto", "float16"):
+        with pytest.raises(ValueError, match="torch.float16"):
+            CausalStoryPipeline.from_pretrained("miniature", torch_dtype=wrong)
