@@ -262,11 +262,15 @@ def merged(
     if not has_lora(part):
         return part
     part = copy.deepcopy(part)
+    layers = [layer for layer in part.modules() if isinstance(layer, LoraLayer)]
+    works = not all(layer.disable_adapters for layer in layers)  # pipe.disable_lora() was called
     if hasattr(part, "fuse_lora"):  # diffusers'
-        part.fuse_lora()
+        if works:
+            part.fuse_lora()
         part.unload_lora()
         return part
-    fuse_text_encoder_lora(part)
+    if works:
+        fuse_text_encoder_lora(part)
     return _without_layers(part)
 
 

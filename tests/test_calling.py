@@ -512,6 +512,18 @@ def test_a_lora_works_beside_the_adapters_and_comes_back(as_if_tuned, plain, tmp
     torch.testing.assert_close(tell(again), plain, atol=1e-4, rtol=1e-4)
 
 
+def test_a_lora_that_is_switched_off_is_not_stored(as_if_tuned, plain, tmp_path):
+    pipe = as_if_tuned()
+    file = lora_file(pipe, tmp_path, "kohya")
+    pipe.load_lora_weights(tmp_path, weight_name=file, adapter_name="a")
+    pipe.disable_lora()
+    torch.testing.assert_close(tell(pipe), plain, atol=1e-4, rtol=1e-4)
+    pipe.save_pretrained(tmp_path / "stored")
+    again = CausalStoryPipeline.from_pretrained(tmp_path / "stored")
+    again.set_progress_bar_config(disable=True)
+    torch.testing.assert_close(tell(again), plain, atol=1e-4, rtol=1e-4)
+
+
 def test_lcm_lora_draws_in_four_steps_without_guidance(as_if_tuned, tmp_path):
     pipe = as_if_tuned()
     pipe.load_lora_weights(tmp_path, weight_name=lora_file(pipe, tmp_path, "lcm"))
