@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['RELEVANCES', 'tiny_text_encoder', 'encode_captions', 'HistoryEncoder', 'tiny_history_encoder', 'null_caption_ids',
            'null_caption_states', 'null_history_states', 'assemble_context', 'StoryLayer', 'story_distance',
-           'StoryContext', 'pack_tokens', 'masked_softmax', 'MaskedPool', 'RelevanceHead', 'TokenRelevance',
-           'NullRelevance']
+           'StoryContext', 'pack_tokens', 'spread_tokens', 'masked_softmax', 'MaskedPool', 'RelevanceHead',
+           'TokenRelevance', 'NullRelevance']
 
 # %% ../nbs/04_encoders.ipynb #cc258bfe
 from pathlib import Path
@@ -137,30 +137,32 @@ class HistoryEncoder(ModelMixin, ConfigMixin):
         _check_pictures(self.config, pixel_values)
         return self.vision(pixel_values).last_hidden_state
 
-    def forward(
-        self,
-        pixel_values: torch.Tensor | None = None,  # (N, 3, h, w); or
-        input_ids: torch.Tensor | None = None,  # (N, S) long, its first token is replaced
-        attention_mask: torch.Tensor | None = None,  # (N, S) bool, False = padding
-        image_features: torch.Tensor | None = None,  # (N, P, Dv), instead of pixel_values
-        causal: bool = False,  # each token sees only earlier ones (for a captioning loss)
-    ) -> torch.Tensor:  # (N, S, D) last hidden states
-        """One block of S history tokens for every pair of a frame and its caption.
+# %% ../nbs/04_encoders.ipynb #enc2000s
+@patch
+def forward(
+    self: HistoryEncoder,
+    pixel_values: torch.Tensor | None = None,  # (N, 3, h, w); or
+    input_ids: torch.Tensor | None = None,  # (N, S) long, its first token is replaced
+    attention_mask: torch.Tensor | None = None,  # (N, S) bool, False = padding
+    image_features: torch.Tensor | None = None,  # (N, P, Dv), instead of pixel_values
+    causal: bool = False,  # each token sees only earlier ones (for a captioning loss)
+) -> torch.Tensor:  # (N, S, D) last hidden states
+    """One block of S history tokens for every pair of a frame and its caption.
 
-        Raises `ValueError` if picture or text is missing, or if `causal` is asked of an encoder
-        without [DEC]."""
-        first = _first_token(self.config, pixel_values, input_ids, image_features, causal)
-        if image_features is None:
-            image_features = self.image_features(pixel_values)
-        ids = torch.cat([torch.full_like(input_ids[:, :1], first), input_ids[:, 1:]], dim=1)
-        output = self.text(
-            ids,
-            attention_mask=attention_mask,
-            encoder_hidden_states=image_features,
-            is_decoder=causal,
-            use_cache=False,
-        )
-        return output.last_hidden_state
+    Raises `ValueError` if picture or text is missing, or if `causal` is asked of an encoder
+    without [DEC]."""
+    first = _first_token(self.config, pixel_values, input_ids, image_features, causal)
+    if image_features is None:
+        image_features = self.image_features(pixel_values)
+    ids = torch.cat([torch.full_like(input_ids[:, :1], first), input_ids[:, 1:]], dim=1)
+    output = self.text(
+        ids,
+        attention_mask=attention_mask,
+        encoder_hidden_states=image_features,
+        is_decoder=causal,
+        use_cache=False,
+    )
+    return output.last_hidden_state
 
 # %% ../nbs/04_encoders.ipynb #enc2000n
 @patch(cls_method=True)
@@ -421,6 +423,24 @@ def pack_tokens(
     packed = tokens.gather(1, places[..., None].expand(-1, -1, tokens.shape[-1]))
     return packed, mask.gather(1, places), places
 
+
+def spread_tokens(
+    packed: torch.Tensor,  # (N, n, D)
+    places: torch.Tensor,  # (N, n) long, from `pack_tokens`
+    n_tokens: int,  # T
+) -> torch.Tensor:  # (N, T, D)
+    "Packed tokens back in their places, zeros elsewhere."
+    blank = packed.new_zeros(len(packed), n_tokens, packed.shape[-1])
+    return blank.scatter(1, places[..., None].expand_as(packed), packed)
+
+
+def _token_distance(distance: torch.Tensor, context: torch.Tensor) -> torch.Tensor:
+    "(V, F) or (B, V, F) -> (B*V, T): the distance of every token; the caption's own is 0."
+    B, V, T, _ = context.shape
+    F = distance.shape[-1]
+    distance = functional.pad(distance, (1, 0)).expand(B, V, 1 + F)
+    return distance.flatten(0, 1).repeat_interleave(T // (1 + F), dim=1)
+
 # %% ../nbs/04_encoders.ipynb #enc20009
 @patch
 def look_around(
@@ -432,18 +452,14 @@ def look_around(
     "What the context layers add. Raises `ValueError` without a mask."
     if token_mask is None:
         raise ValueError("token_mask is missing; the context layers need it to hide the future")
-    B, V, T, D = context.shape
-    F = distance.shape[-1]
-    distance = functional.pad(distance, (1, 0)).expand(B, V, 1 + F)  # the caption at distance 0
-    distance = distance.flatten(0, 1).repeat_interleave(T // (1 + F), dim=1)  # (B*V, T)
+    B, V, T, _ = context.shape
     hidden, mask, places = pack_tokens(context.flatten(0, 1), token_mask.flatten(0, 1))
-    hidden = hidden + self.distance_embedding(distance.gather(1, places))  # (B*V, n, D)
+    far = _token_distance(distance, context).gather(1, places)  # (B*V, n)
+    hidden = hidden + self.distance_embedding(far)  # (B*V, n, D)
     for layer in self.layers:
         hidden = layer(hidden, mask)
-    update = self.projection(self.norm(hidden)) * mask[..., None]
-    update = update.to(context.dtype)
-    blank = context.new_zeros(B * V, T, D)
-    return blank.scatter(1, places[..., None].expand_as(update), update).unflatten(0, (B, V))
+    update = self.projection(self.norm(hidden)) * mask[..., None]  # zeros at first
+    return spread_tokens(update.to(context.dtype), places, T).unflatten(0, (B, V))
 
 # %% ../nbs/04_encoders.ipynb #9c264a45
 def masked_softmax(

@@ -41,14 +41,16 @@ class Conditioning:
     bias: torch.Tensor | None = None  # (B, V, T) added to attention scores, or None
     relevance: torch.Tensor | None = None  # (B, V, F) weights of the history blocks, or None
 
-    def map(self, change) -> "Conditioning":
-        "`change` applied to every part that there is."
-        parts = {field.name: getattr(self, field.name) for field in fields(self)}
-        return Conditioning(
-            **{name: None if part is None else change(part) for name, part in parts.items()}
-        )
-
 # %% ../nbs/07_model.ipynb #60bcc479
+@patch
+def map(self: Conditioning, change) -> Conditioning:
+    "`change` applied to every part that there is."
+    parts = {field.name: getattr(self, field.name) for field in fields(self)}
+    return Conditioning(
+        **{name: None if part is None else change(part) for name, part in parts.items()}
+    )
+
+
 @patch
 def where(
     self: Conditioning,

@@ -7,8 +7,9 @@ from matplotlib.patches import Circle, FancyBboxPatch, Polygon
 from PIL import Image
 
 GREY = ("#e8ebf0", "#69758a")  # frozen: face, edge
-ORANGE = ("#ffd9a8", "#d97a00")  # trains
-GREEN = ("#dcefe0", "#3c8d50")  # visible
+GREEN = ("#d3efe6", "#009e73")  # trains
+BLUE = ("#d6e9f5", "#0072b2")  # the caption
+ORANGE = ("#fbe3d1", "#d55e00")  # the past, visible
 WHITE = ("white", "#bbbbbb")  # hidden
 LINE = "#444444"
 
@@ -50,7 +51,7 @@ def transformer_block(ax):
         arrow(ax, (start, 2.6), (end, 2.6))
     box(ax, 1.4, 2.6, 0.8, 0.8, "Norm")
     box(ax, 3.2, 2.6, 1.8, 1.0, "Local causal\nattention")
-    box(ax, 5.2, 2.6, 1.1, 0.8, "Adapter", ORANGE)
+    box(ax, 5.2, 2.6, 1.1, 0.8, "Adapter", GREEN)
     box(ax, 7.65, 2.6, 0.8, 0.8, "Norm")
     box(ax, 8.9, 2.6, 0.8, 0.8, "MLP")
     ax.add_patch(Circle((6.6, 2.6), 0.2, fc="white", ec=LINE, lw=1.4))
@@ -61,7 +62,8 @@ def transformer_block(ax):
 def context(ax):
     "Lower left: what frame 2 may read."
     arrow(ax, (3.2, 1.35), (3.2, 2.08))
-    blocks = [("caption", GREEN), ("history 0", GREEN), ("history 1", GREEN), ("history 2", WHITE)]
+    blocks = [("caption", BLUE), ("history 0", ORANGE), ("history 1", ORANGE)]
+    blocks.append(("history 2", WHITE))
     for k, (label, colours) in enumerate(blocks):
         box(ax, 1.3 + 1.27 * k, 1.0, 1.1, 0.5, label, colours)
     note(ax, 3.2, 0.42, "context of frame 2; M hides what does not lie before it", ha="center")
@@ -70,20 +72,20 @@ def context(ax):
 def bottleneck(ax):
     "Lower right: the adapter from near."
     for x in (5.7, 4.7):
-        ax.plot([x, 9.9 if x > 5 else 6.6], [2.15, 1.4], color=ORANGE[1], lw=1, ls=":")
+        ax.plot([x, 9.9 if x > 5 else 6.6], [2.15, 1.4], color=GREEN[1], lw=1, ls=":")
     for left, right, first, last in ((7.0, 7.7, 0.55, 0.25), (8.7, 9.4, 0.25, 0.55)):
         corners = [(left, 0.8 - first), (right, 0.8 - last)]
         corners += [(right, 0.8 + last), (left, 0.8 + first)]
-        ax.add_patch(Polygon(corners, fc=ORANGE[0], ec=ORANGE[1], lw=1.5))
-    box(ax, 8.2, 0.8, 0.66, 0.5, "GELU", ("white", ORANGE[1]))
+        ax.add_patch(Polygon(corners, fc=GREEN[0], ec=GREEN[1], lw=1.5))
+    box(ax, 8.2, 0.8, 0.66, 0.5, "GELU", ("white", GREEN[1]))
     for x, label in ((7.35, "down"), (9.05, "up")):
         ax.text(x, 0.8, label, ha="center", va="center", fontsize=10)
-    ax.plot([6.6, 6.98], [0.8, 0.8], color=ORANGE[1], lw=1.4)
-    ax.plot([6.75, 6.75, 9.7, 9.7], [0.8, 0.1, 0.1, 0.66], color=ORANGE[1], lw=1.4)
-    ax.plot([9.4, 9.95], [0.8, 0.8], color=ORANGE[1], lw=1.4)
-    ax.add_patch(Circle((9.7, 0.8), 0.14, fc="white", ec=ORANGE[1], lw=1.4, zorder=3))
+    ax.plot([6.6, 6.98], [0.8, 0.8], color=GREEN[1], lw=1.4)
+    ax.plot([6.75, 6.75, 9.7, 9.7], [0.8, 0.1, 0.1, 0.66], color=GREEN[1], lw=1.4)
+    ax.plot([9.4, 9.95], [0.8, 0.8], color=GREEN[1], lw=1.4)
+    ax.add_patch(Circle((9.7, 0.8), 0.14, fc="white", ec=GREEN[1], lw=1.4, zorder=3))
     ax.text(9.7, 0.79, "+", ha="center", va="center", fontsize=11, zorder=4)
-    note(ax, 8.2, -0.18, "up starts at 0: at first nothing changes", "#a55c00", ha="center")
+    note(ax, 8.2, -0.18, "up starts at 0: at first nothing changes", "#00795a", ha="center")
 
 
 def main():

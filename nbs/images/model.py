@@ -40,7 +40,7 @@ ROWS = (31, 21, 11)  # heights of the three earlier pairs
 TOP = 49  # height of the caption to draw
 
 PLACES = {  # lesson -> the parts that stay bright, and where its flag stands
-    "encoders": ({"inputs", "encoders", "tokens", "layer"}, (27.6, 41)),
+    "encoders": ({"inputs", "encoders", "tokens", "layer", "relevance"}, (27.6, 41)),
     "mask": ({"mask", "relevance"}, (57.4, 52)),
     "unet": ({"unet", "site"}, (72, 58.3)),
     "model": ({"encoders", "tokens", "layer", "mask", "relevance", "unet", "site"}, (38, 54.5)),
@@ -166,9 +166,12 @@ def draw_encoders(d):
     d.text("encoders", 28.5, TOP - 1.6, "reads it", 8.5)
     d.arrow("tokens", (33, TOP), (35.7, TOP), BLUE)
     d.tokens(TOP, BLUE)
-    d.box("encoders", 24, ROWS[-1] - 4, 9, ROWS[0] - ROWS[-1] + 8)
-    d.text("encoders", 28.5, ROWS[1] + 2, "BLIP", 11, fontweight="bold")
-    d.text("encoders", 28.5, ROWS[1] - 2.2, "reads each\npicture with\nits caption", 8.5)
+    d.text("encoders", 28.5, ROWS[0] + 5.5, "BLIP", 11, fontweight="bold")
+    height = ROWS[0] - ROWS[-1] + 8
+    d.box("encoders", 24, ROWS[-1] - 4, 4.2, height)
+    d.box("encoders", 28.8, ROWS[-1] - 4, 4.2, height, GREEN)
+    d.text("encoders", 26.1, ROWS[1], "looks at each picture", 9.5, rotation=90)
+    d.text("encoders", 30.9, ROWS[1], "reads it with its caption", 9.5, rotation=90)
     for k, y in enumerate(ROWS):
         d.arrow("encoders", (22.4, y), (24, y), ORANGE)
         d.arrow("tokens", (33, y), (35.7, y), ORANGE)
@@ -282,11 +285,12 @@ def draw_loop(d):
 
 
 def draw_legend(d):
-    for y, words, dashed in (
-        (5.6, "added, trained", False),
-        (2.6, "our reading of the abstract", True),
+    for y, words, colour, dashed in (
+        (5.2, "frozen", GREY, False),
+        (3.2, "trained", GREEN, False),
+        (1.2, "trained, our reading of the abstract", GREEN, True),
     ):
-        d.box("legend", 45.2, y - 0.8, 2.2, 1.6, GREEN, dashed)
+        d.box("legend", 45.2, y - 0.8, 2.2, 1.6, colour, dashed)
         d.text("legend", 48.1, y, words, 7.6, ha="left")
 
 
