@@ -823,7 +823,9 @@ def _line_data(
 
     def read_story(split, line):
         pictures = [square_picture(path, line.where, size) for path in line.paths]
-        notes = {what: place for _, found in pictures for what, place in found.items()}
+        notes = {}
+        for _, found in pictures:
+            notes = found | notes  # the first place is named
         captions = [clean_caption(caption) for caption in line.captions]
         strips = [picture for picture, _ in pictures]
         return RawStory(line.id, captions, strips, line.truth, line.labels, notes)
@@ -997,7 +999,7 @@ def read_vist(
             side = min(size, *picture.size)
             strips.append(ImageOps.fit(picture, (side, side), Image.BICUBIC))
             if picture.width != picture.height:
-                notes[NOT_SQUARE] = f"{where}, image{k},"
+                notes.setdefault(NOT_SQUARE, f"{where}, image{k},")
         cleaned = [clean_caption(text) for text in texts]
         return RawStory(f"{split}/{row}", cleaned, strips, notes=notes)
 

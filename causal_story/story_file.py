@@ -265,6 +265,7 @@ class _Conversion:
                     "is no whole number of tiles high: the rest at the bottom was cut off",
                     f"story {story.id!r}, image{k}, {strip.width}x{strip.height} pixels",
                 )
+                break
         for what, where in story.notes.items():
             self.note(what, where)
         return story
@@ -274,7 +275,7 @@ class _Conversion:
 
     def say_notes(self):
         for what, (times, where) in self.notes.items():
-            more = f" (and {times - 1} more)" if times > 1 else ""
+            more = f" (and in {times - 1} more stories)" if times > 1 else ""
             warnings.warn(f"{where} {what}{more}", stacklevel=4)
 
 

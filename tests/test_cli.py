@@ -623,7 +623,7 @@ def own_folder(folder: Path) -> Path:
 def test_the_way_of_an_own_folder_is_told_step_by_step(tmp_path, capsys):
     "Every command names the next one, with a split that there is; what is lost on the way is said."
     out = tmp_path / "my.h5"
-    with pytest.warns(UserWarning, match=r"40x30 pixels, is not square.*\(and 1 more\)"):
+    with pytest.warns(UserWarning, match=r"40x30 pixels, is not square.*\(and in 1 more stories\)"):
         assert run("prepare", "folder", own_folder(tmp_path / "mine"), out) == 0
     printed = capsys.readouterr().out
     assert (
