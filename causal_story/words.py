@@ -242,6 +242,6 @@ def warn_of_unknown_words(
     more = f" (and {len(unknown) - 8} more)" if len(unknown) > 8 else ""
     warn_once(
         f"{named}{more}: these words are unknown to this model and are spelt, "
-        f"{unknown.total() / words.total():.0%} of all words in the captions; name your "
-        "characters with --words (in Python: words= of from_base)"
+        f"{unknown.total() / words.total():.0%} of all words in the captions; names of "
+        "characters among them belong after --words (in Python: words= of from_base)"
     )
