@@ -215,8 +215,10 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/causal-story', 'doc_host':
                                   'causal_story.cli._comments': ('library/cli.html#_comments', 'causal_story/cli.py'),
                                   'causal_story.cli._draw_folder': ('library/cli.html#_draw_folder', 'causal_story/cli.py'),
                                   'causal_story.cli._flag': ('library/cli.html#_flag', 'causal_story/cli.py'),
+                                  'causal_story.cli._in_lines': ('library/cli.html#_in_lines', 'causal_story/cli.py'),
                                   'causal_story.cli._is_model': ('library/cli.html#_is_model', 'causal_story/cli.py'),
                                   'causal_story.cli._list_text': ('library/cli.html#_list_text', 'causal_story/cli.py'),
+                                  'causal_story.cli._next_training': ('library/cli.html#_next_training', 'causal_story/cli.py'),
                                   'causal_story.cli._overview': ('library/cli.html#_overview', 'causal_story/cli.py'),
                                   'causal_story.cli._part': ('library/cli.html#_part', 'causal_story/cli.py'),
                                   'causal_story.cli._stage_steps': ('library/cli.html#_stage_steps', 'causal_story/cli.py'),
@@ -1667,6 +1669,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/causal-story', 'doc_host':
                                                                                  'causal_story/story_file.py'),
                                          'causal_story.story_file.convert_stories': ( 'library/story_file.html#convert_stories',
                                                                                       'causal_story/story_file.py'),
+                                         'causal_story.story_file.count_stories': ( 'library/story_file.html#count_stories',
+                                                                                    'causal_story/story_file.py'),
                                          'causal_story.story_file.count_tiles': ( 'library/story_file.html#count_tiles',
                                                                                   'causal_story/story_file.py'),
                                          'causal_story.story_file.cut_tile': ( 'library/story_file.html#cut_tile',
@@ -1821,4 +1825,6 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/causal-story', 'doc_host':
                                                                                'causal_story/words.py'),
                                     'causal_story.words.story_words': ('library/words.html#story_words', 'causal_story/words.py'),
                                     'causal_story.words.teach_words': ('library/words.html#teach_words', 'causal_story/words.py'),
-                                    'causal_story.words.tiny_tokenizers': ('library/words.html#tiny_tokenizers', 'causal_story/words.py')}}}
+                                    'causal_story.words.tiny_tokenizers': ('library/words.html#tiny_tokenizers', 'causal_story/words.py'),
+                                    'causal_story.words.warn_of_unknown_words': ( 'library/words.html#warn_of_unknown_words',
+                                                                                  'causal_story/words.py')}}}

@@ -55,11 +55,11 @@ from causal_story.logs import (
 )
 from .miniature import PRESETS, SECOND, STAGES, continue_pretraining, pretrain
 from .pipeline import SCHEDULERS, CausalStoryPipeline
-from .raw import convert, convert_folder, readable_kinds, write_folder
+from .raw import LAYOUTS, convert, convert_folder, readable_kinds, write_folder
 from .reader import FrameReader
 from .recipes import RECIPES, Recipe, find_recipe
 from .storage import atomic_path, local_folder
-from .story_file import left_out, report_path
+from .story_file import count_stories, left_out, report_path
 from .storyworld import make_stories
 from .training import TrainingConfig, list_checkpoints, make_accelerator
 from .tuning import prepare_tuning, tune
@@ -189,13 +189,12 @@ def new_pipeline(
 ) -> CausalStoryPipeline:
     "An untuned model on a base."
     words, max_length = story_words(model.dataset, tuple(model.words), model.max_length)
-    known = model.dataset or model.words or model.max_length
     pipe = CausalStoryPipeline.from_base(
         base,
         recipe,
         model.blip,
         words,
-        max_length if known else None,
+        max_length,
         model.image_size,
         seed,
         model.frame_size,
@@ -301,12 +300,23 @@ def prepare(
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", ".*stories were left out of")  # said below
         convert(raw, out, kind, keep_going=keep_going, **options)
+    counts = count_stories(out)
+    stories = ", ".join(f"{n} in {split!r}" for split, n in counts.items())
+    print(f"wrote {out}, stories: {stories}; {_next_training(kind, out, counts)}")
     missing = len(left_out(out))
     if missing:
-        print(f"wrote {out}; stories left out: {missing}, {report_path(out)} says why")
+        print(f"stories left out: {missing}, {report_path(out)} says why")
         return STORIES_LEFT_OUT
-    print(f"wrote {out}")
     return 0
+
+
+def _next_training(kind, out, counts) -> str:
+    "What to do with a new file."
+    if "train" not in counts:
+        return "there is no split 'train' to train on"
+    dataset = LAYOUTS[kind].dataset
+    base, words = (STABLE_DIFFUSION_HUB, f" --dataset {dataset}") if dataset else ("miniature", "")
+    return f"next: causal-story train {base} {out} OUT{words}"
 
 
 def pretrain_base(
@@ -383,7 +393,7 @@ def cache(
 
 # %% ../nbs/library/cli.ipynb #cli00013
 def train(
-    base: str,  # a base of `pretrain`, miniature (shipped), a tuned pipeline, or Stable Diffusion
+    base: str,  # miniature (the untuned base), a `pretrain` base, Stable Diffusion, a tuned model
     data: str,  # HDF5 file that `prepare` wrote
     out: str,  # folder of the tuned pipeline
     config: TrainingConfig,
@@ -434,7 +444,8 @@ def train(
     if accelerator.is_main_process:
         callbacks[0].close()
         pipe.save_pretrained(out, only_tuned=only_tuned)
-        print(f"wrote the tuned pipeline to {out}; next: causal-story sample {out} {data}")
+        split = "" if "test" in count_stories(data) else " --split train"
+        print(f"wrote the tuned pipeline to {out}; next: causal-story sample {out} {data}{split}")
     return 0
 
 
@@ -448,7 +459,7 @@ def _check_out(out: Path):
 
 # %% ../nbs/library/cli.ipynb #cli00014
 def sample(
-    pipeline: str,  # tuned pipeline, a base, or miniature
+    pipeline: str,  # miniature (the tuned model), a folder of `train`, or a base
     data: str,  # HDF5 file that `prepare` wrote
     drawing: Drawing,
     model: Model,
@@ -1009,11 +1020,18 @@ def _overview() -> str:
     return "\n".join(lines)
 
 
+def _in_lines(error) -> str:
+    "An error on one line; where it names several faults, one a line."
+    parts = re.split(r"\n(?=- )", str(error))
+    return "\n".join(" ".join(part.split()) for part in parts)
+
+
 def main(
     argv=None,  # list of words; None: those of the command line
 ) -> int:  # exit code
-    """The command `causal-story`. Errors of the request are one line on standard error and exit
-    code 1; Ctrl-C is 130; 3 is a file that is written but lacks stories that could not be read."""
+    """The command `causal-story`. Errors of the request are one line on standard error, several
+    faults one a line, and exit code 1; Ctrl-C is 130; 3 is a file that is written but lacks stories
+    that could not be read."""
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):  # a console without a letter prints another sign
             stream.reconfigure(errors="replace")
@@ -1037,7 +1055,7 @@ def main(
         _part()
         return code or 0
     except (ValueError, OSError, FloatingPointError) as error:
-        print(f"causal-story {verb}: {' '.join(str(error).split())}", file=sys.stderr)
+        print(f"causal-story {verb}: {_in_lines(error)}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print(

@@ -497,7 +497,7 @@ def cached_story_batch(
     frames = [layout.frames for layout in layouts]  # rows of the cache
     history = [layout.history_frames for layout in layouts]
     captions = [layout.captions for layout in layouts]
-    names = [str(index) for _, index in pairs]
+    names = [stories.place(index)[0] for _, index in pairs]
     told = [layout.history_captions for layout in layouts]
     batch = {}
     tokens = collator.tokens(collator.caption_tokenizer, captions, names)

@@ -80,7 +80,8 @@ def start_run(
     if changed:
         raise ValueError(
             f"{path}: this run was started with other settings ({'; '.join(changed)}); "
-            "name another folder, or ask for the same"
+            "ask for the same, or name another folder; to go on from a finished run's weights: "
+            f"causal-story train {Path(folder).parent} {settings.get('data', 'DATA')} NEW_FOLDER"
         )
     known = yaml.safe_load(read_text(versions)) if versions.exists() else []
     _write_yaml(path, settings)

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['STORY_FAULTS', 'NAMED_FAULTS', 'FIRST_BYTES', 'stack_tiles', 'count_tiles', 'cut_tile', 'to_8_bits', 'as_rgb',
            'open_image', 'png_bytes', 'RawStory', 'write_story', 'Fault', 'report_path', 'left_out', 'write_hdf5',
-           'convert_stories', 'check_heap', 'StoredStory', 'open_stories', 'story_schema', 'story_keys', 'StoryFile',
-           'decode_strips', 'as_raw_story', 'StoryMemory', 'StoryReader']
+           'convert_stories', 'check_heap', 'StoredStory', 'open_stories', 'story_schema', 'story_keys',
+           'count_stories', 'StoryFile', 'decode_strips', 'as_raw_story', 'StoryMemory', 'StoryReader']
 
 # %% ../nbs/library/story_file.ipynb #de43dec2
 import io
@@ -265,6 +265,7 @@ class _Conversion:
                     "is no whole number of tiles high: the rest at the bottom was cut off",
                     f"story {story.id!r}, image{k}, {strip.width}x{strip.height} pixels",
                 )
+                break
         for what, where in story.notes.items():
             self.note(what, where)
         return story
@@ -274,7 +275,7 @@ class _Conversion:
 
     def say_notes(self):
         for what, (times, where) in self.notes.items():
-            more = f" (and {times - 1} more)" if times > 1 else ""
+            more = f" (and in {times - 1} more stories)" if times > 1 else ""
             warnings.warn(f"{where} {what}{more}", stacklevel=4)
 
 
@@ -519,6 +520,14 @@ def story_keys(
             f"{file.filename}, split {split!r}: the arrays differ in length: {lengths}"
         )
     return list(range(lengths["text"]))
+
+
+def count_stories(
+    path,  # HDF5 file, version 1 or 2
+) -> dict:  # split -> number of stories
+    "How many stories each split of a file has. Raises like `open_stories` and `story_keys`."
+    with open_stories(path) as file:
+        return {split: len(story_keys(file, split)) for split in file}
 
 # %% ../nbs/library/story_file.ipynb #b7686e1d
 class StoryFile:

@@ -18,6 +18,7 @@ from .pipeline import CausalStoryPipeline
 from .recipes import Recipe, find_recipe
 from .training import TrainingConfig, TrainingResult, fit, make_accelerator
 from .unet import add_adapters
+from .words import warn_of_unknown_words
 
 # %% ../nbs/09_tuning.ipynb #tun00013
 def prepare_tuning(
@@ -137,6 +138,8 @@ def tune(
     accelerator = accelerator or make_accelerator(config)
     dataset = as_dataset(data, config.seed)
     check_lengths(pipe, dataset, recipe)
+    if accelerator.is_main_process:
+        warn_of_unknown_words((pipe.tokenizer, pipe.history_tokenizer), dataset)
 
     prepare_tuning(pipe, recipe, config.seed)
     model = pipe.model.to(accelerator.device).eval()

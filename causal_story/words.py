@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['STORY_DATA', 'add_blip_tokens', 'tiny_tokenizers', 'grow_embedding', 'add_words', 'lengthen_positions', 'story_words',
-           'teach_words']
+           'teach_words', 'warn_of_unknown_words']
 
 # %% ../nbs/library/words.ipynb #words003
 import json
@@ -18,6 +18,8 @@ from tokenizers import AddedToken, pre_tokenizers, trainers
 from torch import nn
 from torch.nn import functional
 from transformers import BertTokenizer, CLIPTextModel, CLIPTokenizer
+
+from .storage import warn_once
 
 # %% ../nbs/library/words.ipynb #words006
 def _clip_tokenizer(lines: list[str], max_length: int) -> CLIPTokenizer:
@@ -182,15 +184,15 @@ STORY_DATA = dict(  # new words and tokens a caption, as the released configurat
 def story_words(
     dataset: str | None,  # "pororo", "flintstones" or None
     words: Iterable[str] = (),  # names of your own characters
-    max_length: int | None = None,  # tokens a caption; None: the data set's, else 77
-) -> tuple[tuple[str, ...], int]:  # words, max_length
+    max_length: int | None = None,  # tokens a caption; None: the data set's, if there is one
+) -> tuple[tuple[str, ...], int | None]:  # words, max_length; None: as long as the base's captions
     "New words and caption length of a data set. Raises `ValueError` that lists those known here."
     if dataset is not None and dataset not in STORY_DATA:
         raise ValueError(
             f"dataset={dataset!r} is unknown: choose one of {', '.join(STORY_DATA)}, "
             "or None and name your words"
         )
-    known = STORY_DATA.get(dataset, dict(words=(), max_length=77))
+    known = STORY_DATA.get(dataset, dict(words=(), max_length=None))
     return (*known["words"], *words), max_length or known["max_length"]
 
 # %% ../nbs/library/words.ipynb #words037
@@ -216,3 +218,30 @@ def teach_words(
     parts["tokenizer"].model_max_length = max_length
     parts["history_tokenizer"].model_max_length = max_length
     return new
+
+# %% ../nbs/library/words.ipynb #2082cc0c
+def warn_of_unknown_words(
+    tokenizers: Iterable,  # those that will read the captions
+    dataset,  # `StoryDataset`, or what reads like one
+    many: float = 0.05,  # share of unknown words from which on it is worth a warning (our choice)
+    n_stories: int = 200,  # only so many are looked at
+):
+    "Say once which words of the captions a tokenizer has to spell, if they are many."
+    captions = [dataset.stored(k).captions for k in range(min(n_stories, len(dataset)))]
+    words = Counter(re.findall(r"[^\W\d_]{2,}", " ".join(sum(captions, [])).lower()))
+    unknown = Counter(
+        {
+            word: n
+            for word, n in words.items()
+            if not all(_is_one_token(tokenizer, word) for tokenizer in tokenizers)
+        }
+    )
+    if unknown.total() <= many * words.total():
+        return
+    named = ", ".join(word for word, _ in unknown.most_common(8))
+    more = f" (and {len(unknown) - 8} more)" if len(unknown) > 8 else ""
+    warn_once(
+        f"{named}{more}: these words are unknown to this model and are spelt, "
+        f"{unknown.total() / words.total():.0%} of all words in the captions; names of "
+        "characters among them belong after --words (in Python: words= of from_base)"
+    )

@@ -336,7 +336,9 @@ def test_a_run_says_all_its_settings_and_is_not_continued_under_others(
     text = path.read_bytes()
     capsys.readouterr()
     assert run("train", "--config", path, "--steps=4") == 1
-    assert "steps was 3, now 4" in complaint(capsys) and path.read_bytes() == text
+    line = complaint(capsys)
+    assert "steps was 3, now 4" in line and path.read_bytes() == text
+    assert line.endswith(f"causal-story train {out} {data} NEW_FOLDER")  # what to do instead
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.txt").write_text("all of it")
     assert run("train", "miniature", data, tmp_path / "mine") == 1
@@ -601,6 +603,56 @@ def test_damaged_stories_are_refused_or_left_out_by_command(tmp_path, capsys):
     assert "stories left out: 1, " in printed.out and "left_out.json says why" in printed.out
     assert "UserWarning" not in printed.err
     assert len(StoryDataset(tmp_path / "stories.h5", "train")) == 1
+
+
+def own_folder(folder: Path) -> Path:
+    "Somebody's comics: wide pictures, names that no miniature knows, no split."
+    folder.mkdir()
+    lines = []
+    for name in ("kitchen", "long"):
+        rest = " They dance." * 20 if name == "long" else ""
+        captions = ["Zib is in the kitchen.", "Mo finds Zib." + rest]
+        frames = [f"{name}_{k}.png" for k in range(2)]
+        for number, frame in enumerate(frames):
+            Image.new("RGB", (40, 30), (90 * number, 80, 160)).save(folder / frame)
+        lines.append(json.dumps(dict(id=name, frames=frames, captions=captions)))
+    (folder / "stories.jsonl").write_text("\n".join(lines))
+    return folder
+
+
+def test_the_way_of_an_own_folder_is_told_step_by_step(tmp_path, capsys):
+    "Every command names the next one, with a split that there is; what is lost on the way is said."
+    out = tmp_path / "my.h5"
+    with pytest.warns(UserWarning, match=r"40x30 pixels, is not square.*\(and in 1 more stories\)"):
+        assert run("prepare", "folder", own_folder(tmp_path / "mine"), out) == 0
+    printed = capsys.readouterr().out
+    assert (
+        f"wrote {out}, stories: 2 in 'train'; next: causal-story train miniature {out}" in printed
+    )
+    words = ["train", "miniature", out, tmp_path / "tuned", "--words", "zib", "mo"]
+    with pytest.warns(UserWarning) as caught:
+        assert run(*words, "--steps=1", "--batch-size=2") == 0
+    told = [str(warning.message) for warning in caught]
+    assert any("story 'long'" in text and "is cut to" in text for text in told), told
+    unknown = next(text for text in told if "--words" in text)
+    assert "kitchen" in unknown and "zib" not in unknown
+    tuned = CausalStoryPipeline.from_pretrained(tmp_path / "tuned")
+    assert tuned.max_length == CausalStoryPipeline.from_base("miniature").max_length
+    assert {"zib", "mo"} <= set(tuned.tokenizer.get_vocab())
+    following = capsys.readouterr().out.split("next: causal-story ")[1].split()
+    assert following[-2:] == ["--split", "train"]
+    picture = tmp_path / "story.png"
+    assert run(*following, "--out", picture, "--num-inference-steps=1") == 0 and picture.exists()
+
+
+def test_several_faults_are_several_lines(tmp_path, capsys):
+    raw = own_folder(tmp_path / "mine")
+    (raw / "stories.jsonl").write_text("no JSON\n{}\n[]\n")
+    assert run("prepare", "folder", raw, tmp_path / "my.h5") == 1
+    lines = capsys.readouterr().err.strip().splitlines()
+    assert lines[-4].startswith("causal-story prepare: 3 of 3 stories cannot be read")
+    for number, line in enumerate(lines[-3:], start=1):
+        assert line.startswith("- ") and f"line {number}" in line
 
 
 def test_layouts_sizes_and_captions_are_chosen_by_command(tmp_path, capsys):

@@ -68,7 +68,8 @@ def test_a_link_that_names_a_number_leads_to_that_notebook(path):
 
 # ---------------------------------------------------------------- commands
 
-SHELL = re.compile(r"^```(?:bash|sh|shell|console|cmd|powershell)?[ \t]*\n(.*?)^```", re.M | re.S)
+BLOCK = re.compile(r"^```(\w*)[^\n]*\n(.*?)^```", re.M | re.S)
+SHELLS = ("", "bash", "sh", "shell", "console", "cmd", "powershell")
 SPAN = re.compile(r"`([^`\n]+)`")
 PROGRAM = re.compile(r"(?:\S*[/\\])?(causal-story|nbdev_\w+|python3?|py|voila|jupyter|ruff)$")
 TREES = ("nbs/", "tests/", ".ci/", "causal_story/")
@@ -76,7 +77,8 @@ TREES = ("nbs/", "tests/", ".ci/", "causal_story/")
 
 def command_lines(text: str) -> list[str]:
     "The commands of a text: in blocks, and in code spans that hold more than a program's name."
-    blocks = [block.replace("\\\n", " ") for block in SHELL.findall(text)]
+    found = [block for language, block in BLOCK.findall(text) if language in SHELLS]
+    blocks = [block.replace("\\\n", " ") for block in found]
     lines = [part for block in blocks for line in block.splitlines() for part in line.split("&&")]
     spans = [span for span in SPAN.findall(pages.FENCE.sub("", text)) if " " in span.strip()]
     return [line.strip().removeprefix("$ ") for line in lines + spans]

@@ -1,5 +1,9 @@
 """Tokenizers made on the spot, new words, longer captions: round trips, bad input."""
 
+import re
+import warnings
+from types import SimpleNamespace
+
 import pytest
 import torch
 from transformers import BertTokenizer, CLIPTextModel, CLIPTokenizer
@@ -10,6 +14,7 @@ from causal_story.encoders import (
     tiny_history_encoder,
     tiny_text_encoder,
 )
+from causal_story.storage import warn_once
 from causal_story.words import (
     STORY_DATA,
     add_blip_tokens,
@@ -19,6 +24,7 @@ from causal_story.words import (
     story_words,
     teach_words,
     tiny_tokenizers,
+    warn_of_unknown_words,
 )
 
 CAPTIONS = [
@@ -235,9 +241,39 @@ def test_teach_words_stretches_clip_and_never_blip(tokenizers):
 
 def test_story_words_lists_what_it_knows():
     assert story_words("pororo", max_length=60)[1] == 60
-    assert story_words(None) == ((), 77)
+    assert story_words(None) == ((), None)
+    assert story_words(None, ["zib"]) == (("zib",), None)
     with pytest.raises(ValueError, match="pororo, flintstones"):
         story_words("smurfs")
+
+
+class Told(list):
+    "Stories that have captions only."
+
+    def stored(self, index):
+        return SimpleNamespace(captions=self[index])
+
+
+@pytest.mark.parametrize(
+    "captions, named",
+    [
+        (CAPTIONS, None),
+        (["MILO jumps with Kiki's balloon, holding a ball."] * 9 + ["Zib jumps!"], None),  # few
+        (["Zib wakes. Zib sings."], "zib, wakes, sings: these words .* 100% of all words"),
+        ([" ".join(3 * letter for letter in "bcdefghijklm")], r"iii \(and 4 more\): "),
+        (["..."], None),
+        ([], None),
+    ],
+)
+def test_many_unknown_words_are_named_and_few_are_not(tokenizers, captions, named):
+    warn_once.cache_clear()
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for _ in range(2):
+            warn_of_unknown_words(tokenizers, Told([captions[::2], captions[1::2]]))
+    told = [str(one.message) for one in caught]
+    assert len(told) == (named is not None)
+    assert named is None or re.search(named, told[0]), told
 
 
 def test_growing_to_the_same_size_changes_nothing(text_encoder):

@@ -26,7 +26,7 @@ STEP = 1.35  # from one frame's left edge to the next, in frame widths
 ROWS = [
     (
         "AR-LDM",
-        "every earlier frame\nhas the same say",
+        "every earlier frame\nis equally visible",
         "#7d838d",
         {2: [0.35, 0.35], 3: [0.35, 0.35, 0.35]},
     ),
