@@ -193,19 +193,6 @@ class StoryRequest:
         return len(self.source_images[0]) if self.source_images else 0
 
 # %% ../nbs/08_pipeline.ipynb #a299d507
-COMPONENTS = (
-    "vae",
-    "text_encoder",
-    "tokenizer",
-    "unet",
-    "scheduler",
-    "history_encoder",
-    "history_tokenizer",
-    "story_context",
-    "adapters",
-)
-
-
 class CausalStoryPipeline(
     DiffusionPipeline, StableDiffusionLoraLoaderMixin, TextualInversionLoaderMixin
 ):
@@ -262,22 +249,6 @@ class CausalStoryPipeline(
             base=base,
         )
 
-    def __setattr__(self, name, value):
-        "A component that is exchanged is exchanged in the model and inside the U-Net as well."
-        if name in COMPONENTS and value is not None and self._was_empty(name):
-            self.register_modules(**{name: value})  # so that it is saved, too; comes back here
-            return
-        inside = {part: self.__dict__.get(part) for part in ("unet", "adapters")}
-        if name in inside and {"unet", "adapters"} <= {name, *self.__dict__}:
-            attach_adapters(**inside | {name: value})  # or ValueError, and nothing is exchanged
-        super().__setattr__(name, value)
-        if name in COMPONENTS:
-            self._model = None  # made anew when it is asked for
-
-    def _was_empty(self, name: str) -> bool:
-        "Whether the table of contents says that there is no such part."
-        return name in self.__dict__ and (self.config[name] or (None,))[0] is None
-
     @property
     def model(self) -> CausalStoryModel:
         "The same parts as the model that trains: the same object until a part is exchanged."
@@ -299,24 +270,60 @@ class CausalStoryPipeline(
         return self._model
 
     @property
-    def max_length(self) -> int:
-        "S, tokens a caption."
-        return self.tokenizer.model_max_length
-
-    @property
-    def size(self) -> str:
-        "The size that recipes are chosen for: miniature or full."
-        return (self.config.base or {}).get("size", "miniature")
-
-    @property
-    def frame_size(self) -> int:
-        "Pixels a side of what is drawn."
-        return frame_size_of(self.components)
-
-    @property
     def history_policy(self) -> HistoryPolicy:
         "The policy that is stored with the checkpoint."
         return HistoryPolicy(self.config.history_policy, self.config.window)
+
+# %% ../nbs/08_pipeline.ipynb #setattr1
+COMPONENTS = (
+    "vae",
+    "text_encoder",
+    "tokenizer",
+    "unet",
+    "scheduler",
+    "history_encoder",
+    "history_tokenizer",
+    "story_context",
+    "adapters",
+)
+
+
+@patch
+def __setattr__(self: CausalStoryPipeline, name, value):
+    "A component that is exchanged is exchanged in the model and inside the U-Net as well."
+    if name in COMPONENTS and value is not None and self._was_empty(name):
+        self.register_modules(**{name: value})  # so that it is saved, too; comes back here
+        return
+    inside = {part: self.__dict__.get(part) for part in ("unet", "adapters")}
+    if name in inside and {"unet", "adapters"} <= {name, *self.__dict__}:
+        attach_adapters(**inside | {name: value})  # or ValueError, and nothing is exchanged
+    super(CausalStoryPipeline, self).__setattr__(name, value)
+    if name in COMPONENTS:
+        self._model = None  # made anew when it is asked for
+
+
+@patch
+def _was_empty(self: CausalStoryPipeline, name: str) -> bool:
+    "Whether the table of contents says that there is no such part."
+    return name in self.__dict__ and (self.config[name] or (None,))[0] is None
+
+
+@patch(as_prop=True)
+def max_length(self: CausalStoryPipeline) -> int:
+    "S, tokens a caption."
+    return self.tokenizer.model_max_length
+
+
+@patch(as_prop=True)
+def size(self: CausalStoryPipeline) -> str:
+    "The size that recipes are chosen for: miniature or full."
+    return (self.config.base or {}).get("size", "miniature")
+
+
+@patch(as_prop=True)
+def frame_size(self: CausalStoryPipeline) -> int:
+    "Pixels a side of what is drawn."
+    return frame_size_of(self.components)
 
 # %% ../nbs/08_pipeline.ipynb #plp00008
 @patch
@@ -472,15 +479,6 @@ def _frame_row(self: CausalStoryPipeline, request: StoryRequest, i: int) -> dict
 
 
 @patch
-def _read_negative(self: CausalStoryPipeline, request: StoryRequest):  # (B, V, S, D) or None
-    "States of the negative captions, their padding read as that of the empty caption is."
-    if request.negative_captions is None:
-        return None
-    ids, _ = self.tokens(self.tokenizer, request.negative_captions)
-    return encode_captions(self.text_encoder, ids)
-
-
-@patch
 def _read_back(self: CausalStoryPipeline, request: StoryRequest, i: int, drawn: list):
     "Frame i of every story as a block of history: the drawn one, or the one that is to be shown."
     shown = drawn
@@ -488,6 +486,15 @@ def _read_back(self: CausalStoryPipeline, request: StoryRequest, i: int, drawn: 
         shown = [story[i] for story in request.history_frames]
     told = request.history_captions or request.captions
     return self.read_pictures(shown, [story[i] for story in told])
+
+# %% ../nbs/08_pipeline.ipynb #drawhlp1
+@patch
+def _read_negative(self: CausalStoryPipeline, request: StoryRequest):  # (B, V, S, D) or None
+    "States of the negative captions, their padding read as that of the empty caption is."
+    if request.negative_captions is None:
+        return None
+    ids, _ = self.tokens(self.tokenizer, request.negative_captions)
+    return encode_captions(self.text_encoder, ids)
 
 
 def _whole_relevance(rows: list, request: StoryRequest):
@@ -739,7 +746,7 @@ def use_scheduler(
     self.scheduler = make_scheduler(name, self.scheduler, **options)
     return self
 
-
+# %% ../nbs/08_pipeline.ipynb #usesize1
 @patch
 def use_frame_size(
     self: CausalStoryPipeline,  # changed in place
