@@ -37,6 +37,7 @@ def run_here(path: str, said: str):
     "In a process of its own: run a notebook, what it prints goes into a file."
     if hasattr(os, "setsid"):
         os.setsid()  # with all that it starts
+    multiprocessing.set_start_method(None, force=True)  # what it starts, as a notebook would
     os.environ |= {"HF_HUB_OFFLINE": "1", "PYTHONIOENCODING": "utf-8"}
     os.environ.pop("MPLBACKEND", None)
     os.chdir(ROOT)
