@@ -273,7 +273,8 @@ def run_experiment(
 ) -> list:  # the runs' records
     """All runs of an experiment, seed by seed, one after another.
 
-    Called again, it goes on where it was stopped."""
+    Called again, it goes on where it was stopped. The features of the training stories stay in
+    FOLDER/runs, for all runs; delete that folder when you are done."""
     unknown = [name for name in arms if name not in RECIPES]
     if unknown:
         raise ValueError(f"there is no arm {unknown[0]!r}; choose from {', '.join(RECIPES)}")

@@ -38,7 +38,7 @@ from causal_story.data import (
 )
 from .encoders import encode_captions
 from .model import frames_in_loss
-from .storage import PatientFile, atomic_path, fingerprint
+from .storage import atomic_hdf5, fingerprint
 from .training import TrainingConfig, batch_indices, check_shares
 
 # %% ../nbs/library/features.ipynb #ftr00006
@@ -308,10 +308,8 @@ def _target(out: Path | None, need: int):
         yield h5py.File(name, "w", driver="core", backing_store=False), lambda: None
         return
     check_disk(out.parent, need, f"the cache {out.name}")
-    with atomic_path(out) as partial, PatientFile(partial, "w+") as disk:
-        with h5py.File(disk, "w") as file:
-            yield file, lambda: disk.check(out)
-        disk.check(out)
+    with atomic_hdf5(out) as file_and_check:
+        yield file_and_check
 
 
 def write_cache(

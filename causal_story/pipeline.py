@@ -104,14 +104,9 @@ def story_noise(
 ) -> torch.Tensor:  # (B, V, C, h, w)
     "Initial noise of every frame. Raises ValueError unless there is a generator for each story."
     many = isinstance(generator, (list, tuple))
-    generators = list(generator) if many else [generator] * n_stories
-    if len(generators) != n_stories:
-        raise ValueError(
-            f"generator holds {len(generators)} generators; give one for each story that is drawn, "
-            f"here {n_stories}"
-        )
+    check_generator(generator, n_stories)
     rows = []
-    for one in generators:
+    for one in list(generator) if many else [generator] * n_stories:
         where = "cpu" if one is None else one.device
         rows.append(torch.randn(*shape, generator=one, device=where).to(device))
     return torch.stack(rows)
@@ -201,7 +196,7 @@ class CausalStoryPipeline(
     LoRAs and textual inversions of Stable Diffusion load as they do in diffusers."""
 
     _interrupt = False
-    _guidance_scale = None  # of the call at work
+    _guidance_scale = None  # of the last call
     _num_timesteps = 0  # of a frame
     _optional_components = ["adapters"]
     _callback_tensor_inputs = CALLBACK_TENSORS
@@ -678,10 +673,16 @@ def interrupt(self: CausalStoryPipeline) -> bool:
     return self._interrupt
 
 # %% ../nbs/08_pipeline.ipynb #plumb002
+SPARING = (
+    "{} changes nothing here: attention is computed by scaled_dot_product_attention, which never "
+    "holds the whole matrix"
+)
+
+
 @patch(as_prop=True)
 def guidance_scale(self: CausalStoryPipeline) -> float:
-    """Of the call at work, else the stored one. A callback that sets `pipe._guidance_scale = 1`
-    ends guidance for the rest of the call, as in diffusers."""
+    """Of the last call, before any the stored one. A callback that sets `pipe._guidance_scale = 1`
+    ends guidance for the rest of its call, as in diffusers."""
     asked = self._guidance_scale
     return self.config.guidance_scale if asked is None else asked
 
@@ -706,12 +707,6 @@ def set_use_memory_efficient_attention_xformers(
     "What `enable_xformers_memory_efficient_attention` calls: likewise."
     if valid:
         warnings.warn(SPARING.format("xformers"), stacklevel=3)
-
-
-SPARING = (
-    "{} changes nothing here: attention is computed by scaled_dot_product_attention, which never "
-    "holds the whole matrix"
-)
 
 # %% ../nbs/08_pipeline.ipynb #7d79b8e5
 SCHEDULERS = {  # name -> (class, options as Stable Diffusion uses them); latents are never clipped

@@ -961,10 +961,10 @@ def recipe(
     pinned = {}
     for k in sorted(session.pinned):
         pinned[str(k)] = base64.b64encode(png_bytes(session.pictures[k])).decode()
-    several = session.given > 1  # which version 1 cannot say
-    return dict(
-        version=2 if several else 1,
-        **(dict(given=session.given) if several else {}),
+    version = dict(version=1)
+    if session.given > 1:  # version 1 knows one given picture
+        version = dict(version=2, given=session.given)
+    return version | dict(
         captions=session.captions,
         links=session.links.int().tolist(),
         pinned=pinned,
