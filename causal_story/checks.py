@@ -529,12 +529,11 @@ def check_arguments(
     unknown: dict,  # what a call was given beside its arguments
 ):
     "Raise TypeError that says what to write instead."
-    for name in unknown:
+    if unknown:
+        name = next(iter(unknown))
         known = INSTEAD.get(name)
-        raise TypeError(
-            f"there is no argument {name!r}"
-            + (f": write {known}" if known else "; help(pipe.__call__) lists them")
-        )
+        hint = f": write {known}" if known else "; help(pipe.__call__) lists them"
+        raise TypeError(f"there is no argument {name!r}{hint}")
 
 
 def callback_names(
