@@ -493,7 +493,11 @@ def test_a_story_is_written_drawn_and_its_past_changed(page, tmp_path):
     button(page, "stop").click()
     wait_for(page, "stopped after")
     assert time.perf_counter() - pressed < 2  # one second, and what the browser takes to say so
-    assert button(page, "play").is_enabled() and button(page, "stop").is_disabled()
+    from playwright.sync_api import expect
+
+    # what a stopped job says comes a moment before the buttons change
+    expect(button(page, "play")).to_be_enabled(timeout=2000)
+    expect(button(page, "stop")).to_be_disabled(timeout=2000)
 
     if page.kind == "voila":
         check_the_longest_story(page, tmp_path)
