@@ -309,6 +309,7 @@ def _rows_of(stories: str, kind: str, policy: HistoryPolicy):
 def run_rows(
     record: dict,  # from `run_arm`, or read from its file
     history: str = "true",  # one of `VIEWS`; "stays": scarves as first drawn; "looks": relevance
+    which=None,  # row -> bool: only these facts
 ) -> list:  # one dict a verdict, with `correct`
     """A run's verdicts. The stories are made again from their seed: a file holds one digit a fact.
 
@@ -322,7 +323,11 @@ def run_rows(
             f"the run of {record['arm']}, seed {record['seed']}, was scored on other stories than "
             "this version of the world makes"
         )
-    return [row | dict(correct=digit == "1") for row, digit in zip(rows, digits)]
+    return [
+        row | dict(correct=digit == "1")
+        for row, digit in zip(rows, digits)
+        if which is None or which(row)
+    ]
 
 
 def load_runs(
@@ -409,8 +414,8 @@ def far(row: dict) -> bool:
 
 
 def chosen_rows(records, which, history):
-    "One list of rows a seed, only the facts that `which` picks."
-    return [[row for row in run_rows(record, history) if which(row)] for record in records]
+    "One list of rows a seed, only the facts that `which` picks; it is not told the verdicts."
+    return [run_rows(record, history, which) for record in records]
 
 
 def arm_table(

