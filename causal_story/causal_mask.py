@@ -34,7 +34,7 @@ def frame_times(
 class PolicyRule:
     "One row of `POLICIES`: what a policy is, beside its window."
 
-    sees: Callable  # ages (V, F) -> (V, F), nonzero = in view; the future is hidden anyway
+    sees: Callable  # distances (V, F) -> (V, F), nonzero = in view; never the future
     window: str = "none"  # "none", "required" or "optional"
     weighs: bool = False  # are the visible blocks weighed by their relevance?
 
@@ -100,11 +100,11 @@ class HistoryPolicy:
         check_count(n_given, "n_given")
         times = frame_times(n_frames, task, n_given)
         n_blocks = n_frames + TASKS.index(task) * n_given
-        age = times[:, None] - torch.arange(n_blocks)  # (V, F), 1 = the frame just before
-        visible = POLICIES[self.name].sees(age).bool() & (age >= 1)
+        distance = times[:, None] - torch.arange(n_blocks)  # (V, F), 1 = the frame just before
+        visible = POLICIES[self.name].sees(distance).bool() & (distance >= 1)
         if self.window is None:
             return visible
-        in_window = age <= self.window
+        in_window = distance <= self.window
         if task == "continuation" and self.keep_given:
             in_window[:, :n_given] = True
         return visible & in_window

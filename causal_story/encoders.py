@@ -410,6 +410,18 @@ def _known_distance(story_context, context, n_blocks, frame_times) -> torch.Tens
         )
     return distance.clamp(0, story_context.config.n_times - 1).to(context.device)
 
+
+def _make_relevance(relevance: bool | str, width: int, n_times: int) -> nn.Module | None:
+    "The head of a kind of relevance. Raises `ValueError` that lists the kinds there are."
+    if not relevance:
+        return None
+    kind = "block" if relevance is True else relevance
+    if kind not in RELEVANCES:
+        raise ValueError(
+            f"relevance is {relevance!r}; it must be True, False or one of {', '.join(RELEVANCES)}"
+        )
+    return RELEVANCES[kind](width, n_times)
+
 # %% ../nbs/04_encoders.ipynb #b72c6b73
 def pack_tokens(
     tokens: torch.Tensor,  # (N, T, D)
@@ -576,18 +588,6 @@ class NullRelevance(RelevanceHead):
 
 
 RELEVANCES = dict(block=RelevanceHead, token=TokenRelevance, null=NullRelevance)
-
-
-def _make_relevance(relevance: bool | str, width: int, n_times: int) -> nn.Module | None:
-    "The head of a kind of relevance. Raises `ValueError` that lists the kinds there are."
-    if not relevance:
-        return None
-    kind = "block" if relevance is True else relevance
-    if kind not in RELEVANCES:
-        raise ValueError(
-            f"relevance is {relevance!r}; it must be True, False or one of {', '.join(RELEVANCES)}"
-        )
-    return RELEVANCES[kind](width, n_times)
 
 # %% ../nbs/04_encoders.ipynb #enc2000c
 @patch

@@ -7,7 +7,7 @@ __all__ = ['TUNING_METHODS', 'STABLE_DIFFUSION_15', 'tiny_unet', 'attention_site
            'project_queries', 'project_context', 'check_attention', 'check_bias', 'additive_bias',
            'CrossAttnAdapterProcessor', 'SelfAttnProcessor', 'AttentionRecord', 'our_processors', 'record_attention',
            'BottleneckAdapter', 'UNetAdapters', 'site_channels', 'check_sites', 'attach_adapters', 'check_processors',
-           'train_lora', 'train_nothing', 'train_adapters', 'train_attention', 'train_everything', 'UNetTuning',
+           'train_lora', 'train_nothing', 'train_attention', 'train_everything', 'train_adapters', 'UNetTuning',
            'add_adapters', 'parameter_table', 'ContextMemory', 'cached_context']
 
 # %% ../nbs/06_unet.ipynb #d1103f92
@@ -401,15 +401,6 @@ def train_nothing(unet, width, adapters, activation):
     "Only our processors, so that `context_bias` works."
     return adapters
 
-# %% ../nbs/06_unet.ipynb #m3thods2
-def train_adapters(unet, width, adapters, activation):
-    "The paper: bottlenecks behind the cross-attentions, new ones unless some are given."
-    if adapters is None:
-        adapters = UNetAdapters.for_unet(unet, width, activation)
-        attach_adapters(unet, adapters)
-    adapters.requires_grad_(True)
-    return adapters
-
 
 def train_attention(unet, width, adapters, activation):
     "The released configuration: everything inside a Spatial Transformer."
@@ -422,6 +413,15 @@ def train_attention(unet, width, adapters, activation):
 def train_everything(unet, width, adapters, activation):
     "AR-LDM: the whole U-Net."
     unet.requires_grad_(True)
+    return adapters
+
+# %% ../nbs/06_unet.ipynb #m3thods2
+def train_adapters(unet, width, adapters, activation):
+    "The paper: bottlenecks behind the cross-attentions, new ones unless some are given."
+    if adapters is None:
+        adapters = UNetAdapters.for_unet(unet, width, activation)
+        attach_adapters(unet, adapters)
+    adapters.requires_grad_(True)
     return adapters
 
 
