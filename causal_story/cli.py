@@ -626,6 +626,8 @@ def experiment(
     n_frames: int = 5,  # frames of the stories, in training and in the test
     frames_a_story: int | None = None,  # a step's loss is of so many frames of a story
     test_seed: int = 1,  # which stories of the split
+    first_frames: int | None = None,  # tune on stories of so many frames before, then go on
+    first_steps: int = 2000,  # so many steps
 ) -> int:
     """Tune several arms with several seeds and score them on stories. Continues an interrupted
     experiment."""
@@ -647,6 +649,8 @@ def experiment(
         n_frames,
         frames_a_story,
         test_seed,
+        first_frames,
+        first_steps,
     )
     for record in records:
         line = f"{record['arm']:24} seed {record['seed']}"

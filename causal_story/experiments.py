@@ -160,7 +160,7 @@ def _check_same_run(path: Path, asked: dict, views) -> dict:
     "A finished run, if it is the one that is asked for. Raises ValueError that says what differs."
     record = read_json(path, dict)
     asked_then = find_recipe(record["arm"]).as_dict() | run_settings(record)  # 0.1.0 wrote less
-    known = record | dict(settings=asked_then)
+    known = dict(first=None) | record | dict(settings=asked_then)
     changed = []
     for key, value in _json_form(asked).items():
         if key == "settings":
@@ -212,6 +212,7 @@ def run_arm(
     base="miniature",  # what `from_base` takes
     views=tuple(VIEWS),  # what is drawn
     changes: dict | None = None,  # of the recipe: frames_a_story, n_times ...
+    first: dict | None = None,  # tuned on shorter stories before: their n_frames, steps
     progress: bool = True,
 ) -> dict:  # what the file holds; `run_rows` turns it into rows
     """Tune, draw, read, write. Raises ValueError for an unknown arm, or if the run that lies there
@@ -219,7 +220,8 @@ def run_arm(
     recipe = replace(find_recipe(name), **(changes or {}))
     config = replace(config, seed=seed, learning_rate=recipe.learning_rate)
     path = Path(folder) / f"{name}-{seed}.json"
-    pipe = CausalStoryPipeline.from_base(base, recipe, seed=seed)
+    short = dict(n_times=first["n_frames"], frames_a_story=None) if first else {}
+    pipe = CausalStoryPipeline.from_base(base, replace(recipe, **short), seed=seed)
     pipe.set_progress_bar_config(disable=True)
     before = pipe.config.base["fingerprints"]["unet"]
     asked = dict(
@@ -227,13 +229,20 @@ def run_arm(
         stories=stories,
         world=world_hash(stories),
         train_stories=len(train),
+        first=first,
         settings=recipe.as_dict(),
         config=asdict(config),
     )
     if path.exists():
         return _check_same_run(path, asked, views)
     run = Path(folder) / "runs" / f"{name}-{seed}-{before[:6]}"
-    result = tune(pipe, train, recipe, config, run, cache=run.parent, progress=progress)
+    options = dict(cache=run.parent, progress=progress)
+    if first:
+        begin = make_stories(len(train), n_frames=first["n_frames"])
+        schedule = replace(config, steps=first["steps"])
+        tune(pipe, begin, replace(recipe, **short), schedule, f"{run}-first", **options)
+        pipe.story_context.grow(recipe.n_times)
+    result = tune(pipe, train, recipe, config, run, **options)
     trained = {part: n for part, (n, _) in trained_by_part(pipe.model).items()}
     megabytes = stored_mb(pipe, Path(folder) / "tuned" / f"{name}-{seed}")
     records = StoriesInMemory(make_stories(**stories)).records
@@ -269,9 +278,13 @@ def run_experiment(
     n_frames: int = 5,  # frames of the stories, in training and in the test
     frames_a_story: int | None = None,  # see `Recipe`
     test_seed: int = 1,  # which stories of the split
+    first_frames: int | None = None,  # tune on stories of so many frames before, then go on
+    first_steps: int = 2000,  # so many steps, with a learning rate schedule of their own
     progress: bool = True,
 ) -> list:  # the runs' records
     """All runs of an experiment, seed by seed, one after another.
+
+    A long past is learned sooner by a model that knows a short one: `first_frames`.
 
     Called again, it goes on where it was stopped. The features of the training stories stay in
     FOLDER/runs, for all runs; delete that folder when you are done."""
@@ -286,7 +299,8 @@ def run_experiment(
     changes = {} if frames_a_story is None else dict(frames_a_story=frames_a_story)
     if n_frames > Recipe().n_times:
         changes["n_times"] = n_frames
-    options = dict(base=base, views=views, changes=changes, progress=progress)
+    first = first_frames and dict(n_frames=first_frames, steps=first_steps)
+    options = dict(base=base, views=views, changes=changes, first=first, progress=progress)
     return [
         run_arm(name, seed, folder, train, stories, reader, config, **options)
         for seed in seeds

@@ -356,6 +356,8 @@ def test_a_run_with_other_settings_is_not_taken_for_this_one(tmp_path, reader, m
         arm("full", tmp_path, reader, replace(FEW, steps=3))
     with pytest.raises(ValueError, match="other frames_a_story"):
         arm("full", tmp_path, reader, changes=dict(frames_a_story=2))
+    with pytest.raises(ValueError, match="other first"):
+        arm("full", tmp_path, reader, first=dict(n_frames=3, steps=1))
     for key, other in (("base", "another"), ("world", "0" * 16), ("train_stories", 9)):
         path.write_text(json.dumps(first | {key: other}))
         with pytest.raises(ValueError, match=f"other {key}"):
@@ -417,8 +419,11 @@ def test_a_finished_run_of_0_1_0_is_the_run_that_is_asked_for(root, tmp_path, na
 def test_longer_stories_get_a_longer_time_table(tmp_path):
     few = dict(arms=("weighted",), seeds=(0,), steps=1, batch_size=2, train_stories=2)
     few |= dict(test_stories=1, split="val", views=("true",), progress=False)
-    [record] = run_experiment(tmp_path, n_frames=11, frames_a_story=3, **few)
+    few |= dict(n_frames=11, frames_a_story=3, first_frames=3, first_steps=1)
+    [record] = run_experiment(tmp_path, **few)
     settings = record["settings"]
+    assert record["first"] == dict(n_frames=3, steps=1)
+    assert len(list((tmp_path / "runs").glob("weighted-0-*-first"))) == 1
     assert settings["n_times"] == 11 and settings["frames_a_story"] == 3
     assert record["stories"]["n_frames"] == 11
     assert max(row["frame"] for row in run_rows(record)) == 10
