@@ -305,6 +305,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/causal-story', 'doc_host':
                                    'causal_story.data.StoryDataset.story': ('data.html#storydataset.story', 'causal_story/data.py'),
                                    'causal_story.data.StoryRecord': ('data.html#storyrecord', 'causal_story/data.py'),
                                    'causal_story.data.TaskLayout': ('data.html#tasklayout', 'causal_story/data.py'),
+                                   'causal_story.data.check_frames': ('data.html#check_frames', 'causal_story/data.py'),
                                    'causal_story.data.check_task': ('data.html#check_task', 'causal_story/data.py'),
                                    'causal_story.data.choose_tile': ('data.html#choose_tile', 'causal_story/data.py'),
                                    'causal_story.data.split_task': ('data.html#split_task', 'causal_story/data.py')},
