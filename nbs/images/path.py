@@ -16,7 +16,7 @@ from causal_story.figures import StoryPage
 from causal_story.pipeline import CausalStoryPipeline
 from causal_story.storyworld import make_stories
 
-INK, GREY, BLUE, ORANGE, TEAL = "#333333", "#8a8a8a", "#4a7fb5", "#d9822b", "#2a9d8f"
+INK, GREY, BLUE, GREEN, TEAL = "#333333", "#8a8a8a", "#4a7fb5", "#009e73", "#2a9d8f"
 WIDE, STEP, LOW, HIGH = 1.5, 1.78, 0.62, 1.5  # inches: a box, the way to the next, its place
 ASKED = 3  # the frame that base and tuned model are compared on
 SCORES = {"with its history": 0.73, "history hidden": 0.27}  # lesson 14, its 1,600 steps
@@ -25,7 +25,7 @@ NOTES = (
     "pictures,\na line a story",
     "every story\nin it",
     "who is she? It\nmakes her up",
-    "base frozen,\norange learns",
+    "base frozen,\ngreen learns",
     "she is Zaza,\nas before",
     "facts only the history\ntells, drawn right",
 )
@@ -103,8 +103,8 @@ for k, high in enumerate(heights):
     at = (left + 0.06 + 0.29 * k, LOW + 0.95 - high / 2)
     shape(Rectangle, at, 0.2, high, facecolor="#d3dbe3", edgecolor=GREY, linewidth=0.8)
     at = (at[0] + 0.045, LOW + 0.9)
-    shape(Rectangle, at, 0.11, 0.11, below=0, facecolor=ORANGE, edgecolor="none")
-reads = dict(boxstyle="round,pad=0.02", facecolor=ORANGE, edgecolor="none")
+    shape(Rectangle, at, 0.11, 0.11, below=0, facecolor=GREEN, edgecolor="none")
+reads = dict(boxstyle="round,pad=0.02", facecolor=GREEN, edgecolor="none")
 shape(FancyBboxPatch, (left + 0.08, LOW + 0.05), WIDE - 0.16, 0.24, **reads)
 style = dict(ha="center", va="center", color="white", weight="bold", fontsize=8.5)
 page.text(left + WIDE / 2, LOW + 0.17, "reads the past", **style)
