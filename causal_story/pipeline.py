@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['COMPONENTS', 'SPARING', 'SCHEDULERS', 'STORED_SETTINGS', 'story_generator', 'story_noise', 'step_generators',
-           'guided_steps', 'CausalStoryOutput', 'StoryRequest', 'CausalStoryPipeline', 'to_pil', 'make_scheduler']
+           'CausalStoryOutput', 'StoryRequest', 'CausalStoryPipeline', 'guided_steps', 'to_pil', 'make_scheduler']
 
 # %% ../nbs/08_pipeline.ipynb #bc46588d
 import warnings
@@ -129,15 +129,6 @@ def step_generators(
         rows.append([torch.Generator(one.device).manual_seed(seed) for seed in seeds.tolist()])
     return dict(enumerate(map(list, zip(*rows))))
 
-# %% ../nbs/08_pipeline.ipynb #9d1c0002
-def guided_steps(
-    interval: tuple,  # (start, stop), shares of the steps
-    n_steps: int,  # of the solver, from noise to picture
-) -> list:  # n_steps bools, True = with guidance
-    "Where guidance is computed: step k if round(start n) <= k < round(stop n) (our choice)."
-    start, stop = (round(edge * n_steps) for edge in interval)
-    return [start <= step < stop for step in range(n_steps)]
-
 # %% ../nbs/08_pipeline.ipynb #1304ab30
 @dataclass
 class CausalStoryOutput(BaseOutput):
@@ -153,7 +144,7 @@ class CausalStoryOutput(BaseOutput):
             return [frame for story in self.frames for frame in story]
         return self.frames.reshape(-1, *self.frames.shape[2:])
 
-
+# %% ../nbs/08_pipeline.ipynb #storyreq
 @dataclass
 class StoryRequest:
     "What a call asks for, checked: B stories of V frames."
@@ -361,6 +352,15 @@ def collator(
         self.tokenizer, self.history_tokenizer, self.frame_size, size, self.max_length, task
     )
 
+# %% ../nbs/08_pipeline.ipynb #9d1c0002
+def guided_steps(
+    interval: tuple,  # (start, stop), shares of the steps
+    n_steps: int,  # of the solver, from noise to picture
+) -> list:  # n_steps bools, True = with guidance
+    "Where guidance is computed: step k if round(start n) <= k < round(stop n) (our choice)."
+    start, stop = (round(edge * n_steps) for edge in interval)
+    return [start <= step < stop for step in range(n_steps)]
+
 # %% ../nbs/08_pipeline.ipynb #6a0cb5f7
 def _stacked(empty: Conditioning, with_story: Conditioning) -> Conditioning:
     "The empty condition (of one story) and the told one (of B) in one batch of 2B."
@@ -386,17 +386,18 @@ def _denoise(
     "One frame of every story, from noise to clean latents."
     model, scheduler = self.model, self.scheduler  # asking for `self.model` looks at every part
     timesteps = self._set_timesteps(request)
+    # eta and a generator, for a solver whose step takes them
     options = step_options(scheduler, request.eta, (request.step_generators or {}).get(frame))
-    latents = noise * scheduler.init_noise_sigma
+    latents = noise * scheduler.init_noise_sigma  # 1; Euler starts at its largest noise level
     guided = guided_steps(request.guidance_interval, len(timesteps))
     alone = with_story.groups(dtype=latents.dtype)
     pair = None if empty is None else _stacked(empty, with_story).groups(dtype=latents.dtype)
     with cached_context(self.unet):
         for step, t in enumerate(timesteps):
-            if self.interrupt:
+            if self.interrupt:  # a callback has asked to stop
                 break
             both = pair is not None and guided[step] and self.guidance_scale > 1
-            x = scheduler.scale_model_input(latents, t)
+            x = scheduler.scale_model_input(latents, t)  # as they are; Euler scales by its level
             x = torch.cat([x, x]) if both else x  # (2B, C, h, w) or (B, C, h, w)
             at = t.expand(len(x), 1)
             prediction = model.predict(x[:, None], at, pair if both else alone)[:, 0]

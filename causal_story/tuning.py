@@ -141,6 +141,7 @@ def tune(
     if accelerator.is_main_process:
         warn_of_unknown_words((pipe.tokenizer, pipe.history_tokenizer), dataset)
 
+    # what may move, and its loss
     prepare_tuning(pipe, recipe, config.seed)
     model = pipe.model.to(accelerator.device).eval()
     collator = pipe.collator()
@@ -149,6 +150,7 @@ def tune(
         if gradient_checkpointing:
             pipe.unet.enable_gradient_checkpointing()
             at_the_end.callback(pipe.unet.disable_gradient_checkpointing)
+        # what frozen networks say, once
         kept = None
         if cache:
             history = recipe.reconstructed_history
@@ -164,6 +166,7 @@ def tune(
                 progress=progress,
             )
             at_the_end.callback(kept.close)
+        # the loop
         batches = StoryBatches(
             dataset,
             collator,
@@ -179,6 +182,7 @@ def tune(
         result = fit(
             model, loss, batches, config, folder, accelerator, progress=progress, **options
         )
+    # averaged weights; the pipeline draws as it was tuned
     result.use_ema(model).eval()
     pipe.register_to_config(
         history_policy=recipe.policy.name,
