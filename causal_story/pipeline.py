@@ -37,6 +37,7 @@ from .batches import caption_tokens
 from .causal_mask import HistoryPolicy, as_policy, frame_times
 from causal_story.checks import (
     CALLBACK_TENSORS,
+    METHODS_INSTEAD,
     callback_names,
     check_arguments,
     check_count,
@@ -259,6 +260,11 @@ class CausalStoryPipeline(
     def history_policy(self) -> HistoryPolicy:
         "The policy that is stored with the checkpoint."
         return HistoryPolicy(self.config.history_policy, self.config.window)
+
+    def __getattr__(self, name):
+        if name in METHODS_INSTEAD:
+            raise AttributeError(f"there is no {name} here: write {METHODS_INSTEAD[name]}")
+        return super().__getattr__(name)
 
 # %% ../nbs/08_pipeline.ipynb #setattr1
 COMPONENTS = (
@@ -800,6 +806,12 @@ def from_base(
         context_layer=recipe.context_layers > 0,
         base=record,
     )
+
+# %% ../nbs/08_pipeline.ipynb #plpsingl
+@patch(cls_method=True)
+def from_single_file(cls: CausalStoryPipeline, path, **options) -> CausalStoryPipeline:
+    "diffusers' name for `from_base` with Stable Diffusion in one file."
+    return cls.from_base(path, **options)
 
 # %% ../nbs/08_pipeline.ipynb #36b2eeea
 @patch

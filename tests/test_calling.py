@@ -644,6 +644,20 @@ def test_arguments_of_other_pipelines_are_answered():
         pipe("Milo waves.")
 
 
+def test_methods_of_other_pipelines_are_answered(monkeypatch):
+    pipe = make_pipe()
+    for name, hint in (("encode_prompt", "read_captions"), ("load_ip_adapter", "source_image")):
+        assert not hasattr(pipe, name)
+        with pytest.raises(AttributeError, match=f"there is no {name} here: write .*{hint}"):
+            getattr(pipe, name)
+    with pytest.raises(AttributeError, match="nonsense"):
+        pipe.nonsense
+    asked = []
+    monkeypatch.setattr(CausalStoryPipeline, "from_base", lambda *a, **k: asked.append((a, k)))
+    CausalStoryPipeline.from_single_file("v1-5.safetensors", seed=1)
+    assert asked == [(("v1-5.safetensors",), dict(seed=1))]
+
+
 def test_what_saves_memory_elsewhere_changes_nothing():
     pipe = make_pipe()
     plain = tell(pipe)
