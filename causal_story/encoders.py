@@ -649,8 +649,9 @@ def grow(
 ) -> StoryContext:  # the same object
     """Lengthen the time table, and the tables of distances, in place.
 
-    A new row is a copy of the last one: what lies further off than was ever learned is read as the
-    furthest that was. Stories that fitted before give the same numbers. Call it before an optimizer
+    A new row is a copy of the last one, whether a story was ever long enough to teach that or not:
+    what lies further off is read as the furthest that the table knows. Stories that fitted before
+    give the same numbers. Call it before an optimizer
     is made. Raises `ValueError` if the table would shrink."""
     if n_times < self.config.n_times:
         raise ValueError(

@@ -17,7 +17,7 @@ counts = trained_by_part(pipe.model)
 fig, ax = plt.subplots(figsize=(7.5, 2.6), dpi=110)
 for y, (part, (trained, total)) in enumerate(counts.items()):
     ax.barh(y, total / 1e6, color="#dfe7ee")
-    ax.barh(y, trained / 1e6, color="#e07a1f")
+    ax.barh(y, trained / 1e6, color="#009e73")
     moves = f"{trained:,} of {total:,} move" if trained else "stands still"
     ax.text(total / 1e6 + 0.05, y, moves, va="center", fontsize=9, color="#444444")
 ax.set(yticks=range(len(counts)), yticklabels=[part.replace("_", " ") for part in counts])
