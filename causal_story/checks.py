@@ -529,7 +529,6 @@ METHODS_INSTEAD = {  # methods of other pipelines -> what to write here
     "encode_prompt": "pipe.tokens and pipe.model.read_captions; lesson 8 uses both",
     "load_ip_adapter": "source_image=... or kept_frames=...: BLIP reads pictures here",
     "set_ip_adapter_scale": "source_image=... or kept_frames=...: BLIP reads pictures here",
-    "img2img": "kept_frames=..., or task='continuation' with source_image=...",
 }
 
 

@@ -651,8 +651,8 @@ def grow(
 
     A new row is a copy of the last one, whether a story was ever long enough to teach that or not:
     what lies further off is read as the furthest that the table knows. Stories that fitted before
-    give the same numbers. Call it before an optimizer
-    is made. Raises `ValueError` if the table would shrink."""
+    give the same numbers. Call it before an optimizer is made. Raises `ValueError` if the table
+    would shrink."""
     if n_times < self.config.n_times:
         raise ValueError(
             f"n_times is {n_times}; the table has {self.config.n_times} rows and does not shrink"

@@ -291,6 +291,11 @@ def run_experiment(
     unknown = [name for name in arms if name not in RECIPES]
     if unknown:
         raise ValueError(f"there is no arm {unknown[0]!r}; choose from {', '.join(RECIPES)}")
+    if first_frames is not None and not 1 < first_frames < n_frames:
+        raise ValueError(
+            f"first_frames={first_frames}: stories to begin with have at least 2 frames and fewer "
+            f"than n_frames={n_frames}"
+        )
     longer = {} if n_frames == 5 else dict(n_frames=n_frames)
     train = make_stories(train_stories, **longer)
     stories = dict(n=test_stories, split=split, seed=test_seed, **longer)

@@ -431,6 +431,14 @@ def test_longer_stories_get_a_longer_time_table(tmp_path):
     assert pipe.story_context.config.n_times == 11
 
 
+@pytest.mark.parametrize("first", [0, 1, 5, 6])
+def test_what_a_run_begins_with_is_shorter_and_checked_first(tmp_path, first, monkeypatch):
+    monkeypatch.setattr(experiments, "tune", None)
+    with pytest.raises(ValueError, match=f"first_frames={first}: .*fewer than n_frames=5"):
+        run_experiment(tmp_path, n_frames=5, first_frames=first)
+    assert not list(tmp_path.iterdir())
+
+
 def test_runs_on_different_bases_are_not_compared(tmp_path):
     for name, base in (("full-0", "a"), ("weighted-0", "a"), ("weighted-1", "b")):
         (tmp_path / f"{name}.json").write_text(
