@@ -365,6 +365,9 @@ def open_explorer(page, port, server, log):
         address = f"http://127.0.0.1:{port}/lab/tree/{NOTEBOOK.name}?reset"
         page.goto(address, wait_until="commit")
         page.locator(".jp-Notebook .jp-Cell").first.wait_for()
+        # before the notebook has its kernel, its commands open a dialog that asks for one
+        page.locator(".jp-Toolbar-kernelName", has_text="Python 3").wait_for()
+        page.locator(".jp-Notebook-ExecutionIndicator[data-status='idle']").wait_for()
         started = page.locator(".jp-InputPrompt", has_text=re.compile(r"\[(\*|\d+)\]"))
         for _ in range(20):  # the menu is there before its commands do anything
             page.get_by_text("Run", exact=True).first.click()
