@@ -1243,6 +1243,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/causal-story', 'doc_host':
                                                                                                'causal_story/pipeline.py'),
                                        'causal_story.pipeline.CausalStoryPipeline._draw': ( 'pipeline.html#causalstorypipeline._draw',
                                                                                             'causal_story/pipeline.py'),
+                                       'causal_story.pipeline.CausalStoryPipeline._execution_device': ( 'pipeline.html#causalstorypipeline._execution_device',
+                                                                                                        'causal_story/pipeline.py'),
                                        'causal_story.pipeline.CausalStoryPipeline._frame_row': ( 'pipeline.html#causalstorypipeline._frame_row',
                                                                                                  'causal_story/pipeline.py'),
                                        'causal_story.pipeline.CausalStoryPipeline._read_back': ( 'pipeline.html#causalstorypipeline._read_back',

@@ -190,6 +190,7 @@ class CausalStoryPipeline(
     _interrupt = False
     _guidance_scale = None  # of the last call
     _num_timesteps = 0  # of a frame
+    _device_of_call = None  # while stories are drawn
     _optional_components = ["adapters"]
     _callback_tensor_inputs = CALLBACK_TENSORS
     _exclude_from_cpu_offload = ["adapters"]  # small, and they work inside the U-Net
@@ -255,6 +256,11 @@ class CausalStoryPipeline(
         for name, buffer in self._model.named_buffers(recurse=False):
             setattr(self._model, name, buffer.to(device))
         return self._model
+
+    @property
+    def _execution_device(self):
+        "As diffusers finds it: it asks every module, so a call that draws asks once."
+        return self._device_of_call or super()._execution_device
 
     @property
     def history_policy(self) -> HistoryPolicy:
@@ -607,7 +613,11 @@ def __call__(
     self._set_timesteps(request)  # or ValueError
     self._warn_of_cuts(request)
     request = request.times_over(n_tellings)
-    frames, relevance, latents = self._draw(request)
+    self._device_of_call = self._execution_device
+    try:
+        frames, relevance, latents = self._draw(request)
+    finally:
+        self._device_of_call = None
     self.maybe_free_model_hooks()
     if output_type != "pil":
         frames = latents if output_type == "latent" else _as_array(frames, output_type)
