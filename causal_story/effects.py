@@ -24,7 +24,7 @@ def _true_conditioning(pipe, records, task, policy: HistoryPolicy):
         dict(id=r.id, index=k, captions=r.captions, frames=r.frames, truth=None)
         for k, r in enumerate(records)
     ]
-    device = pipe._execution_device
+    device = pipe.drawing_device
     batch = {
         name: value.to(device)
         for name, value in pipe.collator(task)(items).items()

@@ -56,7 +56,7 @@ def ceilings(
     error), and of these after the autoencoder."""
 
     def through(frames):
-        x = frames_tensor(frames).to(pipe._execution_device, pipe.vae.dtype)
+        x = frames_tensor(frames).to(pipe.drawing_device, pipe.vae.dtype)
         return to_pil(pipe.vae.decode(pipe.vae.encode(x).latent_dist.mean).sample.clamp(-1, 1))
 
     true = [record.frames[int(task == "continuation") :] for record in records]

@@ -240,7 +240,7 @@ class CausalStoryPipeline(
     @property
     def model(self) -> CausalStoryModel:
         "The same parts as the model that trains: the same object until a part is exchanged."
-        device = self._execution_device
+        device = self.drawing_device
         if self._model is None:
             tokenizers = self.tokenizer, self.history_tokenizer
             self._model = CausalStoryModel(
@@ -258,9 +258,9 @@ class CausalStoryPipeline(
         return self._model
 
     @property
-    def _execution_device(self):
-        "As diffusers finds it: it asks every module, so a call that draws asks once."
-        return self._device_of_call or super()._execution_device
+    def drawing_device(self) -> torch.device:
+        "Where it draws. diffusers asks every module for it; a call that draws asks once."
+        return self._device_of_call or self.drawing_device
 
     @property
     def history_policy(self) -> HistoryPolicy:
@@ -335,7 +335,7 @@ def tokens(
     if tokenizer is self.tokenizer and several:  # words of a textual inversion of several vectors
         stories = [[valid_text(caption) for caption in story] for story in captions]
         captions = [self.maybe_convert_prompt(story, tokenizer) for story in stories]
-    device = self._execution_device
+    device = self.drawing_device
     return tuple(part.to(device) for part in caption_tokens(tokenizer, captions, self.max_length))
 
 
@@ -348,7 +348,7 @@ def read_pictures(
     "BLIP's block for one (frame, caption) pair of every story."
     size = self.history_encoder.config["vision_config"]["image_size"]
     pixel_values = pixels(pictures, size, CLIP_IMAGE_MEAN, CLIP_IMAGE_STD)
-    pixel_values = pixel_values.to(self._execution_device, self.history_encoder.dtype)
+    pixel_values = pixel_values.to(self.drawing_device, self.history_encoder.dtype)
     ids, mask = self.tokens(self.history_tokenizer, [[caption] for caption in captions])
     return self.model.read_history(ids, mask, pixel_values[:, None]), mask
 
@@ -434,7 +434,7 @@ def _draw(
     B, V = len(request.captions), len(request.captions[0])
     model = self.model
     shape = (V, self.unet.config.in_channels, *[self.unet.config.sample_size] * 2)
-    noise = story_noise(shape, B, request.generator, self._execution_device).to(self.unet.dtype)
+    noise = story_noise(shape, B, request.generator, self.drawing_device).to(self.unet.dtype)
     ids, words = self.tokens(self.tokenizer, request.captions)
     caption_states = model.read_captions(ids, words)  # (B, V, S, D)
     request.step_generators = step_generators(request.generator, B, V)
@@ -476,7 +476,7 @@ def _draw(
 def _frame_row(self: CausalStoryPipeline, request: StoryRequest, i: int) -> dict:
     "How frame i lays out its context: its row of the mask up to what has been read, its time."
     n_blocks = i + request.n_given
-    frame_mask = request.frame_mask[i : i + 1, :n_blocks].to(self._execution_device)
+    frame_mask = request.frame_mask[i : i + 1, :n_blocks].to(self.drawing_device)
     times = frame_times(len(request.captions[0]), request.task, request.n_given)[i : i + 1]
     return dict(
         frame_mask=frame_mask,
@@ -613,7 +613,7 @@ def __call__(
     self._set_timesteps(request)  # or ValueError
     self._warn_of_cuts(request)
     request = request.times_over(n_tellings)
-    self._device_of_call = self._execution_device
+    self._device_of_call = self.drawing_device
     try:
         frames, relevance, latents = self._draw(request)
     finally:
@@ -663,7 +663,7 @@ def times_over(self: StoryRequest, n: int) -> StoryRequest:
 @patch
 def _set_timesteps(self: CausalStoryPipeline, request: StoryRequest) -> torch.Tensor:  # (steps,)
     "The scheduler at the start of a frame."
-    device = self._execution_device
+    device = self.drawing_device
     asked = dict(timesteps=request.timesteps, sigmas=request.sigmas)
     asked = {name: value for name, value in asked.items() if value is not None}
     if asked:
