@@ -260,7 +260,7 @@ class CausalStoryPipeline(
     @property
     def drawing_device(self) -> torch.device:
         "Where it draws. diffusers asks every module for it; a call that draws asks once."
-        return self._device_of_call or self.drawing_device
+        return self._device_of_call or self._execution_device
 
     @property
     def history_policy(self) -> HistoryPolicy:
