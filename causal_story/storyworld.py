@@ -21,10 +21,10 @@ def telling_frames(
 ) -> set:  # earlier frames
     "The sources: earlier frames that show the character, none of them before its last change."
     changes = [k for k in range(frame + 1) if (attribute, name) in frames[k].changed]
-    last_change = max(changes, default=0)
+    last_change = max(changes, default=0)  # u: the last change
     return {
         k
-        for k in range(last_change, frame)
+        for k in range(last_change, frame)  # since then, every frame that shows the character
         if name in [actor.name for actor in frames[k].scene.actors]
     }
 
