@@ -55,7 +55,7 @@ def map(self: Conditioning, change) -> Conditioning:
 def where(
     self: Conditioning,
     rows: torch.Tensor,  # (B, V) bool
-    other: Conditioning,  # one for all stories, or one a story
+    other: Conditioning,  # one for all stories, or one per story
 ) -> Conditioning:
     "This conditioning, with `rows` taken from `other`."
 
@@ -381,7 +381,7 @@ def forward(
 
 # %% ../nbs/07_model.ipynb #da851781
 def draw_randomness(
-    keys,  # one key a story, say (seed, epoch, index): all its randomness follows from it
+    keys,  # one key per story, say (seed, epoch, index): all its randomness follows from it
     frame_valid,  # (B, V) bool
     shape,  # (C, h, w) of the latents
     n_timesteps: int = 1000,  # of the noise schedule
@@ -408,7 +408,7 @@ def draw_randomness(
 
 # %% ../nbs/07_model.ipynb #afe3ed8d
 def choose_frames(
-    keys,  # one key a story, as for `draw_randomness`
+    keys,  # one key per story, as for `draw_randomness`
     frame_valid,  # (B, V) bool
     frames_a_story: int | None,  # at most so many of a story's frames; None: all
 ) -> torch.Tensor | None:  # (B, n) long, ascending; None: all frames

@@ -30,7 +30,7 @@ def tiny_unet(
     latent_channels: int = 8,  # channels of the latents
     width: int = 128,  # D, width of the context tokens
     block_channels: tuple = (96, 128),  # channels at each resolution, finest first
-    layers: int = 1,  # (resnet, transformer) pairs a block
+    layers: int = 1,  # (resnet, transformer) pairs per block
     head_width: int = 32,  # channels of one attention head
 ) -> UNet2DConditionModel:  # (N, C, H, W), (N,), (N, T, D) -> (N, C, H, W)
     """Stable Diffusion's U-Net class with 5.4 M parameters, cross-attention at every resolution.
@@ -203,9 +203,9 @@ class SelfAttnProcessor(AttnProcessor2_0):
 # %% ../nbs/06_unet.ipynb #7a97fa2c
 @dataclass
 class AttentionRecord:
-    "How much each context token was looked at: an entry a U-Net call and site, on the CPU."
+    "How much each context token was looked at: one entry per U-Net call and site, on the CPU."
 
-    keep_maps: bool = False  # also keep one map a pixel
+    keep_maps: bool = False  # also keep one map per pixel
     mass: dict = field(default_factory=dict)  # site -> list of (N, T): mean over heads and pixels
     maps: dict = field(default_factory=dict)  # site -> list of (N, H*W, T): mean over heads
 
@@ -517,7 +517,7 @@ def parameter_table(
         ("attention", None),
         ("full", None),
     ),  # (method, width)
-) -> list:  # one dict a setting: method, width, trained, total (parameters of the base), share
+) -> list:  # one dict per setting: method, width, trained, total (parameters of the base), share
     "How much each method trains inside the U-Net, counted on the meta device, without weights."
     rows = []
     for method, width in settings:
@@ -564,7 +564,7 @@ def cached_context(
 
     Yields the U-Net. They are computed anew after a write into the context or the weights, under
     another autocast dtype, with LoRA, in inference mode and in compiled code. For each row and
-    token 2*C numbers a site are held (Stable Diffusion 1.5: 50 kB in half precision), until the
+    token 2*C numbers per site are held (Stable Diffusion 1.5: 50 kB in half precision), until the
     context tensor is gone or the block ends. Blocks may be nested. Writes through `.data` go
     unnoticed. Raises `ValueError` for a U-Net without cross-attention."""
     processors = [p for p in our_processors(unet) if p.project_context is project_context]
