@@ -42,6 +42,25 @@ def wilson_interval(
     shrink = 1 + z**2 / n
     return max(0.0, (centre - reach) / shrink), min(1.0, (centre + reach) / shrink)
 
+# %% ../nbs/10_metrics.ipynb #chkrows1
+def _check_groups(rows, by):
+    "Raise ValueError unless there are rows, and all of them have these keys."
+    if not rows:
+        raise ValueError("rows is empty: there is nothing to summarise")
+    if missing := [key for key in by if key not in rows[0]]:
+        raise ValueError(f"by names {missing}; rows have {list(rows[0])}")
+
+
+def _check_same_facts(rows_a, rows_b):
+    "Raise ValueError unless both lists score the same facts in the same order."
+    names = ("story", "frame", "attribute", "actor", "name")
+    keys_a = [[row.get(name) for name in names] for row in rows_a]
+    keys_b = [[row.get(name) for name in names] for row in rows_b]
+    if not rows_a or keys_a != keys_b:
+        raise ValueError(
+            "rows_a and rows_b must hold the same facts of the same stories, in the same order"
+        )
+
 # %% ../nbs/10_metrics.ipynb #8c9a37c6
 def mean_interval(
     values: list,  # (n,) verdicts, or other numbers
@@ -50,7 +69,7 @@ def mean_interval(
     seed: int = 0,  # of the bootstrap
 ) -> tuple:  # low, high
     """95 % interval of a mean by bootstrap over stories; where all values are 1, or all are 0,
-    Wilson's with one trial a story.
+    Wilson's with one trial per story.
     """
     if set(values) in ({0}, {1}):
         n_stories = len(set(stories))
@@ -65,15 +84,12 @@ def summarise(
     by: tuple = (),  # keys of the rows to group by
     resamples: int = 1000,  # of the bootstrap
     seed: int = 0,  # of the bootstrap
-) -> list:  # one dict a group: its keys, accuracy, low, high, n, stories
+) -> list:  # one dict per group: its keys, accuracy, low, high, n, stories
     """Accuracy with its 95 % interval, group by group in order of appearance. Raises ValueError
     on no rows or an unknown key.
     """
     by = (by,) if isinstance(by, str) else tuple(by)
-    if not rows:
-        raise ValueError("rows is empty: there is nothing to summarise")
-    if missing := [key for key in by if key not in rows[0]]:
-        raise ValueError(f"by names {missing}; rows have {list(rows[0])}")
+    _check_groups(rows, by)
     groups = {}
     for row in rows:
         groups.setdefault(tuple(row[key] for key in by), []).append(row)
@@ -97,19 +113,30 @@ def paired_difference(
     """Mean difference in accuracy with a 95 % interval by bootstrap over stories. Raises
     ValueError unless both score the same facts.
     """
-    names = ("story", "frame", "attribute", "actor", "name")
-    keys_a = [[row.get(name) for name in names] for row in rows_a]
-    keys_b = [[row.get(name) for name in names] for row in rows_b]
-    if not rows_a or keys_a != keys_b:
-        raise ValueError(
-            "rows_a and rows_b must hold the same facts of the same stories, in the same order"
-        )
+    _check_same_facts(rows_a, rows_b)
     values = [float(a["correct"]) - float(b["correct"]) for a, b in zip(rows_a, rows_b)]
     stories = [row["story"] for row in rows_a]
     means = bootstrap_means(values, stories, resamples, seed)
     low, high = numpy.quantile(means, (0.025, 0.975)).tolist()
     line = {"difference": float(numpy.mean(values)), "low": low, "high": high}
     return line | {"n": len(values), "stories": len(set(stories))}
+
+# %% ../nbs/10_metrics.ipynb #chkfeat1
+def _check_features(real, drawn):
+    "Raise ValueError on features that no distance can be had of; warn if the rows are too few."
+    if real.ndim != 2 or drawn.ndim != 2 or real.shape[1] != drawn.shape[1]:
+        raise ValueError(
+            f"features must be (N, D) and (M, D), not {tuple(real.shape)} and {tuple(drawn.shape)}"
+        )
+    n = min(len(real), len(drawn))
+    if n < 2:
+        raise ValueError("features of at least two frames are needed in each set")
+    if n <= real.shape[1]:
+        warnings.warn(
+            f"{n} frames are too few for {real.shape[1]} features: the covariance cannot be "
+            "known, and the distance is far too large; KID needs fewer frames",
+            stacklevel=3,
+        )
 
 # %% ../nbs/10_metrics.ipynb #38a9ea64
 def frechet_distance(
@@ -123,19 +150,7 @@ def frechet_distance(
     from torchmetrics.image.fid import FrechetInceptionDistance
 
     real, drawn = (torch.as_tensor(part).detach().cpu().double() for part in (real, drawn))
-    if real.ndim != 2 or drawn.ndim != 2 or real.shape[1] != drawn.shape[1]:
-        raise ValueError(
-            f"features must be (N, D) and (M, D), not {tuple(real.shape)} and {tuple(drawn.shape)}"
-        )
-    n = min(len(real), len(drawn))
-    if n < 2:
-        raise ValueError("features of at least two frames are needed in each set")
-    if n <= real.shape[1]:
-        warnings.warn(
-            f"{n} frames are too few for {real.shape[1]} features: the covariance cannot be "
-            "known, and the distance is far too large; KID needs fewer frames",
-            stacklevel=2,
-        )
+    _check_features(real, drawn)
     network = nn.Identity()  # the features are there already
     network.num_features = real.shape[1]
     metric = FrechetInceptionDistance(network, sync_on_compute=False)  # we hold all frames
