@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['COMPONENTS', 'SPARING', 'SCHEDULERS', 'STORED_SETTINGS', 'CausalStoryOutput', 'StoryRequest', 'CausalStoryPipeline',
-           'step_generators', 'to_pil', 'story_generator', 'story_noise', 'make_scheduler', 'guided_steps']
+           'step_generators', 'guided_steps', 'to_pil', 'story_generator', 'story_noise', 'make_scheduler']
 
 # %% ../nbs/08_pipeline.ipynb #bc46588d
 import warnings
@@ -371,6 +371,15 @@ def step_generators(
         seeds = torch.randint(2**62, (n_frames,), generator=copies[one], device=one.device)
         rows.append([torch.Generator(one.device).manual_seed(seed) for seed in seeds.tolist()])
     return dict(enumerate(map(list, zip(*rows))))
+
+# %% ../nbs/08_pipeline.ipynb #9d1c0002
+def guided_steps(
+    interval: tuple,  # (start, stop), shares of the steps
+    n_steps: int,  # of the solver, from noise to picture
+) -> list:  # n_steps bools, True = with guidance
+    "Where guidance is computed: step k if round(start n) <= k < round(stop n) (our choice)."
+    start, stop = (round(edge * n_steps) for edge in interval)
+    return [start <= step < stop for step in range(n_steps)]
 
 # %% ../nbs/08_pipeline.ipynb #6a0cb5f7
 def _stacked(empty: Conditioning, with_story: Conditioning) -> Conditioning:
@@ -943,12 +952,3 @@ def to(self: CausalStoryPipeline, *arguments, **options) -> CausalStoryPipeline:
     "As in diffusers, without five warnings about nothing."
     with quiet_casts():
         return DiffusionPipeline.to(self, *arguments, **options)
-
-# %% ../nbs/08_pipeline.ipynb #9d1c0002
-def guided_steps(
-    interval: tuple,  # (start, stop), shares of the steps
-    n_steps: int,  # of the solver, from noise to picture
-) -> list:  # n_steps bools, True = with guidance
-    "Where guidance is computed: step k if round(start n) <= k < round(stop n) (our choice)."
-    start, stop = (round(edge * n_steps) for edge in interval)
-    return [start <= step < stop for step in range(n_steps)]
