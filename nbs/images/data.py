@@ -85,9 +85,9 @@ for k, (frame, caption) in enumerate(zip(square, captions)):
 
 # 4: tensors; the second story is shorter and was filled up
 x = LEFT[3]
-page.text(x, 3.17, "caption_ids, S numbers a caption", fontsize=8, color=ORANGE)
-page.text(x, 2.58, "frames, V a story", fontsize=8, color=ORANGE)
-page.text(x, 1.58, "history_frames, F a story", fontsize=8, color=BLUE)
+page.text(x, 3.17, "caption_ids, S numbers per caption", fontsize=8, color=ORANGE)
+page.text(x, 2.58, "frames, V per story", fontsize=8, color=ORANGE)
+page.text(x, 1.58, "history_frames, F per story", fontsize=8, color=BLUE)
 filled = [*others[0], grey, grey]
 for b, row in enumerate((square, filled)):
     for k, frame in enumerate(row):
@@ -101,7 +101,7 @@ for b, row in enumerate((square, filled)):
                 shape(Rectangle, at, 0.05, 0.09, facecolor=colour)
 
 notes = (
-    "pictures of any size,\na line of text a story",
+    "pictures of any size,\na line of text per story",
     "any story can be\nread alone",
     "N captions, N pictures\nin true colours",
     "tensors; what a short story\nlacks is grey",

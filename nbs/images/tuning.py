@@ -21,7 +21,7 @@ for y, (part, (trained, total)) in enumerate(counts.items()):
     moves = f"{trained:,} of {total:,} move" if trained else "stands still"
     ax.text(total / 1e6 + 0.05, y, moves, va="center", fontsize=9, color="#444444")
 ax.set(yticks=range(len(counts)), yticklabels=[part.replace("_", " ") for part in counts])
-ax.set(xlabel="million weights", xlim=(0, 7.5))
+ax.set(xlabel="million weights", xlim=(0, 6.4))
 ax.invert_yaxis()
 ax.spines[["top", "right"]].set_visible(False)
 fig.tight_layout()
