@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Changes', 'STORIES_LEFT_OUT', 'VERBS', 'Model', 'Drawing', 'chosen_recipe', 'best_device', 'is_tuned', 'is_hub_id',
            'is_full_size', 'new_pipeline', 'check_complete', 'start_model', 'load_tuned', 'load_model', 'prepare',
-           'pretrain_base', 'cache', 'train', 'sample', 'evaluate', 'experiment', 'demo', 'Verb', 'Setting',
+           'pretrain_base', 'cache', 'train', 'sample', 'evaluate', 'show_shares', 'demo', 'Verb', 'Setting',
            'settings_of', 'kind_in_words', 'help_of', 'read_words', 'read_file', 'as_value', 'parse', 'main']
 
 # %% ../nbs/library/cli.ipynb #cli00003
@@ -57,7 +57,7 @@ from .miniature import PRESETS, SECOND, STAGES, continue_pretraining, pretrain
 from .pipeline import SCHEDULERS, CausalStoryPipeline
 from .raw import LAYOUTS, convert, convert_folder, readable_kinds, write_folder
 from .reader import FrameReader
-from .recipes import RECIPES, Recipe, find_recipe
+from .recipes import Recipe, find_recipe
 from .storage import atomic_path, local_folder
 from .story_file import count_stories, left_out, report_path
 from .storyworld import make_stories
@@ -612,46 +612,8 @@ def _agreed(found, name, asked, default):
     return asked or known or default
 
 # %% ../nbs/library/cli.ipynb #cli00016
-def experiment(
-    out: str,  # folder for one JSON file a run
-    arms: tuple[str, ...] = ("full", "weighted"),  # names of recipes: what is compared
-    seeds: tuple[int, ...] = (0, 1, 2),  # one run a seed and arm
-    steps: int = 600,  # optimizer steps of every run
-    batch_size: int = 8,  # stories a step
-    train_stories: int = 1200,  # stories to tune on
-    stories: int = 200,  # stories that are drawn
-    split: Literal["test", "val"] = "test",  # val while anything is still being chosen
-    base: str = "miniature",  # folder that `pretrain` wrote
-    views: tuple[str, ...] = tuple(VIEWS),  # drawn after each run: true, drawn, continued
-    n_frames: int = 5,  # frames of the stories, in training and in the test
-    frames_a_story: int | None = None,  # a step's loss is of so many frames of a story
-    test_seed: int = 1,  # which stories of the split
-    first_frames: int | None = None,  # tune on stories of so many frames before, then go on
-    first_steps: int = 2000,  # so many steps
-) -> int:
-    """Tune several arms with several seeds and score them on stories. Continues an interrupted
-    experiment."""
-    for name, chosen, known in (("arms", arms, RECIPES), ("views", views, VIEWS)):
-        unknown = [value for value in chosen if value not in known]
-        if unknown:
-            raise ValueError(f"--{name}: {unknown[0]!r} is none of {', '.join(known)}")
-    records = run_experiment(
-        out,
-        arms,
-        seeds,
-        steps,
-        batch_size,
-        train_stories,
-        stories,
-        split,
-        base,
-        views,
-        n_frames,
-        frames_a_story,
-        test_seed,
-        first_frames,
-        first_steps,
-    )
+def show_shares(records: list) -> int:  # exit code
+    "Print a line per run of an experiment: the share of history-only facts drawn right."
     for record in records:
         line = f"{record['arm']:24} seed {record['seed']}"
         for view in [view for view in record["correct"] if view in VIEWS]:
@@ -701,6 +663,7 @@ class Verb:
     run: object  # the function; returns an exit code
     example: str  # shown by --help
     groups: tuple = ()  # (argument, dataclass) pairs whose fields are flags of their own
+    then: object = None  # a function that shows what `run` returns, and returns the exit code
 
 
 _MODEL, _DRAWING = ("model", Model), ("drawing", Drawing)
@@ -727,7 +690,9 @@ VERBS = {
         (("judges", JudgeSettings), _DRAWING, _MODEL),
     ),
     "experiment": Verb(
-        experiment, "causal-story experiment results --arms full weighted --seeds 0 1 2"
+        run_experiment,
+        "causal-story experiment results --arms full weighted --seeds 0 1 2",
+        then=show_shares,
     ),
     "demo": Verb(demo, "causal-story demo --steps 100"),
 }
@@ -1056,6 +1021,8 @@ def main(
             print(help_of(verb))
             return 0
         code = VERBS[verb].run(**parse(verb, words[1:]))
+        if VERBS[verb].then:
+            code = VERBS[verb].then(code)
         _part()
         return code or 0
     except (ValueError, OSError, FloatingPointError) as error:

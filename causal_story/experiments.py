@@ -19,6 +19,7 @@ import time
 from dataclasses import asdict, replace
 from functools import lru_cache
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import torch
@@ -285,32 +286,34 @@ def run_arm(
 
 # %% ../nbs/library/experiments.ipynb #exp00012
 def run_experiment(
-    folder,  # gets a JSON file a run
-    arms=("full", "weighted"),  # keys of `RECIPES`
-    seeds=(0, 1, 2),
+    out: str,  # folder, gets a JSON file per run
+    arms: tuple[str, ...] = ("full", "weighted"),  # names of recipes: what is compared
+    seeds: tuple[int, ...] = (0, 1, 2),  # one run per seed and arm
     steps: int = 600,  # optimizer steps, the same for all arms
-    batch_size: int = 8,  # stories a step
+    batch_size: int = 8,  # stories per step
     train_stories: int = 1200,  # stories to tune on
-    test_stories: int = 200,  # stories that are drawn
-    split: str = "test",  # "val" while anything is still being chosen
-    base="miniature",  # what `from_base` takes
-    views=tuple(VIEWS),  # what is drawn after each run
+    stories: int = 200,  # stories that are drawn
+    split: Literal["test", "val"] = "test",  # val while anything is still being chosen
+    base: str = "miniature",  # what `from_base` takes: miniature, or a folder of `pretrain`
+    views: tuple[str, ...] = tuple(VIEWS),  # drawn after each run: true, drawn, continued
     n_frames: int = 5,  # frames of the stories, in training and in the test
-    frames_a_story: int | None = None,  # see `Recipe`
+    frames_a_story: int | None = None,  # a step's loss is of so many frames of a story
     test_seed: int = 1,  # which stories of the split
     first_frames: int | None = None,  # tune on stories of so many frames before, then go on
     first_steps: int = 2000,  # so many steps, with a learning rate schedule of their own
-    progress: bool = True,
+    progress: bool = True,  # show bars
 ) -> list:  # the runs' records
-    """All runs of an experiment, seed by seed, one after another.
+    """Tune several arms with several seeds, seed by seed, and score each on stories.
 
     A long past is learned sooner by a model that knows a short one: `first_frames`.
 
     Called again, it goes on where it was stopped. The features of the training stories stay in
-    FOLDER/runs, for all runs; delete that folder when you are done."""
-    unknown = [name for name in arms if name not in RECIPES]
-    if unknown:
-        raise ValueError(f"there is no arm {unknown[0]!r}; choose from {', '.join(RECIPES)}")
+    OUT/runs, for all runs; delete that folder when you are done. Raises ValueError for a name
+    that is unknown, or if a run of that name was made with other settings."""
+    for name, chosen, known in (("arms", arms, RECIPES), ("views", views, VIEWS)):
+        unknown = [value for value in chosen if value not in known]
+        if unknown:
+            raise ValueError(f"{name}: {unknown[0]!r} is none of {', '.join(known)}")
     if first_frames is not None and not 1 < first_frames < n_frames:
         raise ValueError(
             f"first_frames={first_frames}: stories to begin with have at least 2 frames and fewer "
@@ -318,7 +321,7 @@ def run_experiment(
         )
     longer = {} if n_frames == 5 else dict(n_frames=n_frames)
     train = make_stories(train_stories, **longer)
-    stories = dict(n=test_stories, split=split, seed=test_seed, **longer)
+    drawn = dict(n=stories, split=split, seed=test_seed, **longer)
     reader = FrameReader.from_pretrained("miniature")
     config = TrainingConfig(steps=steps, batch_size=batch_size, warmup_steps=20, ema_decay=0.99)
     changes = {} if frames_a_story is None else dict(frames_a_story=frames_a_story)
@@ -327,7 +330,7 @@ def run_experiment(
     first = first_frames and dict(n_frames=first_frames, steps=first_steps)
     options = dict(base=base, views=views, changes=changes, first=first, progress=progress)
     return [
-        run_arm(name, seed, folder, train, stories, reader, config, **options)
+        run_arm(name, seed, out, train, drawn, reader, config, **options)
         for seed in seeds
         for name in arms
     ]

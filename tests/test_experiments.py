@@ -406,19 +406,19 @@ def test_a_finished_run_of_0_1_0_is_the_run_that_is_asked_for(root, tmp_path, na
         (dict(steps=2000), "config"),
         (dict(batch_size=4), "config"),
         (dict(train_stories=1200), "train_stories"),
-        (dict(test_stories=20), "stories"),
+        (dict(stories=20), "stories"),
         (dict(split="val"), "stories"),
         (dict(frames_a_story=2), "frames_a_story"),
     ):
         with pytest.raises(ValueError, match=f"was run with other .*{named}"):
             run_experiment(tmp_path, **asked | change)
-    with pytest.raises(ValueError, match="no arm 'best'"):
+    with pytest.raises(ValueError, match="arms: 'best' is none of"):
         run_experiment(tmp_path, arms=("best",))
 
 
 def test_longer_stories_get_a_longer_time_table(tmp_path):
     few = dict(arms=("weighted",), seeds=(0,), steps=1, batch_size=2, train_stories=2)
-    few |= dict(test_stories=1, split="val", views=("true",), progress=False)
+    few |= dict(stories=1, split="val", views=("true",), progress=False)
     few |= dict(n_frames=11, frames_a_story=3, first_frames=3, first_steps=1)
     [record] = run_experiment(tmp_path, **few)
     settings = record["settings"]
