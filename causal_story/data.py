@@ -38,7 +38,7 @@ _all_ = ["CLIP_IMAGE_MEAN", "CLIP_IMAGE_STD", "pixels", "compact", "show_story",
 _all_ += ["count_tiles", "cut_tile", "open_image", "open_stories", "png_bytes", "stack_tiles"]
 _all_ += ["StoryFile"]
 
-# %% ../nbs/02_data.ipynb #2c725111
+# %% ../nbs/02_data.ipynb #27a5745d
 @dataclass(frozen=True)
 class StoryRecord:
     "A story, decoded."
@@ -49,7 +49,7 @@ class StoryRecord:
     truth: object = None  # what the world knows of the story, or None
     labels: list = None  # N lists of the characters in each frame, as annotated, or None
 
-# %% ../nbs/02_data.ipynb #checktask
+
 TASKS = ("visualization", "continuation")
 
 
@@ -67,7 +67,7 @@ def check_frames(n: int, n_captions: int, task: str, where: str):
     if n < given + 1:
         raise ValueError(f"{where} has {n} frame(s): {task} needs at least {given + 1}")
 
-# %% ../nbs/02_data.ipynb #27a5745d
+
 class StoryDataset(StoryReader, torch.utils.data.Dataset):
     "Stories of one split of an HDF5 file, in true colours. Can be sent to workers."
 
@@ -96,7 +96,7 @@ class StoryDataset(StoryReader, torch.utils.data.Dataset):
     def __getitem__(self, index: int) -> dict:
         return {"index": index % len(self), **vars(self.story(index))}
 
-# %% ../nbs/02_data.ipynb #50a630e6
+
 @patch
 def story(self: StoryDataset, index: int, tile: int = None) -> StoryRecord:
     """A story in true colours. `tile`: that tile of every frame; None: by the rule above.
@@ -117,7 +117,7 @@ def story(self: StoryDataset, index: int, tile: int = None) -> StoryRecord:
         frames.append(cut_tile(strip, chosen))
     return StoryRecord(stored.id, stored.captions, frames, stored.truth, stored.labels)
 
-# %% ../nbs/02_data.ipynb #storiesmem2
+
 class StoriesInMemory(StoryDataset):
     "Stories that are in no file: those of the cartoon world, or pictures opened a moment ago."
 
@@ -180,7 +180,7 @@ class StoryCollator:
         self.image_mean, self.image_std = tuple(image_mean), tuple(image_std)
         self.tokens = CaptionTokens(max_length)
 
-# %% ../nbs/02_data.ipynb #af17f5bd
+
 @patch
 def __call__(self: StoryCollator, items: list[dict]) -> dict:
     "The batch. Raises ValueError naming the story that does not fit the task."

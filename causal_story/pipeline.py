@@ -103,7 +103,7 @@ class CausalStoryOutput(BaseOutput):
             return [frame for story in self.frames for frame in story]
         return self.frames.reshape(-1, *self.frames.shape[2:])
 
-# %% ../nbs/08_pipeline.ipynb #storyreq
+
 @dataclass
 class StoryRequest:
     "What a call asks for, checked: B stories of V frames."
@@ -372,7 +372,7 @@ def step_generators(
         rows.append([torch.Generator(one.device).manual_seed(seed) for seed in seeds.tolist()])
     return dict(enumerate(map(list, zip(*rows))))
 
-# %% ../nbs/08_pipeline.ipynb #9d1c0002
+
 def guided_steps(
     interval: tuple,  # (start, stop), shares of the steps
     n_steps: int,  # of the solver, from noise to picture
@@ -696,7 +696,7 @@ def interrupt(self: CausalStoryPipeline) -> bool:
     "Whether somebody has asked to stop (`pipe._interrupt = True`), as in diffusers."
     return self._interrupt
 
-# %% ../nbs/08_pipeline.ipynb #plumb002
+
 SPARING = (
     "{} changes nothing here: attention is computed by scaled_dot_product_attention, which never "
     "holds the whole matrix"
@@ -789,7 +789,7 @@ def use_scheduler(
     self.scheduler = make_scheduler(name, self.scheduler, **options)
     return self
 
-# %% ../nbs/08_pipeline.ipynb #usesize1
+
 @patch
 def use_frame_size(
     self: CausalStoryPipeline,  # changed in place
@@ -848,7 +848,7 @@ def from_base(
         base=record,
     )
 
-# %% ../nbs/08_pipeline.ipynb #plpsingl
+
 @patch(cls_method=True)
 def from_single_file(cls: CausalStoryPipeline, path, **options) -> CausalStoryPipeline:
     "diffusers' name for `from_base` with Stable Diffusion in one file."
