@@ -69,7 +69,7 @@ def encode_captions(
     states = text_encoder(input_ids.flatten(0, -2), attention_mask=flat_mask).last_hidden_state
     return states.unflatten(0, input_ids.shape[:-1])
 
-# %% ../nbs/05_encoders.ipynb #enc20003
+
 def _check_length(text_encoder, input_ids):
     "Raise `ValueError` if there are more tokens than CLIP's position table has rows."
     rows = text_encoder.config.max_position_embeddings
@@ -110,7 +110,7 @@ def _first_token(config, pixel_values, input_ids, image_features, causal) -> int
         raise ValueError("causal reading needs dec_token_id, which this encoder was made without")
     return first
 
-# %% ../nbs/05_encoders.ipynb #7b0ff267
+
 class HistoryEncoder(ModelMixin, ConfigMixin):
     """BLIP as a reader of history: every word looks at the picture (paper, figure).
 
@@ -137,7 +137,7 @@ class HistoryEncoder(ModelMixin, ConfigMixin):
         _check_pictures(self.config, pixel_values)
         return self.vision(pixel_values).last_hidden_state
 
-# %% ../nbs/05_encoders.ipynb #enc2000s
+
 @patch
 def forward(
     self: HistoryEncoder,
@@ -164,7 +164,7 @@ def forward(
     )
     return output.last_hidden_state
 
-# %% ../nbs/05_encoders.ipynb #enc2000n
+
 @patch(cls_method=True)
 def from_blip(
     cls: HistoryEncoder,
@@ -305,7 +305,7 @@ def story_distance(
     _check_times(frame_times, n_frames)
     return frame_times[..., None] - torch.arange(n_blocks, device=frame_times.device)
 
-# %% ../nbs/05_encoders.ipynb #enc20008
+
 def _times_in_order(n_frames: int, n_blocks: int) -> torch.Tensor:
     "(V,) for a story drawn as a whole. Raises `ValueError` if V and F do not say where it starts."
     if n_blocks and n_blocks - n_frames not in (0, 1):
@@ -377,7 +377,7 @@ class StoryContext(ModelMixin, ConfigMixin):
         distance = _known_distance(self, context, history_states.shape[-3], frame_times)
         return context + self.look_around(context, token_mask, distance)
 
-# %% ../nbs/05_encoders.ipynb #49a9f39f
+
 def _check_context(config, caption_states, history_states, token_mask):
     "Raise `ValueError` naming the argument whose shape does not fit the others or the checkpoint."
     B, V, S, D = caption_states.shape
@@ -422,7 +422,7 @@ def _make_relevance(relevance: bool | str, width: int, n_times: int) -> nn.Modul
         )
     return RELEVANCES[kind](width, n_times)
 
-# %% ../nbs/05_encoders.ipynb #b72c6b73
+
 def pack_tokens(
     tokens: torch.Tensor,  # (N, T, D)
     mask: torch.Tensor,  # (N, T) bool, True = may attend
@@ -453,7 +453,7 @@ def _token_distance(distance: torch.Tensor, context: torch.Tensor) -> torch.Tens
     distance = functional.pad(distance, (1, 0)).expand(B, V, 1 + F)
     return distance.flatten(0, 1).repeat_interleave(T // (1 + F), dim=1)
 
-# %% ../nbs/05_encoders.ipynb #enc20009
+
 @patch
 def look_around(
     self: StoryContext,
@@ -621,7 +621,7 @@ def weigh(
     shift = shift.expand(B, V, F, S).flatten(2)  # (B, V, F*S)
     return relevance, functional.pad(shift, (S, 0))
 
-# %% ../nbs/05_encoders.ipynb #enc2000d
+
 @patch
 def relevance(
     self: StoryContext,

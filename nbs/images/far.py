@@ -22,7 +22,7 @@ STORY = [
     ("moon", "Bruno", "waves"),
     ("forest", "Kiki", "jumps"),
 ]
-THINGS = dict(Kiki=("ball", "blue"), Bruno=("book", "red"))
+THINGS = dict(Kiki=("ball", "red"), Bruno=("book", "green"))
 SOURCES = {2: [0], 3: [1], 4: [0, 2]}  # frame -> the earlier frames in which its answers stand
 TEAL = "#2a9d8f"
 INK = "#264653"
