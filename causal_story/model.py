@@ -41,7 +41,7 @@ class Conditioning:
     bias: torch.Tensor | None = None  # (B, V, T) added to attention scores, or None
     relevance: torch.Tensor | None = None  # (B, V, F) weights of the history blocks, or None
 
-# %% ../nbs/07_model.ipynb #60bcc479
+
 @patch
 def map(self: Conditioning, change) -> Conditioning:
     "`change` applied to every part that there is."
@@ -83,7 +83,7 @@ def at(
         return self.map(lambda part: part[:, places])
     return self.map(lambda part: part[0][places])
 
-# %% ../nbs/07_model.ipynb #60bcc47b
+
 @dataclass
 class RowGroup:
     "Rows (pictures) that go through the U-Net together, with only the tokens that they see."
@@ -145,7 +145,7 @@ class CausalStoryModel(nn.Module):
         self.register_buffer("null_caption_ids", null_caption_ids, persistent=False)
         self.register_buffer("null_history_ids", null_history_ids, persistent=False)
 
-# %% ../nbs/07_model.ipynb #d7a9cf0a
+
 def _longest(mask: torch.Tensor) -> int:
     "Tokens of the longest caption of a batch, at least one."
     used = mask.flatten(0, -2).any(0).nonzero().flatten()  # positions that some caption fills
@@ -215,7 +215,7 @@ def condition(
     )  # (B, V, F), (B, V, (1+F)*S)
     return Conditioning(tokens, mask, bias, relevance)
 
-# %% ../nbs/07_model.ipynb #e16a5d50
+
 @patch
 def null_condition(
     self: CausalStoryModel,
@@ -290,7 +290,7 @@ def read_story(
         conditioning.relevance = functional.pad(conditioning.relevance, (0, hidden))  # (B, n, F)
     return conditioning
 
-# %% ../nbs/07_model.ipynb #c75da11d
+
 @patch
 def _read_blocks(self: CausalStoryModel, batch, n_blocks: int):
     "States (B, n_blocks, S, D) and mask (B, n_blocks, S) of the first history blocks of a batch."

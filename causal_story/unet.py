@@ -63,7 +63,7 @@ def attention_sites(
         if isinstance(module, Attention)
     }
 
-# %% ../nbs/06_unet.ipynb #e74e3815
+
 def cross_attention_sites(
     unet: UNet2DConditionModel,  # any U-Net with cross-attention, compiled or not
 ) -> dict:  # path of every cross-attention -> its `Attention` module
@@ -109,7 +109,7 @@ def check_attention(
             "or added key/value projections; this U-Net's attention is of another kind"
         )
 
-# %% ../nbs/06_unet.ipynb #chckbias
+
 def check_bias(attention_mask, context_bias, rows: int, tokens: int):
     "Raise `ValueError` where the shape of a mask or bias is not that of the context."
     if attention_mask is not None and (
@@ -124,7 +124,7 @@ def check_bias(attention_mask, context_bias, rows: int, tokens: int):
             f"context_bias must be (N, T) = ({rows}, {tokens}), got {tuple(context_bias.shape)}"
         )
 
-# %% ../nbs/06_unet.ipynb #6ea46337
+
 def additive_bias(
     attention_mask: torch.Tensor | None,  # (N, 1, T) or (N, H*W, T); 0 = keep, -10000 = hidden
     context_bias: torch.Tensor | None,  # (N, T) in units of scores
@@ -230,7 +230,7 @@ class AttentionRecord:
             )
         return torch.stack([mass for calls in self.mass.values() for mass in calls]).mean(0)
 
-# %% ../nbs/06_unet.ipynb #0urpr0c1
+
 def our_processors(
     unet: UNet2DConditionModel,  # any U-Net with cross-attention
 ) -> list:  # of `CrossAttnAdapterProcessor`
@@ -238,7 +238,7 @@ def our_processors(
     processors = [attn.processor for attn in cross_attention_sites(unet).values()]
     return [p for p in processors if isinstance(p, CrossAttnAdapterProcessor)]
 
-# %% ../nbs/06_unet.ipynb #1b6db4bc
+
 @contextmanager
 def record_attention(
     unet: UNet2DConditionModel,  # prepared by `add_adapters`, any method; `pipe.unet` is
@@ -342,7 +342,7 @@ def check_sites(
             + more
         )
 
-# %% ../nbs/06_unet.ipynb #33aaec7c
+
 def attach_adapters(
     unet: UNet2DConditionModel,  # changed in place: every attention gets one of our processors
     adapters: UNetAdapters | None,  # None = plain cross-attention that understands `context_bias`
@@ -363,7 +363,7 @@ def attach_adapters(
             attn.processor.adapter = None if adapters is None else adapters[name]
     return unet
 
-# %% ../nbs/06_unet.ipynb #ch3ckpr0
+
 def check_processors(
     unet: UNet2DConditionModel,  # one that `attach_adapters` has prepared
 ):
@@ -415,7 +415,7 @@ def train_everything(unet, width, adapters, activation):
     unet.requires_grad_(True)
     return adapters
 
-# %% ../nbs/06_unet.ipynb #m3thods2
+
 def train_adapters(unet, width, adapters, activation):
     "The paper: bottlenecks behind the cross-attentions, new ones unless some are given."
     if adapters is None:
@@ -472,7 +472,7 @@ class UNetTuning:
             for name, parameter in expected.items():
                 parameter.copy_(state[name])
 
-# %% ../nbs/06_unet.ipynb #3699e47d
+
 def add_adapters(
     unet: UNet2DConditionModel,  # changed in place
     width: int = 64,  # bottleneck width (method 'adapter') or rank of a new LoRA ('lora')
