@@ -42,7 +42,7 @@ from causal_story.reader import (
 from .recipes import RECIPES, Recipe, find_recipe
 from .storage import atomic_path, read_json
 from .storyworld import make_stories
-from .training import TrainingConfig
+from .training import TrainingConfig, list_checkpoints
 from .tuning import tune
 
 # %% ../nbs/library/experiments.ipynb #exp00006
@@ -177,7 +177,7 @@ def run_policy(record: dict) -> HistoryPolicy:
     return HistoryPolicy(**run_settings(record)["policy"])
 
 
-def _check_same_run(path: Path, asked: dict, views) -> dict:
+def _check_same_run(path: Path, asked: dict) -> dict:
     "A finished run, if it is the one that is asked for. Raises ValueError that says what differs."
     record = read_json(path, dict)
     asked_then = find_recipe(record["arm"]).as_dict() | run_settings(record)  # 0.1.0 wrote less
@@ -192,10 +192,18 @@ def _check_same_run(path: Path, asked: dict, views) -> dict:
             changed += [f"config ({k})" for k in value if there.get(k, value[k]) != value[k]]
         elif known.get(key, value) != value:
             changed.append(key)
-    changed += [f"views (no {view!r})" for view in views if view not in record["correct"]]
     if changed:
         raise ValueError(f"{path} was run with other {', '.join(changed)}; use another folder")
     return record
+
+
+def _check_can_go_on(path: Path, run: Path, missing: list):
+    "Raise ValueError if a finished run is asked for more views, and its model is gone."
+    if missing and not list_checkpoints(run):
+        raise ValueError(
+            f"{path} has no {missing[0]!r}, and its model in {run} was deleted: name another "
+            "folder, or delete that file to train again"
+        )
 
 
 def _judged(pipe, records, reader, views, progress):
@@ -236,8 +244,10 @@ def run_arm(
     first: dict | None = None,  # tuned on shorter stories before: their n_frames, steps
     progress: bool = True,
 ) -> dict:  # what the file holds; `run_rows` turns it into rows
-    """Tune, draw, read, write. Raises ValueError for an unknown arm, or if the run that lies there
-    was made with another base, other settings, stories or fewer views."""
+    """Tune, draw, read, write. A finished run that is asked for more views draws these only.
+
+    Raises ValueError for an unknown arm, or if the run that lies there was made with another base,
+    other settings or stories, or lacks views and its model is gone."""
     recipe = replace(find_recipe(name), **(changes or {}))
     config = replace(config, seed=seed, learning_rate=recipe.learning_rate)
     path = Path(folder) / f"{name}-{seed}.json"
@@ -254,9 +264,16 @@ def run_arm(
         settings=recipe.as_dict(),
         config=asdict(config),
     )
-    if path.exists():
-        return _check_same_run(path, asked, views)
     run = Path(folder) / "runs" / f"{name}-{seed}-{before[:6]}"
+    correct = {}
+    if path.exists():
+        record = _check_same_run(path, asked)
+        correct = record["correct"]
+        missing = [view for view in views if view not in correct]
+        if not missing:
+            return record
+        _check_can_go_on(path, run, missing)
+        views = missing
     options = dict(cache=run.parent, progress=progress)
     if first:
         begin = make_stories(len(train), n_frames=first["n_frames"])
@@ -276,9 +293,8 @@ def run_arm(
         trained=trained,
         last_loss=round(float(np.mean(result.losses[-50:])), 5),
         stored_mb=megabytes,
-        correct={
-            kind: "".join(str(int(r["correct"])) for r in found) for kind, found in rows.items()
-        },
+        correct=correct
+        | {kind: "".join(str(int(r["correct"])) for r in found) for kind, found in rows.items()},
     )
     with atomic_path(path) as partial:
         partial.write_text(json.dumps(record, indent=1), encoding="utf-8")
@@ -307,9 +323,10 @@ def run_experiment(
 
     A long past is learned sooner by a model that knows a short one: `first_frames`.
 
-    Called again, it goes on where it was stopped. The features of the training stories stay in
-    OUT/runs, for all runs; delete that folder when you are done. Raises ValueError for a name
-    that is unknown, or if a run of that name was made with other settings."""
+    Called again, it goes on where it was stopped, or draws the views that are missing. The features
+    of the training stories stay in OUT/runs, for all runs; delete that folder when you are done.
+    Raises ValueError for a name that is unknown, or if a run of that name was made with other
+    settings."""
     for name, chosen, known in (("arms", arms, RECIPES), ("views", views, VIEWS)):
         unknown = [value for value in chosen if value not in known]
         if unknown:

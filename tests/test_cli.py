@@ -955,8 +955,13 @@ def test_an_experiment_ends_with_its_table(tmp_path, capsys):
     record = json.loads((tmp_path / "weighted-3.json").read_text())
     assert record["config"]["batch_size"] == 2
     assert list(record["correct"]) == ["true", "continued", "looks"]
-    assert run(*words, "--views", "true", "drawn") == 1  # it never drew with its own history
-    assert "no 'drawn'" in complaint(capsys)
+    assert run(*words, "--views", "true", "drawn") == 0  # what it has not drawn yet is added
+    record = json.loads((tmp_path / "weighted-3.json").read_text())
+    assert set(record["correct"]) == {"true", "continued", "looks", "drawn", "stays"}
+    shutil.rmtree(tmp_path / "runs")
+    (tmp_path / "weighted-3.json").write_text(json.dumps(record | dict(correct={})))
+    assert run(*words, "--views", "true") == 1
+    assert "has no 'true'" in complaint(capsys)
 
 
 def test_a_pipeline_that_was_not_written_to_the_end_is_named(data, tmp_path, capsys):

@@ -362,9 +362,27 @@ def test_a_run_with_other_settings_is_not_taken_for_this_one(tmp_path, reader, m
         path.write_text(json.dumps(first | {key: other}))
         with pytest.raises(ValueError, match=f"other {key}"):
             arm("full", tmp_path, reader)
-    path.write_text(json.dumps(first))  # drawn with no view at all, and now some are asked for
-    with pytest.raises(ValueError, match="no 'continued'"):
-        arm("full", tmp_path, reader, views=("continued",))
+
+
+def test_a_finished_run_can_be_asked_for_more_views(tmp_path, reader, monkeypatch):
+    "It draws these only, with the same model, and keeps the others; it does not train again."
+    both = arm("weighted", tmp_path / "both", reader, n=2, views=("true", "continued"))
+    first = arm("weighted", tmp_path / "one", reader, n=2, views=("true",))
+    drawn = []
+
+    def draw(pipe, records, task, true_history, progress):
+        drawn.append((task, true_history))
+        return draw_stories(pipe, records, task, true_history, progress=progress)
+
+    monkeypatch.setattr(experiments, "draw_stories", draw)
+    then = arm("weighted", tmp_path / "one", reader, n=2, views=("true", "continued"))
+    assert drawn == [("continuation", False)]
+    assert then["correct"] == both["correct"] and then["last_loss"] == first["last_loss"]
+    assert then["correct"]["true"] == first["correct"]["true"]
+    shutil.rmtree(tmp_path / "one" / "runs")
+    with pytest.raises(ValueError, match="has no 'drawn', and its model in .* was deleted"):
+        arm("weighted", tmp_path / "one", reader, n=2, views=("drawn",))
+    assert arm("weighted", tmp_path / "one", reader, n=2, views=("true",)) == as_json(then)
 
 
 # ---------------------------------------------------------------- runs of version 0.1.0
