@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['VIEWS', 'GROUPS', 'ceilings', 'floors', 'with_and_without_history', 'print_lines', 'machine', 'world_hash',
            'run_settings', 'run_policy', 'stored_mb', 'run_arm', 'run_experiment', 'run_rows', 'load_runs',
-           'seeds_and_stories', 'far', 'chosen_rows', 'arm_table', 'compare_arms', 'silent', 'seeds_and_stories_slope',
-           'print_groups', 'plot_arms', 'measure_tuning', 'tuning_cost']
+           'keep_verdicts', 'run_again', 'seeds_and_stories', 'far', 'chosen_rows', 'arm_table', 'compare_arms',
+           'silent', 'seeds_and_stories_slope', 'print_groups', 'plot_arms', 'measure_tuning', 'tuning_cost']
 
 # %% ../nbs/library/experiments.ipynb #exp00003
 import hashlib
@@ -40,7 +40,7 @@ from causal_story.reader import (
     score_facts,
 )
 from .recipes import RECIPES, Recipe, find_recipe
-from .storage import atomic_path, read_json
+from .storage import atomic_path, fingerprint, read_json
 from .storyworld import make_stories
 from .training import TrainingConfig, list_checkpoints
 from .tuning import tune
@@ -223,6 +223,11 @@ def _judged(pipe, records, reader, views, progress):
     return rows
 
 
+def _digits(rows: dict) -> dict:
+    "Rows by kind, each as one digit a verdict."
+    return {kind: "".join(str(int(r["correct"])) for r in found) for kind, found in rows.items()}
+
+
 def stored_mb(pipe: CausalStoryPipeline, folder) -> float:  # size of the folder, MB
     "Store what tuning changed, and say how much that is."
     pipe.save_pretrained(folder, only_tuned=True, half=True)
@@ -293,8 +298,7 @@ def run_arm(
         trained=trained,
         last_loss=round(float(np.mean(result.losses[-50:])), 5),
         stored_mb=megabytes,
-        correct=correct
-        | {kind: "".join(str(int(r["correct"])) for r in found) for kind, found in rows.items()},
+        correct=correct | _digits(rows),
     )
     with atomic_path(path) as partial:
         partial.write_text(json.dumps(record, indent=1), encoding="utf-8")
@@ -410,6 +414,46 @@ def load_runs(
             "keep them in folders of their own"
         )
     return {arm: sorted(records, key=lambda r: r["seed"]) for arm, records in runs.items()}
+
+# %% ../nbs/library/experiments.ipynb #exp0002b
+def keep_verdicts(
+    path,  # JSON file; one that is there is read
+    asked: dict,  # what it must be about: stories, settings ...
+    judge,  # () -> rows by kind; called if there is no file yet
+) -> dict:  # what the file holds; `run_rows` turns it into rows
+    "Verdicts, computed once. Raises ValueError that names the file if it is about something else."
+    asked = _json_form(asked | dict(world=world_hash(asked["stories"])))
+    path = Path(path)
+    if path.exists():
+        record = read_json(path, dict)
+        changed = [key for key, value in asked.items() if record.get(key) != value]
+        if changed:
+            raise ValueError(f"{path} is of other {', '.join(changed)}: name another file")
+        return record
+    record = asked | dict(correct=_digits(judge()))
+    with atomic_path(path) as partial:
+        partial.write_text(json.dumps(record, indent=1), encoding="utf-8")
+    return record
+
+
+def run_again(
+    model,  # folder of a tuned model, or what else `from_pretrained` takes
+    path,  # JSON file; one that is there is read
+    stories: dict,  # what to draw: arguments of `make_stories`
+    views=("true",),  # some of `VIEWS`
+    progress: bool = True,
+) -> dict:  # what the file holds; `run_rows` turns it into rows
+    "Judge a tuned model on other stories; its time table grows if they are longer."
+    pipe = CausalStoryPipeline.from_pretrained(model)
+    pipe.set_progress_bar_config(disable=True)
+    records = StoriesInMemory(make_stories(**stories)).records
+    n_frames = len(records[0].frames)
+    if n_frames > pipe.story_context.config.n_times:
+        pipe.story_context.grow(n_frames)
+    asked = dict(stories=stories, settings=dict(policy=asdict(pipe.history_policy)))
+    asked |= dict(tuned=fingerprint(pipe.story_context), views=views)
+    reader = FrameReader.from_pretrained("miniature")
+    return keep_verdicts(path, asked, lambda: _judged(pipe, records, reader, views, progress))
 
 # %% ../nbs/library/experiments.ipynb #exp00016
 def _verdicts(runs: list) -> np.ndarray:  # (seeds, facts)

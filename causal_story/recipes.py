@@ -119,6 +119,10 @@ RECIPES = {
     "weighted-window-2": NamedRecipe(
         "the last two frames, weighed", dict(policy=HistoryPolicy("weighted", 2))
     ),
+    "weighted-token": NamedRecipe("every token weighed, not every frame", dict(relevance="token")),
+    "weighted-null": NamedRecipe(
+        "weights that may say: none of the past matters", dict(relevance="null")
+    ),
     "weighted-even": NamedRecipe("timesteps drawn evenly", dict(timestep_shift=1.0)),
     "no-context-layer": NamedRecipe("weighed, but AR-LDM's context", dict(context_layers=0)),
     "only-adapters-and-layer": NamedRecipe(
