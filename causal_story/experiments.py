@@ -284,6 +284,7 @@ def run_arm(
         begin = make_stories(len(train), n_frames=first["n_frames"])
         schedule = replace(config, steps=first["steps"])
         tune(pipe, begin, replace(recipe, **short), schedule, f"{run}-first", **options)
+        stored_mb(pipe, Path(folder) / "tuned" / f"{name}-{seed}-first")
         pipe.story_context.grow(recipe.n_times)
     result = tune(pipe, train, recipe, config, run, **options)
     trained = {part: n for part, (n, _) in trained_by_part(pipe.model).items()}

@@ -447,6 +447,8 @@ def test_longer_stories_get_a_longer_time_table(tmp_path):
     assert max(row["frame"] for row in run_rows(record)) == 10
     pipe = CausalStoryPipeline.from_pretrained(tmp_path / "tuned" / "weighted-0")
     assert pipe.story_context.config.n_times == 11
+    begun = CausalStoryPipeline.from_pretrained(tmp_path / "tuned" / "weighted-0-first")
+    assert begun.story_context.config.n_times == 3
 
 
 @pytest.mark.parametrize("first", [0, 1, 5, 6])
