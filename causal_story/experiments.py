@@ -5,8 +5,9 @@
 # %% auto #0
 __all__ = ['VIEWS', 'GROUPS', 'ceilings', 'floors', 'with_and_without_history', 'print_lines', 'machine', 'world_hash',
            'run_settings', 'run_policy', 'stored_mb', 'run_arm', 'run_experiment', 'run_rows', 'load_runs',
-           'keep_verdicts', 'run_again', 'seeds_and_stories', 'far', 'chosen_rows', 'arm_table', 'compare_arms',
-           'silent', 'seeds_and_stories_slope', 'print_groups', 'plot_arms', 'measure_tuning', 'tuning_cost']
+           'keep_verdicts', 'run_again', 'drawn_by', 'seeds_and_stories', 'far', 'chosen_rows', 'arm_table',
+           'compare_arms', 'silent', 'seeds_and_stories_slope', 'print_groups', 'plot_arms', 'measure_tuning',
+           'tuning_cost']
 
 # %% ../nbs/library/experiments.ipynb #exp00003
 import hashlib
@@ -197,12 +198,25 @@ def _check_same_run(path: Path, asked: dict) -> dict:
     return record
 
 
-def _check_can_go_on(path: Path, run: Path, missing: list):
-    "Raise ValueError if a finished run is asked for more views, and its model is gone."
-    if missing and not list_checkpoints(run):
+def _check_views(views):
+    "Raise ValueError for a view that is not in `VIEWS`."
+    unknown = [view for view in views if view not in VIEWS]
+    if unknown or isinstance(views, str):
+        wrong = views if isinstance(views, str) else unknown[0]
+        raise ValueError(f"views: {wrong!r} is none of {', '.join(VIEWS)}; give a list of them")
+
+
+def _check_can_go_on(path: Path, record: dict, model: Path, missing: list):
+    "Raise ValueError if a finished run is asked for more views, and cannot draw them."
+    if model not in list_checkpoints(model.parent):
         raise ValueError(
-            f"{path} has no {missing[0]!r}, and its model in {run} was deleted: name another "
+            f"{path} has no {missing[0]!r}, and its model {model} was deleted: name another "
             "folder, or delete that file to train again"
+        )
+    if not {"world", "base"} <= set(record):
+        raise ValueError(
+            f"{path} has no {missing[0]!r}, and does not say which world or base it is of, so "
+            "nothing can be added: name another folder"
         )
 
 
@@ -253,6 +267,7 @@ def run_arm(
 
     Raises ValueError for an unknown arm, or if the run that lies there was made with another base,
     other settings or stories, or lacks views and its model is gone."""
+    _check_views(views)
     recipe = replace(find_recipe(name), **(changes or {}))
     config = replace(config, seed=seed, learning_rate=recipe.learning_rate)
     path = Path(folder) / f"{name}-{seed}.json"
@@ -270,37 +285,37 @@ def run_arm(
         config=asdict(config),
     )
     run = Path(folder) / "runs" / f"{name}-{seed}-{before[:6]}"
-    correct = {}
-    if path.exists():
-        record = _check_same_run(path, asked)
-        correct = record["correct"]
-        missing = [view for view in views if view not in correct]
-        if not missing:
-            return record
-        _check_can_go_on(path, run, missing)
-        views = missing
+    done = _check_same_run(path, asked) if path.exists() else None
+    if done:
+        views = [view for view in views if view not in done["correct"]]
+        if not views:
+            return done
+        _check_can_go_on(path, done, run / f"step-{config.steps:08d}", views)
     options = dict(cache=run.parent, progress=progress)
-    if first:
+    if first and not done:
         begin = make_stories(len(train), n_frames=first["n_frames"])
         schedule = replace(config, steps=first["steps"])
         tune(pipe, begin, replace(recipe, **short), schedule, f"{run}-first", **options)
         stored_mb(pipe, Path(folder) / "tuned" / f"{name}-{seed}-first")
+    if first:
         pipe.story_context.grow(recipe.n_times)
     result = tune(pipe, train, recipe, config, run, **options)
     trained = {part: n for part, (n, _) in trained_by_part(pipe.model).items()}
     megabytes = stored_mb(pipe, Path(folder) / "tuned" / f"{name}-{seed}")
     records = StoriesInMemory(make_stories(**stories)).records
     rows = _judged(pipe, records, reader, views, progress)
-    record = dict(arm=name, seed=seed, **asked)
-    record |= dict(
+    found = dict(
         seconds_a_step=round(result.seconds / max(1, len(result.losses)), 4),
         minutes=round(result.seconds / 60, 2),
         machine=machine(),
         trained=trained,
         last_loss=round(float(np.mean(result.losses[-50:])), 5),
         stored_mb=megabytes,
-        correct=correct | _digits(rows),
+        correct=_digits(rows),
     )
+    record = dict(arm=name, seed=seed, **asked) | found
+    if done:
+        record = done | dict(correct=done["correct"] | found["correct"])
     with atomic_path(path) as partial:
         partial.write_text(json.dumps(record, indent=1), encoding="utf-8")
     return record
@@ -383,9 +398,9 @@ def run_rows(
     digits = record["correct"][history]
     world = world_hash(record["stories"])
     if len(rows) != len(digits) or record.get("world", world) != world:
+        whose = f"the run of {record['arm']}, seed {record['seed']}," if "arm" in record else "this"
         raise ValueError(
-            f"the run of {record['arm']}, seed {record['seed']}, was scored on other stories than "
-            "this version of the world makes"
+            f"{whose} was scored on other stories than this version of the world makes"
         )
     return [
         row | dict(correct=digit == "1")
@@ -444,7 +459,10 @@ def run_again(
     views=("true",),  # some of `VIEWS`
     progress: bool = True,
 ) -> dict:  # what the file holds; `run_rows` turns it into rows
-    "Judge a tuned model on other stories; its time table grows if they are longer."
+    """Judge a tuned model on other stories; its time table grows if they are longer.
+
+    Raises ValueError for an unknown view, and what `keep_verdicts` raises."""
+    _check_views(views)
     pipe = CausalStoryPipeline.from_pretrained(model)
     pipe.set_progress_bar_config(disable=True)
     records = StoriesInMemory(make_stories(**stories)).records
@@ -452,9 +470,21 @@ def run_again(
     if n_frames > pipe.story_context.config.n_times:
         pipe.story_context.grow(n_frames)
     asked = dict(stories=stories, settings=dict(policy=asdict(pipe.history_policy)))
-    asked |= dict(tuned=fingerprint(pipe.story_context), views=views)
+    asked |= dict(drawn_by=drawn_by(pipe), views=list(views))
     reader = FrameReader.from_pretrained("miniature")
     return keep_verdicts(path, asked, lambda: _judged(pipe, records, reader, views, progress))
+
+
+def drawn_by(pipe: CausalStoryPipeline) -> dict:
+    "What decides how a pipeline draws: weights, solver, steps, guidance."
+    config = pipe.config
+    return dict(
+        weights=fingerprint(pipe.model),
+        scheduler=type(pipe.scheduler).__name__,
+        num_inference_steps=config.num_inference_steps,
+        guidance_scale=config.guidance_scale,
+        guidance_interval=list(config.guidance_interval),
+    )
 
 # %% ../nbs/library/experiments.ipynb #exp00016
 def _verdicts(runs: list) -> np.ndarray:  # (seeds, facts)

@@ -226,6 +226,9 @@ def test_runs_are_written_once_and_not_repeated(tmp_path, reader, monkeypatch):
         run_rows(first | dict(stories=dict(n=3, split="val", seed=2)), "true")
     with pytest.raises(ValueError, match="other stories"):
         run_rows(first | dict(world="0" * 16), "true")  # as many facts, but others
+    nameless = {key: value for key, value in first.items() if key not in ("arm", "seed")}
+    with pytest.raises(ValueError, match="this was scored on other stories"):
+        run_rows(nameless | dict(world="0" * 16), "true")
 
 
 def test_a_run_keeps_every_verdict(tmp_path, reader, monkeypatch):
@@ -379,10 +382,33 @@ def test_a_finished_run_can_be_asked_for_more_views(tmp_path, reader, monkeypatc
     assert drawn == [("continuation", False)]
     assert then["correct"] == both["correct"] and then["last_loss"] == first["last_loss"]
     assert then["correct"]["true"] == first["correct"]["true"]
-    shutil.rmtree(tmp_path / "one" / "runs")
-    with pytest.raises(ValueError, match="has no 'drawn', and its model in .* was deleted"):
+    assert {k: v for k, v in then.items() if k != "correct"} == {
+        k: v for k, v in as_json(first).items() if k != "correct"
+    }  # machine and minutes are those of the training
+    path = tmp_path / "one" / "weighted-0.json"
+    path.write_text(json.dumps({k: v for k, v in then.items() if k != "world"}))
+    with pytest.raises(ValueError, match="has no 'drawn', and does not say which world"):
+        arm("weighted", tmp_path / "one", reader, n=2, views=("drawn",))
+    path.write_text(json.dumps(then))
+    shutil.rmtree(next((tmp_path / "one" / "runs").glob("*/step-00000002")))
+    with pytest.raises(ValueError, match="has no 'drawn', and its model .* was deleted"):
         arm("weighted", tmp_path / "one", reader, n=2, views=("drawn",))
     assert arm("weighted", tmp_path / "one", reader, n=2, views=("true",)) == as_json(then)
+    for views in ("true", ("true", "dreamt")):
+        with pytest.raises(ValueError, match="is none of true, drawn, continued"):
+            arm("weighted", tmp_path / "two", reader, views=views)
+
+
+def test_more_views_of_a_run_that_began_with_short_stories(tmp_path, monkeypatch):
+    "The first part is not trained again, and the model is the same."
+    few = dict(arms=("weighted",), seeds=(0,), steps=1, batch_size=2, train_stories=2)
+    few |= dict(stories=1, split="val", n_frames=4, first_frames=3, first_steps=1, progress=False)
+    [both] = run_experiment(tmp_path / "both", views=("true", "continued"), **few)
+    run_experiment(tmp_path / "one", views=("true",), **few)
+    shutil.rmtree(next((tmp_path / "one" / "runs").glob("*-first")))
+    [then] = run_experiment(tmp_path / "one", views=("true", "continued"), **few)
+    assert then["correct"] == both["correct"]
+    assert not list((tmp_path / "one" / "runs").glob("*-first"))
 
 
 # ---------------------------------------------------------------- runs of version 0.1.0
