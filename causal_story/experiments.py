@@ -347,10 +347,10 @@ def run_experiment(
     of the training stories stay in OUT/runs, for all runs; delete that folder when you are done.
     Raises ValueError for a name that is unknown, or if a run of that name was made with other
     settings."""
-    for name, chosen, known in (("arms", arms, RECIPES), ("views", views, VIEWS)):
-        unknown = [value for value in chosen if value not in known]
-        if unknown:
-            raise ValueError(f"{name}: {unknown[0]!r} is none of {', '.join(known)}")
+    unknown = [arm for arm in arms if arm not in RECIPES]
+    if unknown:
+        raise ValueError(f"arms: {unknown[0]!r} is none of {', '.join(RECIPES)}")
+    _check_views(views)
     if first_frames is not None and not 1 < first_frames < n_frames:
         raise ValueError(
             f"first_frames={first_frames}: stories to begin with have at least 2 frames and fewer "
