@@ -5,6 +5,7 @@ import shutil
 from collections import namedtuple
 from pathlib import Path
 
+import torch
 from safetensors.torch import load_file, save_file
 
 from causal_story.data import StoryDataset
@@ -13,6 +14,7 @@ from causal_story.pipeline import CausalStoryPipeline
 from causal_story.raw import convert_folder, write_folder
 from causal_story.recipes import find_recipe
 from causal_story.storyworld import make_stories
+from causal_story.training import list_checkpoints, load_checkpoint
 from causal_story.tuning import prepare_tuning
 from causal_story.words import story_words
 
@@ -104,3 +106,31 @@ def single_file(sd: Path, out: Path) -> Path:
         weights[f"cond_stage_model.transformer.{name}"] = value
     save_file({name: value.contiguous() for name, value in weights.items()}, out)
     return out
+
+
+def assert_trained_alike(one: Path, two: Path):
+    """Two runs have seen the same gradients, and their weights went the same way.
+
+    Adam's moments are compared, tensor by tensor (to 1e-4 of their size, or 1e-6 of all of them): they follow the gradients smoothly. Its weights
+    do not. Where a gradient is zero but for rounding (softmax ignores the bias of a key), Adam
+    makes a whole step of that rounding, whose direction depends on the order of the sums and so
+    on the processor. Weights are therefore compared as one vector.
+    """
+    (one, _), (two, _) = (load_checkpoint(list_checkpoints(run)[-1]) for run in (one, two))
+    assert one.keys() == two.keys()
+    for ending in ("/exp_avg", "/exp_avg_sq"):
+        names = [name for name in one if name.endswith(ending)]
+        total = torch.stack([one[name].norm() for name in names]).norm()
+        assert names and total > 0
+        for name in names:
+            apart, size = (one[name] - two[name]).norm(), one[name].norm()
+            assert apart <= 1e-4 * max(size, 1e-2 * total), (name, float(apart), float(size))
+    for kind in ("model/", "ema/"):
+        names = [name for name in one if name.startswith(kind)]
+        assert_near([one[name] for name in names], [two[name] for name in names])
+
+
+def assert_near(ones, others):
+    "All these tensors together, as one vector each."
+    one, other = (torch.cat([tensor.flatten() for tensor in each]) for each in (ones, others))
+    assert (one - other).norm() <= 1e-5 * one.norm()

@@ -17,6 +17,7 @@ import pytest
 import torch
 import yaml
 from PIL import Image
+from published import assert_near, assert_trained_alike
 from safetensors.torch import load_file
 from transformers.utils import logging
 
@@ -934,10 +935,12 @@ def test_two_processes_train_by_command_like_one(data, tmp_path):
         for folder in (one, two)
     ]
     assert losses[1] == pytest.approx(losses[0], rel=1e-4, abs=1e-5)
-    others = weights(two)
-    for part, tensors in weights(one).items():
-        for name, value in tensors.items():
-            torch.testing.assert_close(others[part][name], value, rtol=1e-4, atol=1e-5)
+    assert_trained_alike(one / "run", two / "run")
+    mine, theirs = weights(one), weights(two)
+    assert mine.keys() == theirs.keys() and all(mine.values())
+    for part, tensors in mine.items():
+        assert tensors.keys() == theirs[part].keys()
+        assert_near(tensors.values(), [theirs[part][name] for name in tensors])
     assert (two / "model_index.json").exists()
     assert len(list((two / "run" / "samples").glob("*.png"))) == 1
 
