@@ -111,10 +111,10 @@ def single_file(sd: Path, out: Path) -> Path:
 def assert_trained_alike(one: Path, two: Path):
     """Two runs have seen the same gradients, and their weights went the same way.
 
-    Adam's moments are compared, tensor by tensor (to 1e-4 of their size, or 1e-6 of all of them): they follow the gradients smoothly. Its weights
-    do not. Where a gradient is zero but for rounding (softmax ignores the bias of a key), Adam
-    makes a whole step of that rounding, whose direction depends on the order of the sums and so
-    on the processor. Weights are therefore compared as one vector.
+    Adam's moments are compared, tensor by tensor, to 1e-4 of their size or 1e-6 of them all: they
+    follow the gradients smoothly. Its weights do not. Where a gradient is zero but for rounding
+    (softmax ignores the bias of a key), Adam makes a whole step of that rounding, whose direction
+    depends on the order of the sums and so on the processor. Weights are compared as one vector.
     """
     (one, _), (two, _) = (load_checkpoint(list_checkpoints(run)[-1]) for run in (one, two))
     assert one.keys() == two.keys()
