@@ -182,7 +182,7 @@ def _check_same_run(path: Path, asked: dict) -> dict:
     "A finished run, if it is the one that is asked for. Raises ValueError that says what differs."
     record = read_json(path, dict)
     asked_then = find_recipe(record["arm"]).as_dict() | run_settings(record)  # 0.1.0 wrote less
-    known = dict(first=None) | record | dict(settings=asked_then)
+    known = dict(first=None, train_frames=None, start=None) | record | dict(settings=asked_then)
     changed = []
     for key, value in _json_form(asked).items():
         if key == "settings":
@@ -261,6 +261,8 @@ def run_arm(
     views=tuple(VIEWS),  # what is drawn
     changes: dict | None = None,  # of the recipe: frames_a_story, n_times ...
     first: dict | None = None,  # tuned on shorter stories before: their n_frames, steps
+    train_frames=None,  # shortest and longest of `train`; None: as long as those drawn
+    start=None,  # a tuned model that goes on, as `from_pretrained` takes it; None: from the base
     progress: bool = True,
 ) -> dict:  # what the file holds; `run_rows` turns it into rows
     """Tune, draw, read, write. A finished run that is asked for more views draws these only.
@@ -272,7 +274,12 @@ def run_arm(
     config = replace(config, seed=seed, learning_rate=recipe.learning_rate)
     path = Path(folder) / f"{name}-{seed}.json"
     short = dict(n_times=first["n_frames"], frames_a_story=None) if first else {}
-    pipe = CausalStoryPipeline.from_base(base, replace(recipe, **short), seed=seed)
+    if start:
+        pipe = CausalStoryPipeline.from_pretrained(start, None if base == "miniature" else base)
+        start = dict(model=str(start), fingerprint=fingerprint(pipe.story_context))
+        pipe.story_context.grow(max(recipe.n_times, pipe.story_context.config.n_times))
+    else:
+        pipe = CausalStoryPipeline.from_base(base, replace(recipe, **short), seed=seed)
     pipe.set_progress_bar_config(disable=True)
     before = pipe.config.base["fingerprints"]["unet"]
     asked = dict(
@@ -280,7 +287,9 @@ def run_arm(
         stories=stories,
         world=world_hash(stories),
         train_stories=len(train),
+        train_frames=train_frames and list(train_frames),
         first=first,
+        start=start,
         settings=recipe.as_dict(),
         config=asdict(config),
     )
@@ -337,11 +346,13 @@ def run_experiment(
     test_seed: int = 1,  # which stories of the split
     first_frames: int | None = None,  # tune on stories of so many frames before, then go on
     first_steps: int = 2000,  # so many steps, with a learning rate schedule of their own
+    train_frames: tuple[int, int] | None = None,  # shortest and longest story to tune on
+    start: str | None = None,  # go on from this tuned model: a folder, or miniature
     progress: bool = True,  # show bars
 ) -> list:  # the runs' records
     """Tune several arms with several seeds, seed by seed, and score each on stories.
 
-    A long past is learned sooner by a model that knows a short one: `first_frames`.
+    A long past is learned sooner by a model that knows a short one: `first_frames`, or `start`.
 
     Called again, it goes on where it was stopped, or draws the views that are missing. The features
     of the training stories stay in OUT/runs, for all runs; delete that folder when you are done.
@@ -356,16 +367,20 @@ def run_experiment(
             f"first_frames={first_frames}: stories to begin with have at least 2 frames and fewer "
             f"than n_frames={n_frames}"
         )
+    if first_frames is not None and start is not None:
+        raise ValueError(f"first_frames={first_frames}, start={start}: choose one beginning")
     longer = {} if n_frames == 5 else dict(n_frames=n_frames)
-    train = make_stories(train_stories, **longer)
+    train = make_stories(train_stories, n_frames=train_frames or n_frames)
     drawn = dict(n=stories, split=split, seed=test_seed, **longer)
     reader = FrameReader.from_pretrained("miniature")
     config = TrainingConfig(steps=steps, batch_size=batch_size, warmup_steps=20, ema_decay=0.99)
     changes = {} if frames_a_story is None else dict(frames_a_story=frames_a_story)
-    if n_frames > Recipe().n_times:
-        changes["n_times"] = n_frames
+    longest = max([n_frames, *(train_frames or ())])
+    if longest > Recipe().n_times:
+        changes["n_times"] = longest
     first = first_frames and dict(n_frames=first_frames, steps=first_steps)
     options = dict(base=base, views=views, changes=changes, first=first, progress=progress)
+    options |= dict(train_frames=train_frames, start=start)
     return [
         run_arm(name, seed, out, train, drawn, reader, config, **options)
         for seed in seeds

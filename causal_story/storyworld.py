@@ -81,7 +81,14 @@ def make_stories(
     n: int,  # how many
     split: str = "train",  # which split
     seed: int = 0,  # another seed gives other stories
-    n_frames: int = 5,  # 3 to 16
+    n_frames: int | tuple = 5,  # 3 to 16; or the shortest and the longest: all lengths in turn
 ) -> list:  # `Story`s
-    "Many stories: numbers seed * 1,000,000 onwards."
-    return [make_story(seed * 1_000_000 + k, split, n_frames) for k in range(n)]
+    """Many stories: numbers seed * 1,000,000 onwards. Raises ValueError as `make_story` does, and
+    if the shortest is not shorter than the longest."""
+    lengths = [n_frames]
+    if isinstance(n_frames, (tuple, list)):
+        lengths = range(n_frames[0], n_frames[-1] + 1)
+        if len(n_frames) != 2 or len(lengths) < 2:
+            raise ValueError(f"n_frames={n_frames}: give the shortest and the longest, as (3, 12)")
+    stories = range(n)
+    return [make_story(seed * 1_000_000 + k, split, lengths[k % len(lengths)]) for k in stories]

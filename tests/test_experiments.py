@@ -477,6 +477,30 @@ def test_longer_stories_get_a_longer_time_table(tmp_path):
     assert begun.story_context.config.n_times == 3
 
 
+def test_a_tuned_model_goes_on_with_stories_of_mixed_lengths(tmp_path):
+    few = dict(arms=("weighted",), seeds=(0,), steps=1, batch_size=2, train_stories=8)
+    few |= dict(stories=1, split="val", views=("true",), progress=False, frames_a_story=2)
+    few |= dict(start="miniature", train_frames=(3, 10))
+    [record] = run_experiment(tmp_path, **few)
+    shipped = CausalStoryPipeline.from_pretrained("miniature").story_context
+    assert record["start"] == dict(model="miniature", fingerprint=fingerprint(shipped))
+    assert record["train_frames"] == [3, 10] and record["first"] is None
+    assert "n_frames" not in record["stories"]  # five, as ever
+    pipe = CausalStoryPipeline.from_pretrained(tmp_path / "tuned" / "weighted-0")
+    assert pipe.story_context.config.n_times == 10 > shipped.config.n_times
+    moved = pipe.story_context.projection.weight - shipped.projection.weight
+    assert 0 < moved.abs().max() < 0.01  # one step from the shipped model, not from nothing
+    assert run_experiment(tmp_path, **few) == [as_json(record)]
+    with pytest.raises(ValueError, match="other .*train_frames"):
+        run_experiment(tmp_path, **few | dict(train_frames=(4, 10)))
+    with pytest.raises(ValueError, match="other .*start"):
+        run_experiment(tmp_path, **few | dict(start=None))
+    with pytest.raises(ValueError, match="first_frames=3, start=miniature: choose one"):
+        run_experiment(tmp_path, **few | dict(first_frames=3))
+    with pytest.raises(FileNotFoundError, match="there is no folder nowhere"):
+        run_experiment(tmp_path / "other", **few | dict(start="nowhere"))
+
+
 @pytest.mark.parametrize("first", [0, 1, 5, 6])
 def test_what_a_run_begins_with_is_shorter_and_checked_first(tmp_path, first, monkeypatch):
     monkeypatch.setattr(experiments, "tune", None)

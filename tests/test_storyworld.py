@@ -458,6 +458,18 @@ def test_truth_survives_json(seed, split, n_frames):
 def test_stories_of_other_seeds_differ():
     assert len({tuple(story.captions) for story in make_stories(300)}) > 290
     assert make_stories(3, seed=1)[2] == make_story(1_000_002)
+
+
+def test_stories_of_mixed_lengths_have_them_in_turn():
+    stories = make_stories(12, seed=3, n_frames=(3, 12))
+    assert [len(story.captions) for story in stories] == [*range(3, 13), 3, 4]
+    assert stories[9] == make_story(3_000_009, n_frames=12)
+    assert stories[:5] == make_stories(5, seed=3, n_frames=[3, 12])
+    for wrong in ((12, 3), (5, 5), (3, 5, 8), (4,)):
+        with pytest.raises(ValueError, match="give the shortest and the longest"):
+            make_stories(2, n_frames=wrong)
+    with pytest.raises(ValueError, match="n_frames"):
+        make_stories(20, n_frames=(3, 17))
     assert make_story(1, "train").captions != make_story(1, "val").captions
 
 
