@@ -477,25 +477,26 @@ def test_longer_stories_get_a_longer_time_table(tmp_path):
     assert begun.story_context.config.n_times == 3
 
 
-def test_a_tuned_model_goes_on_with_stories_of_mixed_lengths(tmp_path):
+def test_a_tuned_model_goes_on_with_stories_of_mixed_lengths(tmp_path, root):
     few = dict(arms=("weighted",), seeds=(0,), steps=1, batch_size=2, train_stories=8)
     few |= dict(stories=1, split="val", views=("true",), progress=False, frames_a_story=2)
-    few |= dict(start="miniature", train_frames=(3, 10))
+    start = str(results(root) / "6000_steps" / "weighted-0")
+    few |= dict(start=start, train_frames=(3, 10))
     [record] = run_experiment(tmp_path, **few)
-    shipped = CausalStoryPipeline.from_pretrained("miniature").story_context
-    assert record["start"] == dict(model="miniature", fingerprint=fingerprint(shipped))
+    began = CausalStoryPipeline.from_pretrained(start).story_context
+    assert record["start"] == dict(model=start, fingerprint=fingerprint(began))
     assert record["train_frames"] == [3, 10] and record["first"] is None
     assert "n_frames" not in record["stories"]  # five, as ever
     pipe = CausalStoryPipeline.from_pretrained(tmp_path / "tuned" / "weighted-0")
-    assert pipe.story_context.config.n_times == 10 > shipped.config.n_times
-    moved = pipe.story_context.projection.weight - shipped.projection.weight
-    assert 0 < moved.abs().max() < 0.01  # one step from the shipped model, not from nothing
+    assert pipe.story_context.config.n_times == 10 > began.config.n_times
+    moved = pipe.story_context.projection.weight - began.projection.weight
+    assert 0 < moved.abs().max() < 0.01  # one step from that model, not from nothing
     assert run_experiment(tmp_path, **few) == [as_json(record)]
     with pytest.raises(ValueError, match="other .*train_frames"):
         run_experiment(tmp_path, **few | dict(train_frames=(4, 10)))
     with pytest.raises(ValueError, match="other .*start"):
         run_experiment(tmp_path, **few | dict(start=None))
-    with pytest.raises(ValueError, match="first_frames=3, start=miniature: choose one"):
+    with pytest.raises(ValueError, match="first_frames=3, .*weighted-0: choose one"):
         run_experiment(tmp_path, **few | dict(first_frames=3))
     with pytest.raises(FileNotFoundError, match="there is no folder nowhere"):
         run_experiment(tmp_path / "other", **few | dict(start="nowhere"))
