@@ -90,5 +90,4 @@ def make_stories(
         lengths = range(n_frames[0], n_frames[-1] + 1)
         if len(n_frames) != 2 or len(lengths) < 2:
             raise ValueError(f"n_frames={n_frames}: give the shortest and the longest, as (3, 12)")
-    stories = range(n)
-    return [make_story(seed * 1_000_000 + k, split, lengths[k % len(lengths)]) for k in stories]
+    return [make_story(seed * 1_000_000 + k, split, lengths[k % len(lengths)]) for k in range(n)]
