@@ -115,9 +115,13 @@ RECIPES = {
     "full": NamedRecipe("all of the past alike, context layer, adapters", dict(policy="full")),
     "local-1": NamedRecipe("the last frame", dict(policy=HistoryPolicy("local", 1))),
     "local-2": NamedRecipe("the last two frames", dict(policy=HistoryPolicy("local", 2))),
+    "local-4": NamedRecipe("the last four frames", dict(policy=HistoryPolicy("local", 4))),
     "weighted": NamedRecipe("causal-story under its policy's name"),
     "weighted-window-2": NamedRecipe(
         "the last two frames, weighed", dict(policy=HistoryPolicy("weighted", 2))
+    ),
+    "weighted-window-4": NamedRecipe(
+        "the last four frames, weighed", dict(policy=HistoryPolicy("weighted", 4))
     ),
     "weighted-token": NamedRecipe("every token weighed, not every frame", dict(relevance="token")),
     "weighted-null": NamedRecipe(

@@ -475,7 +475,7 @@ def test_a_story_is_written_drawn_and_its_past_changed(page, tmp_path):
     wait_for(page, "Frame 3: which words")
     page.mouse.move(2, 2)  # a frame under the mouse is tinted
     page.wait_for_timeout(500)
-    # STORY_SCREENSHOT=nbs/images/explorer.png makes the README's picture
+    # STORY_SCREENSHOT=nbs/images/explorer.png makes the picture of lesson 13
     target = Path(os.environ.get("STORY_SCREENSHOT") or tmp_path / "explorer.png")
     page.locator(".story-explorer").screenshot(path=str(target))
     with Image.open(target) as shot:

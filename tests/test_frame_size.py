@@ -70,8 +70,10 @@ def test_what_a_size_costs_is_what_a_model_of_that_size_does(world):
     assert set(seen) == {pipe.unet.config.sample_size} == {4}
 
 
-def test_an_old_record_has_the_size_of_its_base():
-    assert CausalStoryPipeline.from_pretrained("miniature").frame_size == 64
+def test_an_old_record_has_the_size_of_its_base(root):
+    folder = root / "nbs" / "results" / "6000_steps" / "weighted-0"
+    assert "frame_size" not in read_json(folder / "tuned.json", dict)
+    assert CausalStoryPipeline.from_pretrained(folder).frame_size == 64
 
 
 def test_the_command_line_takes_a_size(world, tmp_path, capsys):
