@@ -401,8 +401,16 @@ def wait_for(page, text):
 def write_captions(page, captions):
     "Bring the form to so many captions and fill them."
     fields = page.locator(".story-explorer input[placeholder*='who does what']")
-    while fields.count() != len(captions):
-        n = fields.count()
+
+    def settled():
+        "How many there are; while the form is drawn anew, old and new stand there together."
+        n = None
+        while n != fields.count():
+            n = fields.count()
+            page.wait_for_timeout(500)
+        return n
+
+    while (n := settled()) != len(captions):
         button(page, "plus" if n < len(captions) else "minus").click()
         page.wait_for_function(
             "n => document.querySelectorAll('.story-explorer input[placeholder]').length != n",
