@@ -502,6 +502,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/causal-story', 'doc_host':
                                                                                 'causal_story/experiments.py'),
                                           'causal_story.experiments.measure_tuning': ( 'library/experiments.html#measure_tuning',
                                                                                        'causal_story/experiments.py'),
+                                          'causal_story.experiments.over_seeds': ( 'library/experiments.html#over_seeds',
+                                                                                   'causal_story/experiments.py'),
                                           'causal_story.experiments.plot_arms': ( 'library/experiments.html#plot_arms',
                                                                                   'causal_story/experiments.py'),
                                           'causal_story.experiments.print_groups': ( 'library/experiments.html#print_groups',

@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['VIEWS', 'GROUPS', 'ceilings', 'floors', 'with_and_without_history', 'print_lines', 'machine', 'world_hash',
            'run_settings', 'run_policy', 'stored_mb', 'run_arm', 'run_experiment', 'run_rows', 'load_runs',
-           'keep_verdicts', 'run_again', 'drawn_by', 'seeds_and_stories', 'far', 'chosen_rows', 'arm_table',
-           'compare_arms', 'silent', 'seeds_and_stories_slope', 'print_groups', 'plot_arms', 'measure_tuning',
-           'tuning_cost']
+           'keep_verdicts', 'run_again', 'drawn_by', 'seeds_and_stories', 'far', 'over_seeds', 'chosen_rows',
+           'arm_table', 'compare_arms', 'silent', 'seeds_and_stories_slope', 'print_groups', 'plot_arms',
+           'measure_tuning', 'tuning_cost']
 
 # %% ../nbs/library/experiments.ipynb #exp00003
 import hashlib
@@ -24,6 +24,7 @@ from typing import Literal
 
 import numpy as np
 import torch
+from scipy import stats
 
 from .causal_mask import HistoryPolicy
 from .data import StoriesInMemory
@@ -560,6 +561,20 @@ def seeds_and_stories(
 def far(row: dict) -> bool:
     "A fact that only the history tells, with its nearest source at least two frames back."
     return row["history_only"] and row["nearest"] >= 2
+
+
+def over_seeds(
+    values,  # one number a seed, at least two: `by_seed` of `compare_arms`, say
+) -> tuple:  # mean, low, high
+    """Mean with its 95 % interval over seeds alone, by Student's t.
+
+    Wider than what resampling so few seeds gives. Raises ValueError for a single one."""
+    values = np.asarray(values, dtype=float)
+    if len(values) < 2:
+        raise ValueError("one seed has no interval over seeds: give at least two")
+    mean = values.mean()
+    low, high = stats.t.interval(0.95, len(values) - 1, mean, stats.sem(values))
+    return float(mean), float(low), float(high)
 
 
 def chosen_rows(records, which, history):

@@ -423,7 +423,7 @@ def write_captions(page, captions):
 
 def check_nothing_is_cut_off(page, width, shot=None):
     "At a window of this width, every visible part of the explorer lies inside it."
-    page.set_viewport_size(dict(width=width, height=2200))
+    page.set_viewport_size(dict(width=width, height=2600))
     page.mouse.move(2, 2)
     page.wait_for_timeout(500)
     if shot:
@@ -516,16 +516,16 @@ def test_a_story_is_written_drawn_and_its_past_changed(page, tmp_path):
 
 def check_the_longest_story(page, tmp_path):
     "As many captions as can be: frames wrap at both widths and nothing is cut off."
-    captions = ["Milo is at the beach and waves, holding a ball, in a red scarf."] * 9
+    captions = ["Milo is at the beach and waves, holding a ball, in a red scarf."] * 12
     write_captions(page, captions)
     page.locator(".story-explorer .widget-slider .widget-readout").first.fill("2")
     page.keyboard.press("Enter")
     button(page, "paint-brush").click()
-    wait_for(page, "9 frames in")
-    page.locator(".story-click").nth(8).click()
-    wait_for(page, "Frame 8: which words")
+    wait_for(page, "12 frames in")
+    page.locator(".story-click").nth(11).click()
+    wait_for(page, "Frame 11: which words")
     rows = [
-        check_nothing_is_cut_off(page, width, tmp_path / f"nine-{width}.png")
+        check_nothing_is_cut_off(page, width, tmp_path / f"twelve-{width}.png")
         for width in (800, 1400)
     ]
-    assert rows == [2, 1]
+    assert rows == [3, 2]

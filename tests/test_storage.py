@@ -195,16 +195,15 @@ def test_a_missing_folder_is_no_hub_id(tmp_path, monkeypatch):
 
 def test_fingerprint_of_a_shipped_part_is_golden():
     "Tuned folders name the base they fit by these digits."
-    tuned = read_json(shipped_weights("story") / "tuned.json", dict)
-    for name, key in (("unet", "base"), ("vae", "vae"), ("text_encoder", "text_encoder")):
-        if key in tuned:
-            part = load_part(PARTS[name], shipped_weights("base") / name)
-            assert fingerprint(part) == tuned[key]
-            assert fingerprint(part.to(torch.float16)) == tuned[key]
+    told = read_json(shipped_weights("story") / "tuned.json", dict)["base"]["fingerprints"]
+    for name in ("unet", "vae", "text_encoder"):
+        part = load_part(PARTS[name], shipped_weights("base") / name)
+        assert fingerprint(part) == told[name]
+        assert fingerprint(part.to(torch.float16)) == told[name]
     tokenizer = load_part(CLIPTokenizer, shipped_weights("base") / "tokenizer")
     words = [tokenizer.model_max_length, sorted(tokenizer.get_vocab().items())]
     words = json.dumps(words).encode()
-    assert fingerprint(tokenizer) == hashlib.sha256(words).hexdigest()[:16]
+    assert fingerprint(tokenizer) == told["tokenizer"] == hashlib.sha256(words).hexdigest()[:16]
 
 
 # ---------------------------------------------------------------- reading
