@@ -129,6 +129,9 @@ RECIPES = {
     ),
     "weighted-even": NamedRecipe("timesteps drawn evenly", dict(timestep_shift=1.0)),
     "no-context-layer": NamedRecipe("weighed, but AR-LDM's context", dict(context_layers=0)),
+    "full-no-context-layer": NamedRecipe(
+        "all of the past alike, AR-LDM's context", dict(policy="full", context_layers=0)
+    ),
     "only-adapters-and-layer": NamedRecipe(
         "BLIP's text side frozen", dict(parts=("story_context",))
     ),
