@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['VIEWS', 'GROUPS', 'ceilings', 'floors', 'with_and_without_history', 'print_lines', 'machine', 'world_hash',
            'run_settings', 'run_policy', 'stored_mb', 'run_arm', 'run_experiment', 'run_rows', 'load_runs',
-           'keep_verdicts', 'run_again', 'drawn_by', 'seeds_and_stories', 'far', 'over_seeds', 'chosen_rows',
-           'arm_table', 'compare_arms', 'silent', 'seeds_and_stories_slope', 'print_groups', 'plot_arms',
-           'measure_tuning', 'tuning_cost']
+           'keep_verdicts', 'run_again', 'drawn_by', 'seeds_and_stories', 'history_only', 'far', 'over_seeds',
+           'arm_table', 'compare_arms', 'silent', 'seeds_and_stories_slope', 'verdict_table', 'copied_run',
+           'print_groups', 'plot_arms', 'measure_tuning', 'tuning_cost']
 
 # %% ../nbs/library/experiments.ipynb #exp00003
 import hashlib
@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Literal
 
 import numpy as np
+import pandas as pd
 import torch
 from scipy import stats
 
@@ -558,6 +559,11 @@ def seeds_and_stories(
     )
 
 # %% ../nbs/library/experiments.ipynb #exp00017
+def history_only(row: dict) -> bool:
+    "A fact that only the history tells: the caption of its frame leaves it out."
+    return row["history_only"]
+
+
 def far(row: dict) -> bool:
     "A fact that only the history tells, with its nearest source at least two frames back."
     return row["history_only"] and row["nearest"] >= 2
@@ -577,21 +583,27 @@ def over_seeds(
     return float(mean), float(low), float(high)
 
 
-def chosen_rows(records, which, history):
-    "One list of rows a seed, only the facts that `which` picks; it is not told the verdicts."
-    return [run_rows(record, history, which) for record in records]
+def _figure(records: list, baseline, which, history: str, by) -> dict:
+    "Accuracy of some runs, or its slope on `by`, or the difference to other runs."
+
+    def chosen(some):
+        return [run_rows(record, history, which) for record in some]
+
+    rows = chosen(records)
+    others = None if baseline is None else chosen(baseline)
+    if by is None:
+        return seeds_and_stories(rows, others)
+    return seeds_and_stories_slope(rows, others, by)
 
 
 def arm_table(
     runs: dict,  # from `load_runs`
     which=far,  # row -> bool: which facts count; default the main figure
     history: str = "true",  # or another kind of `run_rows`
+    by=None,  # row -> number: the slope of accuracy on it, in place of accuracy
 ) -> dict:  # arm -> `seeds_and_stories`
     "Every arm on the chosen facts, with intervals over seeds and stories."
-    return {
-        arm: seeds_and_stories(chosen_rows(records, which, history))
-        for arm, records in runs.items()
-    }
+    return {arm: _figure(records, None, which, history, by) for arm, records in runs.items()}
 
 
 def compare_arms(
@@ -600,15 +612,12 @@ def compare_arms(
     baseline: str,  # another arm
     which=far,
     history: str = "true",
+    by=None,  # row -> number: the difference of slopes on it, in place of accuracies
 ) -> dict:  # `seeds_and_stories` of the difference
     "arm minus baseline over the seeds that both have, fact by fact."
     seeds = {record["seed"] for record in runs[arm]} & {r["seed"] for r in runs[baseline]}
-
-    def rows_of(name):
-        records = [record for record in runs[name] if record["seed"] in seeds]
-        return chosen_rows(records, which, history)
-
-    return seeds_and_stories(rows_of(arm), rows_of(baseline))
+    pairs = [[r for r in runs[name] if r["seed"] in seeds] for name in (arm, baseline)]
+    return _figure(*pairs, which, history, by)
 
 # %% ../nbs/library/experiments.ipynb #d651e647
 def silent(row: dict) -> int:
@@ -669,6 +678,40 @@ def seeds_and_stories_slope(
         seeds=n_seeds,
     )
 
+# %% ../nbs/library/experiments.ipynb #exptab01
+def verdict_table(
+    runs: dict,  # from `load_runs`, or name -> records as `run_again` writes them
+    which=history_only,  # row -> bool: which facts
+    history: str = "true",  # or another kind of `run_rows`; runs that lack it are left out
+) -> pd.DataFrame:  # a line a verdict: arm, seed, silent, and what `run_rows` says
+    "All verdicts of some runs. Raises ValueError if no run has such a history."
+    lines = [
+        dict(arm=arm, seed=record.get("seed", 0), silent=silent(row)) | row
+        for arm, records in runs.items()
+        for record in records
+        if history in record["correct"]
+        for row in run_rows(record, history, which)
+    ]
+    if not lines:
+        raise ValueError(f"history={history!r}: no verdicts, none of these runs has any")
+    return pd.DataFrame(lines)
+
+
+def copied_run(
+    stories: dict,  # arguments of `make_stories`
+) -> dict:  # a record, as of `run_arm`
+    """The run of whoever draws the true first frame in every frame.
+
+    A model below it may have learned no more than to repeat."""
+    records = StoriesInMemory(make_stories(**stories)).records
+    drawn = [[record.frames[0]] * len(record.frames) for record in records]
+    reader = FrameReader.from_pretrained("miniature")
+    rows = dict(true=score_facts(reader, drawn, [record.truth for record in records]))
+    settings = dict(policy=asdict(HistoryPolicy("none")))
+    return dict(
+        stories=stories, world=world_hash(stories), settings=settings, correct=_digits(rows)
+    )
+
 # %% ../nbs/library/experiments.ipynb #exp00021
 def _history_only(**wanted):
     "A question about rows: only the history tells the fact, and these fields have these values."
@@ -684,7 +727,7 @@ def _unsaid_scarf(row):
 
 
 GROUPS = {
-    "all that only the history tells": _history_only(),
+    "all that only the history tells": history_only,
     "source one frame back": _history_only(nearest=1),
     "source two or more back": far,
     "  of these, settings": lambda row: far(row) and row["attribute"] == "setting",
