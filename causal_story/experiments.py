@@ -409,8 +409,8 @@ def run_rows(
 ) -> list:  # one dict a verdict, with `correct`
     """A run's verdicts. The stories are made again from their seed: a file holds one digit a fact.
 
-    Raises ValueError if this version of the world tells other stories, KeyError for a kind that the
-    run has not."""
+    Raises ValueError if this version of the world tells other stories, or `which` asks for a field
+    that these verdicts lack; KeyError for a kind that the run has not."""
     rows = _rows_of(_key(record["stories"]), history, run_policy(record))
     digits = record["correct"][history]
     world = world_hash(record["stories"])
@@ -419,10 +419,15 @@ def run_rows(
         raise ValueError(
             f"{whose} was scored on other stories than this version of the world makes"
         )
+    try:
+        chosen = [which is None or which(row) for row in rows]
+    except KeyError as error:
+        raise ValueError(
+            f"history={history!r}: these verdicts have no {error}, which `which` asks for; "
+            "which=None takes them all"
+        ) from None
     return [
-        row | dict(correct=digit == "1")
-        for row, digit in zip(rows, digits)
-        if which is None or which(row)
+        row | dict(correct=digit == "1") for row, digit, use in zip(rows, digits, chosen) if use
     ]
 
 
@@ -681,12 +686,18 @@ def seeds_and_stories_slope(
 # %% ../nbs/library/experiments.ipynb #exptab01
 def verdict_table(
     runs: dict,  # from `load_runs`, or name -> records as `run_again` writes them
-    which=history_only,  # row -> bool: which facts
+    which=history_only,  # row -> bool: which facts; None: all
     history: str = "true",  # or another kind of `run_rows`; runs that lack it are left out
-) -> pd.DataFrame:  # a line a verdict: arm, seed, silent, and what `run_rows` says
-    "All verdicts of some runs. Raises ValueError if no run has such a history."
+) -> pd.DataFrame:  # a line a verdict: arm, seed, silent (of facts), and what `run_rows` says
+    """All verdicts of some runs.
+
+    Raises ValueError if no run has such a history, and what `run_rows` raises."""
+
+    def count(row):
+        return dict(silent=silent(row)) if "sources" in row else {}
+
     lines = [
-        dict(arm=arm, seed=record.get("seed", 0), silent=silent(row)) | row
+        dict(arm=arm, seed=record.get("seed", 0)) | count(row) | row
         for arm, records in runs.items()
         for record in records
         if history in record["correct"]
