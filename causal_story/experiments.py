@@ -689,7 +689,7 @@ def verdict_table(
     which=history_only,  # row -> bool: which facts; None: all
     history: str = "true",  # or another kind of `run_rows`; runs that lack it are left out
 ) -> pd.DataFrame:  # a line a verdict: arm, seed, silent (of facts), and what `run_rows` says
-    """All verdicts of some runs.
+    """All verdicts of some runs. Records that name no seed are numbered.
 
     Raises ValueError if no run has such a history, and what `run_rows` raises."""
 
@@ -697,9 +697,9 @@ def verdict_table(
         return dict(silent=silent(row)) if "sources" in row else {}
 
     lines = [
-        dict(arm=arm, seed=record.get("seed", 0)) | count(row) | row
+        dict(arm=arm, seed=record.get("seed", k)) | count(row) | row
         for arm, records in runs.items()
-        for record in records
+        for k, record in enumerate(records)
         if history in record["correct"]
         for row in run_rows(record, history, which)
     ]
@@ -714,17 +714,17 @@ def copied_run(
     """The run of whoever draws the true first frame in every frame.
 
     A model below it may have learned no more than to repeat."""
-    records = StoriesInMemory(make_stories(**stories)).records
-    drawn = [[record.frames[0]] * len(record.frames) for record in records]
+    told = _test_stories(_key(stories))[0]
+    drawn = [[story.frame(0)] * len(story.captions) for story in told]
     reader = FrameReader.from_pretrained("miniature")
-    rows = dict(true=score_facts(reader, drawn, [record.truth for record in records]))
+    rows = dict(true=score_facts(reader, drawn, [story.truth() for story in told]))
     settings = dict(policy=asdict(HistoryPolicy("none")))
     return dict(
         stories=stories, world=world_hash(stories), settings=settings, correct=_digits(rows)
     )
 
 # %% ../nbs/library/experiments.ipynb #exp00021
-def _history_only(**wanted):
+def _facts_with(**wanted):
     "A question about rows: only the history tells the fact, and these fields have these values."
 
     def which(row):
@@ -739,19 +739,19 @@ def _unsaid_scarf(row):
 
 GROUPS = {
     "all that only the history tells": history_only,
-    "source one frame back": _history_only(nearest=1),
+    "source one frame back": _facts_with(nearest=1),
     "source two or more back": far,
     "  of these, settings": lambda row: far(row) and row["attribute"] == "setting",
     "  of these, all else": lambda row: far(row) and row["attribute"] != "setting",
     "source three or more back": lambda row: row["history_only"] and row["nearest"] >= 3,
-    "a source's caption says it": _history_only(said=True),
-    "only shown, never said": _history_only(said=False),
-    "in frames with one character": _history_only(characters=1),
-    "in frames with two": _history_only(characters=2),
-    "setting": _history_only(attribute="setting"),
-    "character": _history_only(attribute="character"),
-    "prop": _history_only(attribute="prop"),
-    "scarf": _history_only(attribute="scarf"),
+    "a source's caption says it": _facts_with(said=True),
+    "only shown, never said": _facts_with(said=False),
+    "in frames with one character": _facts_with(characters=1),
+    "in frames with two": _facts_with(characters=2),
+    "setting": _facts_with(attribute="setting"),
+    "character": _facts_with(attribute="character"),
+    "prop": _facts_with(attribute="prop"),
+    "scarf": _facts_with(attribute="scarf"),
     "scarf that no source's caption says": _unsaid_scarf,
     "said by the caption itself": lambda row: row["stated"],
 }

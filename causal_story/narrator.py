@@ -408,11 +408,17 @@ class Story:
         take: int = 0,  # another take is the same story with other small jitter
     ) -> list:  # PIL images
         "Draw the story."
-        pictures = []
-        for k, scene in enumerate(self.scenes):
-            seed = random.Random(f"{self.seed} {k} {take}").getrandbits(32)
-            pictures.append(render(scene, size, seed))
-        return pictures
+        return [self.frame(k, size, take) for k in range(len(self.scenes))]
+
+    def frame(
+        self,
+        k: int,  # which
+        size: int = 64,
+        take: int = 0,
+    ):  # PIL image
+        "Draw one frame, as `frames` does."
+        seed = random.Random(f"{self.seed} {k} {take}").getrandbits(32)
+        return render(self.scenes[k], size, seed)
 
     def truth(self) -> dict:
         "Scenes and facts as plain containers that JSON can hold, version 1."
