@@ -6,8 +6,9 @@
 __all__ = ['DIFFUSION_PARTS', 'HISTORY_PARTS', 'BASE_PARTS', 'STABLE_DIFFUSION_HUB', 'BLIP_HUB', 'FINGERPRINTED', 'NEW_PARTS',
            'LORA', 'LORAS', 'LORA_FILE', 'OWN_LORA', 'WITH_LORA', 'read_diffusion', 'read_single_file', 'read_blip',
            'read_base', 'frame_size_of', 'set_frame_size', 'has_lora', 'without_lora', 'changed_parts', 'merged',
-           'lora_layers', 'lora_strengths', 'write_lora', 'own_part', 'write_tuned', 'read_record', 'read_tuned',
-           'read_loras', 'whole_parts', 'check_is_story', 'quiet_casts', 'split_options', 'check_dtype', 'cast_parts']
+           'lora_layers', 'lora_strengths', 'write_lora', 'own_part', 'check_no_base', 'write_tuned', 'read_record',
+           'read_tuned', 'read_loras', 'whole_parts', 'check_is_story', 'quiet_casts', 'split_options', 'check_dtype',
+           'cast_parts']
 
 # %% ../nbs/library/loading.ipynb #ldg00003
 import copy
@@ -337,6 +338,25 @@ def own_part(
     return merged(part)
 
 
+def check_no_base(
+    folder,  # where a tuned model is to be saved
+    base: dict | None,  # of that model, as `read_base` said; a local one has no name
+    whole: bool = False,  # all of the model is saved, what it has of its base too
+):
+    "Raise ValueError if saving would delete what tuned models are made from."
+    folder = Path(folder)
+    parts = [name for name in BASE_PARTS if (folder / name).is_dir()]
+    if not parts or (folder / "tuned.json").is_file():
+        return
+    index = folder / "model_index.json"
+    ours = index.is_file() and read_json(index, dict).get("_class_name") == "CausalStoryPipeline"
+    if not ours or not (whole or (base or {}).get("name")):
+        raise ValueError(
+            f"{folder} holds {', '.join(parts)}: a base, and saving there would delete it. "
+            "Choose another folder"
+        )
+
+
 def write_tuned(
     folder,  # appears when all is written; an older one is replaced then
     components: dict,  # name -> part, of a pipeline
@@ -344,10 +364,13 @@ def write_tuned(
     settings: dict,  # of drawing, as JSON can hold them
     half: bool = False,  # models in half precision
 ):
-    "Write what tuning changed and how it is drawn, a subfolder each, and tuned.json."
+    """Write what tuning changed and how it is drawn, a subfolder each, and tuned.json.
+
+    Raises ValueError for a folder that holds a base."""
     names = changed_parts(components, base)
     replaces = (*NEW_PARTS, *BASE_PARTS, LORA, LORAS, "model_index.json")
     with atomic_folder(folder, "tuned.json", replaces) as aside:
+        check_no_base(folder, base)
         for name in names:
             part = components[name]
             if isinstance(part, torch.nn.Module):

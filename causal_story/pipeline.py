@@ -66,6 +66,7 @@ from causal_story.loading import (
     cast_parts,
     check_dtype,
     check_is_story,
+    check_no_base,
     frame_size_of,
     merged,
     quiet_casts,
@@ -172,6 +173,7 @@ class CausalStoryPipeline(
         context_layer: bool = True,  # False: AR-LDM's context even if layers are there
         guidance_interval: tuple | list = (0.0, 1.0),  # default of the call
         base: dict | None = None,  # what is remembered of the base, see `read_base`
+        keep_given: bool = True,  # of the history policy: a given frame stays visible
     ):
         super().__init__()
         self.register_modules(
@@ -193,6 +195,7 @@ class CausalStoryPipeline(
             context_layer=context_layer,
             guidance_interval=check_interval(guidance_interval),
             base=base,
+            keep_given=keep_given,
         )
 
     @property
@@ -223,7 +226,8 @@ class CausalStoryPipeline(
     @property
     def history_policy(self) -> HistoryPolicy:
         "The policy that is stored with the checkpoint."
-        return HistoryPolicy(self.config.history_policy, self.config.window)
+        config = self.config
+        return HistoryPolicy(config.history_policy, config.window, config.keep_given)
 
     def __getattr__(self, name):
         if name in METHODS_INSTEAD:
@@ -842,6 +846,7 @@ def from_base(
         adapters=adapters,
         history_policy=recipe.policy.name,
         window=recipe.policy.window,
+        keep_given=recipe.policy.keep_given,
         num_inference_steps=recipe.num_inference_steps,
         guidance_scale=recipe.guidance_scale,
         context_layer=recipe.context_layers > 0,
@@ -865,7 +870,12 @@ def save_pretrained(
 ):
     """Write the pipeline. An older one in the folder is replaced when the new one is complete.
 
-    Raises ValueError if only what was tuned is wanted and nobody knows the base."""
+    Raises ValueError for a folder that holds a base; if only what was tuned is wanted and nobody
+    knows the base; for options that have no effect."""
+    if half and not only_tuned:
+        raise ValueError("half=True goes with only_tuned=True; of a whole pipeline: .to(dtype)")
+    if only_tuned and options:
+        raise ValueError(f"only_tuned=True: {', '.join(options)} would have no effect")
     if only_tuned:
         if not self.config.base:
             raise ValueError(
@@ -875,19 +885,23 @@ def save_pretrained(
         write_tuned(save_directory, self.components, self.config.base, self.settings, half)
         return
     replaces = (*self.components, "lora", "loras", "tuned.json")
+    if options.get("push_to_hub"):
+        options.setdefault("repo_id", Path(save_directory).name)
     with atomic_folder(save_directory, "model_index.json", replaces) as aside:
+        check_no_base(save_directory, self.config.base, whole=True)
         whole = dict(unet=merged(self.unet), text_encoder=merged(self.text_encoder))
         if whole.items() <= self.components.items():
-            DiffusionPipeline.save_pretrained(self, aside, **options)
+            DiffusionPipeline.save_pretrained(self, str(aside), **options)
         else:
             parts = self.components | whole
             copy = type(self)(**parts, **self.settings, base=self.config.base)
-            DiffusionPipeline.save_pretrained(copy, aside, **options)
+            DiffusionPipeline.save_pretrained(copy, str(aside), **options)
 
 
 STORED_SETTINGS = (
     "history_policy",
     "window",
+    "keep_given",
     "num_inference_steps",
     "guidance_scale",
     "guidance_interval",

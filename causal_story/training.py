@@ -317,8 +317,10 @@ class TrainingRun:
         folder=None,  # for checkpoints, or None
         accelerator=None,  # accelerate.Accelerator; made here if None
         lr_scales: dict | None = None,  # part of a parameter's name -> factor on the learning rate
+        identity: dict | None = None,  # what else must be the same when a run goes on
     ):
         self.model, self.loss, self.config, self.folder = model, loss, config, folder
+        self.identity = identity
         self.accelerator = accelerator or make_accelerator(config)
         groups = parameter_groups(model, config, lr_scales)
         self.optimizer = torch.optim.AdamW(
@@ -387,6 +389,7 @@ def save(self: TrainingRun):
     state = run_state(self.model, self.optimizer, self.ema)
     self.seconds = time.time() - self._began
     record = dict(config=asdict(self.config), losses=self.losses, seconds=self.seconds)
+    record["identity"] = self.identity
     save_checkpoint(self.folder, self.steps_done, state, record, self.config.keep_checkpoints)
 
 
@@ -401,6 +404,9 @@ def resume(self: TrainingRun):
     settings = json.loads(json.dumps(asdict(self.config)))
     before = record["config"]
     changed = [k for k in settings if k not in _MAY_CHANGE and settings[k] != before.get(k)]
+    known = record.get("identity") or {}  # none: version 0.1.0, or `fit` was told none
+    asked = json.loads(json.dumps(self.identity)) if known and self.identity else {}
+    changed += [k for k in {**known, **asked} if asked and known.get(k) != asked.get(k)]
     if changed:
         raise ValueError(
             f"{found[-1]} was trained with other settings ({', '.join(sorted(changed))}); "
@@ -421,6 +427,7 @@ def fit(
     folder=None,  # run folder for checkpoints; an interrupted run there is continued
     accelerator=None,  # accelerate.Accelerator; made here if None
     lr_scales: dict | None = None,  # part of a parameter's name -> factor on the learning rate
+    identity: dict | None = None,  # what else must be the same when a run goes on: data, recipe ...
     callbacks=(),  # each called as callback(step, loss, model) after every optimizer step
     stop_at: int | None = None,  # stop after so many steps in all; the schedule does not change
     description: str = "training",  # of the progress bar
@@ -429,9 +436,9 @@ def fit(
     """Train with AdamW, warm-up, cosine, clipping and moving average.
 
     Deterministic on a CPU: stopped and resumed equals never stopped. Raises `ValueError` if nothing
-    trains, or if the folder holds a run with other settings or of another model;
+    trains, or if the folder holds a run with other settings or identity, or of another model;
     `FloatingPointError` if the loss is no number any more."""
-    run = TrainingRun(model, loss, config, folder, accelerator, lr_scales)
+    run = TrainingRun(model, loss, config, folder, accelerator, lr_scales, identity)
     end = min(stop_at or config.steps, config.steps)
     steps = range(run.steps_done, end)
     quiet = not progress or not run.accelerator.is_main_process

@@ -12,7 +12,7 @@ from dataclasses import replace
 import torch
 
 from .data import StoriesInMemory, StoryDataset
-from .features import StoryBatches, open_cache
+from .features import StoryBatches, contents_hash, open_cache
 from .model import frames_in_loss, story_loss
 from .pipeline import CausalStoryPipeline
 from .recipes import Recipe, find_recipe
@@ -71,6 +71,18 @@ def check_lengths(
             f"policy {recipe.policy.name!r} needs a story context that can weigh: make the "
             "pipeline with a recipe whose relevance is not False"
         )
+    has = pipe.story_context.config
+    kind = "block" if has.relevance is True else has.relevance
+    if isinstance(recipe.relevance, str) and recipe.relevance != kind:
+        raise ValueError(
+            f"this recipe has relevance={recipe.relevance!r}, and the story context was made with "
+            f"{kind!r}: make the pipeline with from_base(base, recipe)"
+        )
+    if recipe.context_layers and not has.context_layers:
+        raise ValueError(
+            "this recipe has a context layer, and the story context was made without one: make "
+            "the pipeline with from_base(base, recipe), or tune it with context_layers=0"
+        )
     for index in range(len(dataset)):
         story = dataset.stored(index)
         n_frames = len(story.captions)
@@ -112,6 +124,15 @@ def recipe_loss(
     return loss
 
 # %% ../nbs/09_tuning.ipynb #tun00019
+def _identity(pipe, dataset, recipe: Recipe, half: bool, folder) -> dict | None:
+    "What a run in a folder must share with the one that it goes on with, beside its settings."
+    if folder is None:
+        return None
+    found = {f"recipe.{name}": value for name, value in recipe.as_dict().items()}
+    base = (pipe.config.base or {}).get("fingerprints")
+    return found | dict(base=base, stories=contents_hash(dataset), half=half)
+
+
 def tune(
     pipe: CausalStoryPipeline,  # changed in place
     data,  # HDF5 file with a split "train", a dataset, or stories in memory
@@ -130,7 +151,8 @@ def tune(
     there is an average, and draws under the recipe's policy.
 
     Raises ValueError for stories or settings that do not fit, FileNotFoundError under several
-    processes if the cache of a file is not there yet, and what `fit` raises."""
+    processes if the cache of a file is not there yet, and what `fit` raises: a folder's run that
+    had another recipe, base or stories is not continued."""
     recipe = find_recipe(recipe, pipe.size)
     config = config or TrainingConfig()
     if config.learning_rate is None:
@@ -179,14 +201,14 @@ def tune(
             accelerator.num_processes,
             accelerator.device,
         )
-        result = fit(
-            model, loss, batches, config, folder, accelerator, progress=progress, **options
-        )
+        options |= dict(progress=progress, identity=_identity(pipe, dataset, recipe, half, folder))
+        result = fit(model, loss, batches, config, folder, accelerator, **options)
     # averaged weights; the pipeline draws as it was tuned
     result.use_ema(model).eval()
     pipe.register_to_config(
         history_policy=recipe.policy.name,
         window=recipe.policy.window,
+        keep_given=recipe.policy.keep_given,
         context_layer=recipe.context_layers > 0,
     )
     return result

@@ -1,19 +1,24 @@
 """What was trained is what draws, is saved and comes back; every door draws the same."""
 
 import json
+import os
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+from diffusers.pipelines import pipeline_utils
 
+from causal_story.causal_mask import HistoryPolicy
 from causal_story.data import StoriesInMemory
 from causal_story.drawing import DrawnStories, draw_folder, draw_stories
 from causal_story.pipeline import CausalStoryPipeline, story_generator
 from causal_story.recipes import RECIPES, find_recipe
-from causal_story.storage import fingerprint
+from causal_story.storage import fingerprint, shipped_weights
 from causal_story.storyworld import make_stories
 from causal_story.training import TrainingConfig
 from causal_story.tuning import tune
@@ -138,6 +143,110 @@ def test_a_pipeline_that_knows_no_base_says_so(tmp_path):
         loose.save_pretrained(tmp_path / "tuned", only_tuned=True)
     loose.save_pretrained(tmp_path / "whole")
     assert not (tmp_path / "tuned").exists()
+
+
+def files_of(folder):
+    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+@pytest.mark.parametrize("base", ["of pretrain", "a whole pipeline"])
+def test_saving_never_deletes_the_base(tmp_path, base):
+    folder = tmp_path / "base"
+    if base == "of pretrain":
+        shutil.copytree(shipped_weights("base"), folder)
+    else:
+        CausalStoryPipeline.from_base("miniature").save_pretrained(folder)
+    before = files_of(folder)
+    pipe = CausalStoryPipeline.from_base(folder)
+    with pytest.raises(ValueError, match="base holds .*a base, and saving there would delete it"):
+        pipe.save_pretrained(folder, only_tuned=True)
+    assert files_of(folder) == before
+    if base == "of pretrain":
+        with pytest.raises(ValueError, match="saving there would delete it"):
+            pipe.save_pretrained(folder)
+        assert files_of(folder) == before
+
+
+def test_nor_somebody_elses_pipeline(world, tmp_path):
+    folder = tmp_path / "sd"
+    shutil.copytree(world.sd, folder)
+    before = files_of(folder)
+    for only_tuned in (False, True):
+        with pytest.raises(ValueError, match="saving there would delete it"):
+            CausalStoryPipeline.from_base("miniature").save_pretrained(folder, only_tuned)
+    assert files_of(folder) == before
+
+
+def test_saving_refuses_what_would_have_no_effect(tmp_path):
+    pipe = CausalStoryPipeline.from_base("miniature")
+    with pytest.raises(ValueError, match="half=True goes with only_tuned=True"):
+        pipe.save_pretrained(tmp_path / "out", half=True)
+    with pytest.raises(ValueError, match="variant would have no effect"):
+        pipe.save_pretrained(tmp_path / "out", only_tuned=True, variant="fp16")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_pipeline_can_be_pushed(tmp_path, monkeypatch):
+    pushed = {}
+    pipe = CausalStoryPipeline.from_base("miniature")
+    monkeypatch.setattr(
+        pipeline_utils, "create_repo", lambda name, **_: SimpleNamespace(repo_id=name)
+    )
+    monkeypatch.setattr(pipeline_utils, "load_or_create_model_card", lambda *_, **__: None)
+    monkeypatch.setattr(pipeline_utils, "populate_model_card", lambda *_: SimpleNamespace(save=str))
+    monkeypatch.setattr(
+        CausalStoryPipeline,
+        "_upload_folder",
+        lambda self, folder, name, **_: pushed.update({name: sorted(os.listdir(folder))}),
+    )
+    pipe.save_pretrained(tmp_path / "my-stories", push_to_hub=True)
+    assert "model_index.json" in pushed["my-stories"] and "story_context" in pushed["my-stories"]
+
+
+def test_a_policy_comes_back_whole(tmp_path):
+    policy = HistoryPolicy("weighted", 2, keep_given=False)
+    recipe = replace(quick_recipe("adapter"), policy=policy)
+    pipe = CausalStoryPipeline.from_base("miniature", recipe)
+    assert pipe.history_policy == policy
+    tune(pipe, make_stories(2, seed=2), "weighted", QUICK, progress=False)
+    assert pipe.history_policy == HistoryPolicy("weighted")
+    tune(pipe, make_stories(2, seed=2), recipe, QUICK, progress=False)
+    assert pipe.history_policy == policy
+    for only_tuned in (False, True):
+        pipe.save_pretrained(tmp_path / str(only_tuned), only_tuned=only_tuned)
+        again = CausalStoryPipeline.from_pretrained(tmp_path / str(only_tuned))
+        assert again.history_policy == policy
+
+
+@pytest.mark.parametrize("change", ["recipe", "stories", "base"])
+def test_a_run_is_not_continued_as_another(tmp_path, change):
+    pipe = CausalStoryPipeline.from_base("miniature", quick_recipe("adapter"))
+    base = pipe.config.base
+    first = tune(pipe, make_stories(2, seed=2), quick_recipe("adapter"), QUICK, tmp_path / "run")
+
+    def again(seed=2, policy="weighted", fingerprints=None):
+        pipe = CausalStoryPipeline.from_base("miniature", quick_recipe("adapter"))
+        pipe.register_to_config(base=base | dict(fingerprints=fingerprints or base["fingerprints"]))
+        recipe = replace(quick_recipe("adapter"), policy=policy)
+        return tune(pipe, make_stories(2, seed=seed), recipe, QUICK, tmp_path / "run")
+
+    assert again().losses == first.losses
+    other = dict(
+        recipe=dict(policy="full"),
+        stories=dict(seed=3),
+        base=dict(fingerprints=base["fingerprints"] | dict(unet="0123456789abcdef")),
+    )[change]
+    with pytest.raises(ValueError, match=r"other settings \((recipe\.policy|stories|base)\)"):
+        again(**other)
+
+
+def test_a_recipe_that_the_pipeline_cannot_follow_is_refused():
+    plain = CausalStoryPipeline.from_base("miniature")
+    with pytest.raises(ValueError, match="relevance='token', and the story context was made"):
+        tune(plain, make_stories(2), "weighted-token", QUICK)
+    bare = CausalStoryPipeline.from_base("miniature", "no-context-layer")
+    with pytest.raises(ValueError, match="has a context layer, and the story context was made wit"):
+        tune(bare, make_stories(2), "causal-story", QUICK)
 
 
 def test_a_record_around_the_call_records():
