@@ -313,7 +313,7 @@ def run_arm(
     result = tune(pipe, train, recipe, config, run, **options)
     trained = {part: n for part, (n, _) in trained_by_part(pipe.model).items()}
     megabytes = stored_mb(pipe, Path(folder) / "tuned" / f"{name}-{seed}")
-    records = StoriesInMemory(make_stories(**stories)).records
+    records = StoriesInMemory(make_stories(**stories), size=pipe.frame_size).records
     rows = _judged(pipe, records, reader, views, progress)
     found = dict(
         seconds_a_step=round(result.seconds / max(1, len(result.losses)), 4),
@@ -487,7 +487,7 @@ def run_again(
     _check_views(views)
     pipe = CausalStoryPipeline.from_pretrained(model)
     pipe.set_progress_bar_config(disable=True)
-    records = StoriesInMemory(make_stories(**stories)).records
+    records = StoriesInMemory(make_stories(**stories), size=pipe.frame_size).records
     n_frames = len(records[0].frames)
     if n_frames > pipe.story_context.config.n_times:
         pipe.story_context.grow(n_frames)

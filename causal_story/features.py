@@ -25,13 +25,14 @@ import torch
 from torch.nn import functional
 from tqdm.auto import tqdm
 
-from .batches import padded_pixels
+from .batches import caption_tokens, padded_pixels
 from causal_story.data import (
     CLIP_IMAGE_MEAN,
     CLIP_IMAGE_STD,
     StoriesInMemory,
     choose_tile,
     count_tiles,
+    cut_tile,
     open_image,
     pixels,
     split_task,
@@ -191,22 +192,19 @@ def _tile_rows(model, collator, settings, tiles) -> dict:
 @torch.no_grad()
 def _caption_rows(model, collator, captions) -> dict:
     "What CLIP says about n captions: (n, S, D)."
-    tokens = collator.caption_tokenizer(
-        captions,
-        padding="max_length",
-        truncation=True,
-        max_length=collator.max_length,
-        return_tensors="pt",
-    ).to(model.text_encoder.device)
-    mask = tokens.attention_mask.bool()
-    return dict(caption_states=encode_captions(model.text_encoder, tokens.input_ids, mask))
+    device = model.text_encoder.device
+    found = caption_tokens(collator.caption_tokenizer, [captions], collator.max_length)
+    ids, mask = (one[0].to(device) for one in found)
+    return dict(caption_states=encode_captions(model.text_encoder, ids, mask))
 
 
 def _tiles_in_order(dataset, contents):
     "Every tile of every different picture, in the order of the cache."
+    strips_of, strips = None, []
     for tiles, index, frame in contents.pictures.values():
-        for tile in range(tiles):
-            yield dataset.story(index, tile=tile).frames[frame]
+        if index != strips_of:  # a story's pictures follow one another: it is decoded once
+            strips_of, strips = index, dataset.strips(index)
+        yield from (cut_tile(strips[frame], tile) for tile in range(tiles))
 
 
 def _batched(things, size: int):

@@ -50,12 +50,13 @@ def prepare_tuning(
 def as_dataset(
     data,  # HDF5 file with a split "train", a StoryDataset, or a list of stories or records
     seed: int = 0,  # of the tiles that are drawn from strips
+    size: int = 64,  # pixels a side, where frames are drawn for us
 ):  # StoryDataset or StoriesInMemory
     "Training stories, wherever they are."
     if hasattr(data, "stored"):
         return data
     if isinstance(data, (list, tuple)):
-        return StoriesInMemory(data)
+        return StoriesInMemory(data, size=size)
     return StoryDataset(data, "train", train=True, seed=seed)
 
 
@@ -158,7 +159,7 @@ def tune(
     if config.learning_rate is None:
         config = replace(config, learning_rate=recipe.learning_rate)
     accelerator = accelerator or make_accelerator(config)
-    dataset = as_dataset(data, config.seed)
+    dataset = as_dataset(data, config.seed, pipe.frame_size)
     check_lengths(pipe, dataset, recipe)
     if accelerator.is_main_process:
         warn_of_unknown_words((pipe.tokenizer, pipe.history_tokenizer), dataset)

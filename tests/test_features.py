@@ -4,13 +4,15 @@ from collections import namedtuple
 
 import pytest
 import torch
+from PIL import Image
 from published import parts_of_training
 
 import causal_story.features as features
-from causal_story.data import StoriesInMemory, StoryDataset
+from causal_story.data import StoriesInMemory, StoryDataset, StoryRecord
 from causal_story.features import (
     FeatureCache,
     StoryBatches,
+    _tiles_in_order,
     cache_path,
     cache_settings,
     contents_hash,
@@ -129,6 +131,35 @@ def test_a_picture_is_kept_once(tmp_path):
     dataset = StoryDataset(data, "train")
     contents = scan_stories(dataset, progress=False)
     assert len(dataset) == 4 and contents.n_tiles == len(contents.pictures) <= 10
+
+
+def test_a_story_is_decoded_once_however_many_tiles_its_pictures_have(world, monkeypatch):
+    pictures = [Image.new("RGB", (8, 8 * n), (40 * n, 10 * n, 200)) for n in (5, 1, 3)]
+    for n, picture in enumerate(pictures):
+        for tile in range(picture.height // 8):
+            picture.putpixel((0, 8 * tile), (n, tile, 0))
+    story = StoryRecord("tiles", ["one", "two", "three \ud800"], pictures, None, None)
+    dataset = StoriesInMemory([story, story])
+    asked = []
+    strips = StoriesInMemory.strips
+    monkeypatch.setattr(
+        StoriesInMemory, "strips", lambda self, k: asked.append(k) or strips(self, k)
+    )
+    tiles = list(_tiles_in_order(dataset, scan_stories(dataset, progress=False)))
+    assert [tile.getpixel((0, 0))[:2] for tile in tiles] == [
+        *((0, k) for k in range(5)),
+        (1, 0),
+        *((2, k) for k in range(3)),
+    ]
+    assert asked == [0]
+
+    model, _, collator = parts_of_training(world)
+    model.text_encoder.requires_grad_(False)
+    settings = cache_settings(model, dataset, collator)
+    cache = FeatureCache(write_cache(None, model, dataset, collator, settings, progress=False))
+    assert cache.picture(dataset.stored(0).images[2]) == (6, 3)
+    assert cache.rows("latent_mean", range(9)).isfinite().all()
+    cache.caption("three \ud800")
 
 
 def test_other_weights_have_another_cache_and_a_foreign_one_is_refused(world, tmp_path):
