@@ -912,6 +912,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/causal-story', 'doc_host':
                                       'causal_story.loading._load_lora': ('library/loading.html#_load_lora', 'causal_story/loading.py'),
                                       'causal_story.loading._load_scheduler': ( 'library/loading.html#_load_scheduler',
                                                                                 'causal_story/loading.py'),
+                                      'causal_story.loading._strength': ('library/loading.html#_strength', 'causal_story/loading.py'),
                                       'causal_story.loading._without_layers': ( 'library/loading.html#_without_layers',
                                                                                 'causal_story/loading.py'),
                                       'causal_story.loading.cast_parts': ('library/loading.html#cast_parts', 'causal_story/loading.py'),

@@ -297,28 +297,37 @@ def lora_layers(part):  # yields (site, layer, name) of every LoRA that was load
 def lora_strengths(
     components: dict,  # name -> part, of a pipeline
 ) -> dict:  # name of a loaded LoRA -> its strength
-    "How strongly each loaded LoRA works: `set_adapters`' weight, 0 for one that is switched off."
+    """How strongly each loaded LoRA works: `set_adapters`' weight, 0 for one that is switched off.
+    Where that is not the same in all layers: the strongest."""
     strengths = {}
     for part in WITH_LORA:
         for _, layer, name in lora_layers(components[part]):
-            on = name in layer.active_adapters and not layer.disable_adapters
-            usual = layer.lora_alpha[name] / layer.r[name]
-            strengths[name] = layer.scaling[name] / usual if on else 0.0
+            here = _strength(layer, name)
+            strengths[name] = max(strengths.get(name, 0.0), here, key=abs)
     return strengths
+
+
+def _strength(layer, name: str) -> float:
+    "How strongly a LoRA works in one layer."
+    on = name in layer.active_adapters and not layer.disable_adapters
+    return layer.scaling[name] * layer.r[name] / layer.lora_alpha[name] if on else 0.0
 
 
 def write_lora(
     folder: Path,  # new
     components: dict,  # name -> part, of a pipeline
     name: str,  # of a loaded LoRA
+    strength: float,  # at which it will be loaded, from `lora_strengths`
 ):
-    "A loaded LoRA as a file that `load_lora_weights` reads, its alpha multiplied in."
+    """A loaded LoRA as a file that `load_lora_weights` reads. Multiplied in are its alpha, and how
+    strongly a layer works beside the strongest."""
     weights = {}
     for part in WITH_LORA:
         for site, layer, other in lora_layers(components[part]):
             if other == name:
-                alpha = layer.lora_alpha[name] / layer.r[name]
-                down, up = layer.lora_A[name].weight, layer.lora_B[name].weight * alpha
+                share = _strength(layer, name) / strength if strength else 1.0
+                factor = share * layer.lora_alpha[name] / layer.r[name]
+                down, up = layer.lora_A[name].weight, layer.lora_B[name].weight * factor
                 weights[f"{part}.{site}.lora_A.weight"] = down.detach().cpu().contiguous()
                 weights[f"{part}.{site}.lora_B.weight"] = up.detach().cpu().contiguous()
     folder.mkdir(parents=True)
@@ -383,8 +392,8 @@ def write_tuned(
         if lora:
             components["unet"].save_lora_adapter(aside / LORA, OWN_LORA, weight_name=LORA_FILE)
         loaded = lora_strengths(components)
-        for k, name in enumerate(loaded):
-            write_lora(aside / LORAS / str(k), components, name)
+        for k, (name, strength) in enumerate(loaded.items()):
+            write_lora(aside / LORAS / str(k), components, name, strength)
         scheduler = components["scheduler"]
         scheduler.save_pretrained(aside / "scheduler")
         record = dict(format=2, base=base, parts=names + [LORA] * lora, settings=settings)

@@ -512,6 +512,21 @@ def test_a_lora_works_beside_the_adapters_and_comes_back(as_if_tuned, plain, tmp
     torch.testing.assert_close(tell(again), plain, atol=1e-4, rtol=1e-4)
 
 
+def test_a_lora_that_is_weaker_in_some_layers_comes_back_so(as_if_tuned, tmp_path):
+    pipe = as_if_tuned()
+    pipe.load_lora_weights(
+        tmp_path, weight_name=lora_file(pipe, tmp_path, "peft"), adapter_name="a"
+    )
+    whole = tell(pipe)
+    pipe.set_adapters("a", dict(unet=dict(down=0.9, mid=0.9, up=0.1)))
+    weaker = tell(pipe)
+    assert (whole - weaker).abs().max() > 1e-2
+    pipe.save_pretrained(tmp_path / "stored", only_tuned=True)
+    again = CausalStoryPipeline.from_pretrained(tmp_path / "stored")
+    again.set_progress_bar_config(disable=True)
+    torch.testing.assert_close(tell(again), weaker, atol=2e-3, rtol=1e-3)
+
+
 def test_a_lora_that_is_switched_off_is_not_stored(as_if_tuned, plain, tmp_path):
     pipe = as_if_tuned()
     file = lora_file(pipe, tmp_path, "kohya")
