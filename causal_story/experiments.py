@@ -444,6 +444,8 @@ def load_runs(
     runs = {}
     for path in paths:
         record = read_json(path, dict)
+        if not {"arm", "seed"} <= record.keys():
+            raise ValueError(f"{path} is no run of an experiment: keep it in another folder")
         runs.setdefault(record["arm"], []).append(record)
     bases = {record.get("base") for records in runs.values() for record in records}
     if len(bases) > 1:

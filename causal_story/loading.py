@@ -7,8 +7,8 @@ __all__ = ['DIFFUSION_PARTS', 'HISTORY_PARTS', 'BASE_PARTS', 'STABLE_DIFFUSION_H
            'LORA', 'LORAS', 'LORA_FILE', 'OWN_LORA', 'WITH_LORA', 'read_diffusion', 'read_single_file', 'read_blip',
            'read_base', 'frame_size_of', 'set_frame_size', 'has_lora', 'without_lora', 'changed_parts', 'merged',
            'lora_layers', 'lora_strengths', 'write_lora', 'own_part', 'check_no_base', 'write_tuned', 'read_record',
-           'read_tuned', 'read_loras', 'whole_parts', 'check_is_story', 'quiet_casts', 'split_options', 'check_dtype',
-           'cast_parts']
+           'read_tuned', 'read_loras', 'whole_parts', 'tuned_on_hub', 'check_is_story', 'quiet_casts', 'split_options',
+           'check_dtype', 'cast_parts']
 
 # %% ../nbs/library/loading.ipynb #ldg00003
 import copy
@@ -543,6 +543,23 @@ def whole_parts(
 _HUB_OPTIONS = ("cache_dir", "revision", "token", "force_download", "proxies", "local_files_only")
 _FILE_OPTIONS = _HUB_OPTIONS + ("variant", "use_safetensors", "low_cpu_mem_usage")
 _NOT_HERE = ("safety_checker", "requires_safety_checker", "feature_extractor", "image_encoder")
+
+
+def tuned_on_hub(
+    name: str,  # hub id
+    options: dict,  # of `from_pretrained`
+) -> Path | None:  # a folder on this computer
+    "A repository of what `write_tuned` wrote; None if it holds none or cannot be reached."
+    from huggingface_hub import hf_hub_download, snapshot_download
+
+    known = [option for option in _HUB_OPTIONS if option != "proxies"]  # the hub's library has none
+    hub = {option: options[option] for option in known if option in options}
+    try:
+        hf_hub_download(name, "tuned.json", **hub)
+    except Exception:  # whatever it is: `from_pretrained` of the whole pipeline will say it
+        return None
+    patterns = ["*.json", "*.txt", "*.safetensors"]
+    return Path(snapshot_download(name, allow_patterns=patterns, **hub))
 
 
 def check_is_story(

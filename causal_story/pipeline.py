@@ -75,6 +75,7 @@ from causal_story.loading import (
     read_tuned,
     set_frame_size,
     split_options,
+    tuned_on_hub,
     whole_parts,
     write_tuned,
 )
@@ -95,7 +96,7 @@ class CausalStoryOutput(BaseOutput):
     "What `CausalStoryPipeline` returns."
 
     frames: list  # a list of V PIL images per story, or (B, V, H, W, 3) "np", (B, V, 3, H, W) "pt"
-    relevance: torch.Tensor | None = None  # (B, V, F), rows sum to 1 over the visible blocks
+    relevance: torch.Tensor | None = None  # (B, V, F), rows sum to 1; "null": to less
 
     @property
     def images(self):
@@ -930,6 +931,8 @@ def from_pretrained(
     form of a hub id; ValueError naming a part whose weights do not fit."""
     name = str(pretrained_model_name_or_path)
     folder = shipped_weights("story") if name == "miniature" else Path(name)
+    if not folder.is_dir() and HUB_ID.fullmatch(name):
+        folder = tuned_on_hub(name, options) or folder
     if not (folder / "tuned.json").is_file():
         return _from_whole(cls, name, options)
     instead, dtype, device = split_options(options, COMPONENTS)

@@ -24,6 +24,7 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from .diffusion import sample_generator
+from .storage import to_disk
 
 # %% ../nbs/library/training.ipynb #59c5958d
 def batch_indices(
@@ -131,31 +132,16 @@ def save_checkpoint(
         )
         (temporary / "state.json").write_text(json.dumps({"step": step, **record}))
         for file in temporary.iterdir():
-            _to_disk(file)
+            to_disk(file)
         shutil.rmtree(final, ignore_errors=True)
         os.replace(temporary, final)
-        _to_disk(folder)
+        to_disk(folder)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
     for old in list_checkpoints(folder)[: -max(1, keep)]:
         shutil.rmtree(old)
     return final
-
-
-def _to_disk(path):
-    """Wait until a file's bytes, or a folder's names, are on the disk and not only on their way: a
-    rename may overtake them when the power fails."""
-    if Path(path).is_dir() and os.name == "nt":
-        return  # Windows opens no folders
-    handle = os.open(path, os.O_RDONLY if Path(path).is_dir() else os.O_RDWR)
-    try:
-        os.fsync(handle)
-    except OSError:
-        if not Path(path).is_dir():
-            raise  # some network disks know no such thing for folders
-    finally:
-        os.close(handle)
 
 
 def list_checkpoints(folder) -> list:  # oldest first
@@ -215,7 +201,7 @@ def run_state(
     optimizer: torch.optim.Optimizer,  # AdamW
     ema,  # diffusers' EMAModel or None
 ) -> dict:  # name -> tensor
-    "Everything that a resumed run needs besides its step."
+    "The tensors that a resumed run needs."
     parameters = _trained(model)
     tensors = {f"model/{name}": p for name, p in parameters.items()} | optimizer_tensors(
         optimizer, parameters
@@ -390,6 +376,8 @@ def save(self: TrainingRun):
     self.seconds = time.time() - self._began
     record = dict(config=asdict(self.config), losses=self.losses, seconds=self.seconds)
     record["identity"] = self.identity
+    if self.accelerator.scaler is not None:  # mixed precision "fp16"
+        record["scaler"] = self.accelerator.scaler.state_dict()
     save_checkpoint(self.folder, self.steps_done, state, record, self.config.keep_checkpoints)
 
 
@@ -413,6 +401,8 @@ def resume(self: TrainingRun):
             "use a new folder or the same settings"
         )
     restore_run(self.model, self.optimizer, self.ema, tensors, record["step"])
+    if self.accelerator.scaler is not None and record.get("scaler"):
+        self.accelerator.scaler.load_state_dict(record["scaler"])
     self.steps_done = record["step"]
     self.losses = list(record["losses"])
     self.seconds = record.get("seconds", 0.0)

@@ -521,6 +521,9 @@ def test_runs_on_different_bases_are_not_compared(tmp_path):
     runs = load_runs(tmp_path)
     seeds = {name: [record["seed"] for record in found] for name, found in runs.items()}
     assert seeds == dict(full=[0], weighted=[0])
+    (tmp_path / "shipped-0.json").write_text(json.dumps(dict(stories={}, correct={})))
+    with pytest.raises(ValueError, match="shipped-0.json is no run of an experiment"):
+        load_runs(tmp_path)
 
 
 def test_cost_is_measured_in_a_process_of_its_own():

@@ -20,7 +20,7 @@ from causal_story.pipeline import CausalStoryPipeline, story_generator
 from causal_story.recipes import RECIPES, find_recipe
 from causal_story.storage import fingerprint, shipped_weights
 from causal_story.storyworld import make_stories
-from causal_story.training import TrainingConfig
+from causal_story.training import TrainingConfig, TrainingRun, make_accelerator
 from causal_story.tuning import tune
 from causal_story.unet import TUNING_METHODS, record_attention
 
@@ -238,6 +238,36 @@ def test_a_run_is_not_continued_as_another(tmp_path, change):
     )[change]
     with pytest.raises(ValueError, match=r"other settings \((recipe\.policy|stories|base)\)"):
         again(**other)
+
+
+def test_what_was_tuned_comes_from_a_hub(tmp_path):
+    pipe = start_from("shipped")
+    kept = tmp_path / "cache" / "models--me--stories"
+    (kept / "refs").mkdir(parents=True)
+    (kept / "refs" / "main").write_text("0123abcd")
+    pipe.save_pretrained(kept / "snapshots" / "0123abcd", only_tuned=True)
+    options = dict(cache_dir=tmp_path / "cache", local_files_only=True)
+    again = CausalStoryPipeline.from_pretrained("me/stories", **options)
+    assert torch.equal(latents(again), latents(pipe))
+    with pytest.raises(OSError, match="model_index.json"):
+        CausalStoryPipeline.from_pretrained("me/other", **options)
+
+
+def test_a_run_keeps_the_scale_of_its_gradients(tmp_path):
+    config = TrainingConfig(steps=2, batch_size=1)
+
+    def run():
+        accelerator = make_accelerator(config)
+        accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=8.0)
+        model = torch.nn.Linear(1, 1)
+        return TrainingRun(model, lambda *_: None, config, tmp_path, accelerator)
+
+    first = run()
+    first.accelerator.scaler.load_state_dict(
+        first.accelerator.scaler.state_dict() | dict(scale=2.0)
+    )
+    first.save()
+    assert run().accelerator.scaler.get_scale() == 2.0
 
 
 def test_a_recipe_that_the_pipeline_cannot_follow_is_refused():
