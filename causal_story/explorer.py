@@ -335,8 +335,7 @@ class SettingsForm:
             window = None
         return dict(
             task=self.task.value,
-            history_policy=policy,
-            window=window,
+            history_policy=HistoryPolicy(policy, window),  # what is shown, whatever is stored
             num_inference_steps=self.steps.value,
             guidance_scale=self.guidance.value,
             seed=self.seed.value,

@@ -166,24 +166,24 @@ class StorySettings:
     guidance_scale: float | None = None  # 1: none
     seed: int = 0  # of the noise
 
-    def filled(self, config):  # StorySettings
+    def filled(self, pipe):  # StorySettings
         """The same, every None replaced by a pipeline's stored value.
 
-        Raises ValueError on an unknown task."""
+        Raises ValueError on an unknown task, and what `policy` raises."""
         if self.task not in TASKS:
             raise ValueError(f"task={self.task!r} is unknown: choose one of {TASKS}")
-        policy = self.policy(config)
+        policy = self.policy(pipe)
         stored = dict(history_policy=policy.name, window=policy.window)
         for name in ("num_inference_steps", "guidance_scale"):
             if getattr(self, name) is None:
-                stored[name] = getattr(config, name)
+                stored[name] = getattr(pipe.config, name)
         return replace(self, **stored)
 
-    def policy(self, config) -> HistoryPolicy:
-        "Who may look at whom, as one value. Raises what `HistoryPolicy` raises."
-        if self.history_policy is None and self.window is None:
-            return as_policy(config.history_policy, config.window)
-        return as_policy(self.history_policy or config.history_policy, self.window)
+    def policy(self, pipe) -> HistoryPolicy:
+        """Who may look at whom, as one value, by the rule of the pipeline's call.
+
+        Raises ValueError or TypeError for what cannot be meant or the checkpoint cannot do."""
+        return pipe._asked_policy(self.history_policy, self.window)
 
 # %% ../nbs/library/session.ipynb #se000011
 @dataclass
@@ -220,12 +220,12 @@ class StorySession:
         self.pipe = pipe
         self.reader = reader
         wanted = StorySettings(**settings)
-        self.settings = wanted.filled(pipe.config)
+        self.settings = wanted.filled(pipe)
         sources = self._given_pictures(source_image)
         self.given = len(sources)  # G, 0 in a visualization
         self.captions = list(captions)
         self.check_length()
-        self.links = wanted.policy(pipe.config).mask(**self.layout)
+        self.links = wanted.policy(pipe).mask(**self.layout)
         missing = [None] * (len(self.captions) - self.given)
         self.pictures = [self.fitted(source) for source in sources] + missing
         self.pinned = set(range(self.given))
@@ -1016,6 +1016,9 @@ def from_recipe(
     check_recipe(entries)
     settings = {field.name: entries[field.name] for field in fields(StorySettings)}
     try:
+        settings["history_policy"] = HistoryPolicy(
+            entries["history_policy"], settings.pop("window")
+        )
         pinned = {}
         for k, text in entries["pinned"].items():
             pinned[int(k)] = open_image(base64.b64decode(text), f"pinned picture {k}")

@@ -148,6 +148,13 @@ def test_every_setting_can_be_drawn(app, policy, window):
         app.select(k)
 
 
+def test_the_window_that_is_shown_is_the_one_that_is_drawn(as_if_tuned):
+    app = StoryExplorer(as_if_tuned(window=2))
+    assert app.settings.window.value == 2 and not app.new_session().links[3, 0]
+    app.settings.window.value = 0  # all earlier frames, whatever the checkpoint stores
+    assert app.new_session().links[3, 0] and app.new_session().settings.window is None
+
+
 def test_several_pictures_may_be_given(app):
     "They come in the order of their names; the first captions tell them."
     app.form.example.value = "A balloon in the snow"

@@ -152,6 +152,28 @@ def test_a_policy_may_be_one_value(pipe):
     assert torch.equal(again.links, story.links) and again.settings == story.settings
 
 
+def test_a_policys_name_means_what_it_means_in_a_call(as_if_tuned):
+    "A name alone is the checkpoint's policy of that name, window and all; a value is itself."
+    pipe = as_if_tuned(window=2, num_inference_steps=1)
+    story = drawn(pipe, history_policy="weighted")
+    assert torch.equal(story.links, frame_mask("weighted", 4, "visualization", 2))
+    out = pipe(CAPTIONS, history_policy="weighted", generator=story_generator(0, 0))
+    assert as_bytes(out.frames[0]) == as_bytes(story.pictures)
+    assert story.settings == StorySession(pipe, CAPTIONS).settings
+
+    far = StorySession(pipe, CAPTIONS, history_policy=HistoryPolicy("weighted"))
+    assert torch.equal(far.links, frame_mask("weighted", 4, "visualization"))
+    again = from_recipe(pipe, json.loads(json.dumps(recipe(far))))
+    assert torch.equal(again.links, far.links) and again.settings == far.settings
+
+
+def test_a_policy_that_a_checkpoint_cannot_follow_is_refused_at_once(as_if_tuned):
+    pipe = as_if_tuned(history_policy="full")
+    pipe.story_context.relevance_head = None
+    with pytest.raises(ValueError, match="needs a checkpoint"):
+        StorySession(pipe, CAPTIONS, history_policy="weighted")
+
+
 @pytest.mark.parametrize("n", [9, 3])
 def test_stories_as_long_as_the_time_table(pipe, n):
     story = drawn(pipe, ["Milo waves."] * n, num_inference_steps=1)
