@@ -535,10 +535,10 @@ class PastForm:
         ]
         return widgets.VBox(lines, layout=Layout(flex="1 1 420px", display="none"))
 
-    def picture(self) -> Image.Image:
-        "The composed picture."
+    def picture(self, size: int = 64) -> Image.Image:
+        "The composed picture, `size` pixels a side."
         name, action, setting, prop, scarf = (field.value for field in self.compose)
-        return render(Scene(setting, (Actor(name, action, prop, scarf),)), 64, seed=5)
+        return render(Scene(setting, (Actor(name, action, prop, scarf),)), size, seed=5)
 
     def _show_composed(self):
         self.composed.value = _enlarged(self.picture(), 160)
@@ -739,7 +739,7 @@ def write(self: StoryExplorer, captions, given: list = ()):
 @patch
 def write_example(self: StoryExplorer, name: str):
     "Write one of the examples."
-    self.write(EXAMPLES[name].captions, [EXAMPLES[name].picture()])
+    self.write(EXAMPLES[name].captions, [EXAMPLES[name].picture(self.pipe.frame_size)])
 
 
 @patch
@@ -748,7 +748,7 @@ def write_random(self: StoryExplorer, seed: int | None = None):
     if seed is None:
         seed = random.randrange(10**6)
     story = world_story(seed, len(self.form.rows))
-    self.write(story.captions, story.frames(64)[:1])
+    self.write(story.captions, story.frames(self.pipe.frame_size)[:1])
 
 
 @patch
@@ -1019,7 +1019,7 @@ def rewrite(self: StoryExplorer):
 @patch
 def replace(self: StoryExplorer, picture: Image.Image | None = None):
     "A picture goes to the selected frame; None: the composed one."
-    picture = self.past.picture() if picture is None else picture
+    picture = self.past.picture(self.pipe.frame_size) if picture is None else picture
     self.edit(lambda session: session.replace_picture(self.selected, picture))
 
 

@@ -236,7 +236,7 @@ class StorySession:
     @property
     def size(self) -> int:
         "Pixels a side of every picture."
-        return self.pipe.vae.config.sample_size
+        return self.pipe.frame_size
 
     @property
     def layout(self) -> dict:

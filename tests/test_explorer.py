@@ -26,11 +26,12 @@ from causal_story.explorer import (
     StoryExplorer,
     app_lines,
 )
-from causal_story.session import EXAMPLES, StorySession, known_words
+from causal_story.session import EXAMPLES, StorySession, known_words, world_story
 
 ROOT = Path(__file__).resolve().parent.parent
 NOTEBOOK = ROOT / "nbs" / "13_explorer.ipynb"
 CAPTIONS = EXAMPLES["Two on the moon"].captions  # four of them
+EXAMPLE = next(iter(EXAMPLES.values()))  # what the app shows at first
 
 
 @pytest.fixture(scope="module")
@@ -153,6 +154,21 @@ def test_the_window_that_is_shown_is_the_one_that_is_drawn(as_if_tuned):
     assert app.settings.window.value == 2 and not app.new_session().links[3, 0]
     app.settings.window.value = 0  # all earlier frames, whatever the checkpoint stores
     assert app.new_session().links[3, 0] and app.new_session().settings.window is None
+
+
+def test_pictures_of_the_world_are_drawn_at_the_frame_size(as_if_tuned):
+    pipe = as_if_tuned(num_inference_steps=1).use_frame_size(128)
+    app = StoryExplorer(pipe)
+    app.settings.task.value = "continuation"
+    assert app.new_session().pictures[0].tobytes() == EXAMPLE.picture(128).tobytes()
+    app.write_random(seed=5)
+    story = world_story(5, len(app.form.rows))
+    assert app.new_session().pictures[0].tobytes() == story.frames(128)[0].tobytes()
+    app.draw()
+    assert app.job.wait(60) and app.session.complete, app.status.value
+    app.select(1)
+    app.replace()
+    assert app.session.pictures[1].tobytes() == app.past.picture(128).tobytes()
 
 
 def test_several_pictures_may_be_given(app):

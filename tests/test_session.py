@@ -16,6 +16,7 @@ from causal_story.cartoon import CHARACTERS, SETTINGS, Actor, Scene, render
 from causal_story.causal_mask import HistoryPolicy, frame_mask
 from causal_story.data import StoryRecord
 from causal_story.drawing import draw_stories
+from causal_story.effects import attention_mass
 from causal_story.pipeline import story_generator
 from causal_story.session import (
     EXAMPLES,
@@ -182,6 +183,22 @@ def test_stories_as_long_as_the_time_table(pipe, n):
     assert look.mass.shape == effect.shape == (n, n)
     assert Image.open(io.BytesIO(look_png(look, story.pictures, n - 1))).width > 400
     assert 3 <= len(world_story(0, n).captions) <= n
+
+
+def test_a_session_follows_the_frame_size(as_if_tuned):
+    "Given and pinned pictures keep their pixels, and looks are measured where the model draws."
+    pipe = as_if_tuned(num_inference_steps=1).use_frame_size(128)
+    fine = render(Scene("home", (Actor("Milo", "waves", "umbrella", "green"),)), 128, seed=1)
+    story = drawn(pipe, CAPTIONS, source_image=fine, task="continuation")
+    assert story.size == 128 and {picture.size for picture in story.pictures} == {(128, 128)}
+    assert as_bytes(story.pictures[:1]) == as_bytes([fine])
+    story.replace_picture(2, fine)
+    assert as_bytes(story.pictures[2:3]) == as_bytes([fine]) and story.draw()
+    record = StoryRecord("", list(CAPTIONS), story.pictures, None)
+    mass = attention_mass(pipe, [record], "continuation")[0]
+    torch.testing.assert_close(story.look().mass, mass, atol=1e-5, rtol=1e-4)
+    with Image.open(io.BytesIO(story_gif(story, scale=2))) as gif:
+        assert gif.size == (256, 256)
 
 
 # ---------------------------------------------------------------- changing the past
