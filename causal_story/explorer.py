@@ -732,7 +732,7 @@ def write(self: StoryExplorer, captions, given: list = ()):
     "Put captions into the fields, and given pictures beside them if there are any."
     self.form.write(captions)
     if given:
-        self.given = list(given)
+        self.given = [ImageOps.exif_transpose(picture) for picture in given]  # upright
         self.settings.show_pictures(self.given)
 
 

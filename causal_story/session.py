@@ -51,6 +51,7 @@ from .effects import causal_effect
 from .pipeline import story_generator, to_pil
 from .reader import read_frames
 from .storage import atomic_folder, valid_text
+from .story_file import as_rgb
 from .storyworld import LENGTHS, make_story
 from .unet import record_attention
 
@@ -261,9 +262,10 @@ class StorySession:
         )
 
     def fitted(self, picture: Image.Image) -> Image.Image:
-        "Any picture as a square of the story's size."
+        "Any picture as a square of the story's size, upright as its EXIF tag says."
         square = (self.size, self.size)
-        return ImageOps.fit(picture.convert("RGB"), square, Image.Resampling.LANCZOS)
+        upright = as_rgb(ImageOps.exif_transpose(picture), "picture")
+        return ImageOps.fit(upright, square, Image.Resampling.LANCZOS)
 
     def request(self) -> dict:
         "Arguments of the pipeline for this story, its noise included."

@@ -1,6 +1,7 @@
 "The app of 13_explorer: its buttons without a browser, and in a real one at two widths."
 
 import importlib.util
+import io
 import json
 import os
 import re
@@ -15,7 +16,7 @@ from datetime import datetime, timezone
 from pathlib import Path
 
 import pytest
-from PIL import Image
+from PIL import ExifTags, Image
 
 from causal_story.data import png_bytes
 from causal_story.explorer import (
@@ -187,6 +188,26 @@ def test_several_pictures_may_be_given(app):
     assert app.session.given == 2 and app.session.pictures[0].getpixel((5, 5)) == (255, 0, 0)
     for k in range(3):
         app.select(k)
+
+
+def test_an_uploaded_photo_is_turned_upright(app):
+    "Beside the settings, on the stage, and for the model."
+    upright = Image.new("RGB", (64, 64), "blue")
+    upright.paste("red", (0, 0, 64, 32))  # the upper half
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = 3  # upside down
+    upright.rotate(180).save(buffer := io.BytesIO(), "PNG", exif=exif)
+    choose_file(app.settings.upload, buffer.getvalue())
+    shown = Image.open(io.BytesIO(app.settings.given_images.children[0].value))
+    assert shown.getpixel((96, 10)) == (255, 0, 0)
+    app.settings.task.value = "continuation"
+    app.settings.steps.value = 1
+    app.draw()
+    assert app.job.wait(60) and as_bytes(app.session.pictures[:1]) == as_bytes([upright])
+    app.select(2)
+    choose_file(app.past.upload, buffer.getvalue())
+    assert as_bytes(app.session.pictures[2:3]) == as_bytes([upright])
+    assert not any(picture.getexif() for picture in app.session.pictures[::2])
 
 
 def test_edits_through_the_fields(app):

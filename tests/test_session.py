@@ -1,5 +1,6 @@
 "What a reader of library/session need not see: edits in any order, hostile recipes, sudden stops."
 
+import base64
 import io
 import json
 import threading
@@ -9,11 +10,12 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from PIL import Image
+from PIL import ExifTags, Image
 
 import causal_story.session as session
 from causal_story.cartoon import CHARACTERS, SETTINGS, Actor, Scene, render
 from causal_story.causal_mask import HistoryPolicy, frame_mask
+from causal_story.checks import as_picture
 from causal_story.data import StoryRecord
 from causal_story.drawing import draw_stories
 from causal_story.effects import attention_mass
@@ -199,6 +201,42 @@ def test_a_session_follows_the_frame_size(as_if_tuned):
     torch.testing.assert_close(story.look().mass, mass, atol=1e-5, rtol=1e-4)
     with Image.open(io.BytesIO(story_gif(story, scale=2))) as gif:
         assert gif.size == (256, 256)
+
+
+def lying_photo(turn=6, size=64):
+    "(photo, upright): a picture whose EXIF tag says how it has to be turned, and what it shows."
+    upright = render(Scene("home", (Actor("Milo", "waves", "umbrella", "green"),)), size, seed=1)
+    photo = upright.transpose({3: Image.Transpose.ROTATE_180, 6: Image.Transpose.ROTATE_90}[turn])
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = turn
+    buffer = io.BytesIO()
+    photo.save(buffer, "PNG", exif=exif)
+    return Image.open(io.BytesIO(buffer.getvalue())), upright
+
+
+@pytest.mark.parametrize("turn", [3, 6])
+def test_a_photo_is_turned_upright_once(pipe, turn):
+    "What is shown, drawn on, kept and opened again is the picture that the model reads."
+    photo, upright = lying_photo(turn)
+    lying, standing = [
+        drawn(pipe, task="continuation", source_image=one, num_inference_steps=1)
+        for one in (photo, upright)
+    ]
+    assert as_bytes(lying.pictures) == as_bytes(standing.pictures)
+    assert as_picture(lying.pictures[0], "it").tobytes() == upright.tobytes()
+    lying.replace_picture(2, photo)
+    assert as_bytes(lying.pictures[2:3]) == as_bytes([upright])
+    entries = recipe(standing)
+    photo.save(buffer := io.BytesIO(), "PNG", exif=photo.getexif())
+    entries["pinned"]["0"] = base64.b64encode(buffer.getvalue()).decode()
+    assert as_bytes(from_recipe(pipe, entries).pictures[:1]) == as_bytes([upright])
+
+
+def test_a_deep_grey_picture_is_read_as_the_pipeline_reads_it(pipe):
+    "Its 16 bits are scaled, not clipped to white."
+    deep = Image.fromarray(np.linspace(0, 65535, 64 * 64).reshape(64, 64).astype(np.uint16))
+    story = StorySession(pipe, CAPTIONS, deep, task="continuation")
+    assert as_bytes(story.pictures[:1]) == as_bytes([as_picture(deep, "it")])
 
 
 # ---------------------------------------------------------------- changing the past
