@@ -28,7 +28,7 @@ from PIL import Image, ImageOps
 
 from .captions import PLACES
 from .cartoon import ACTIONS, CHARACTERS, PROPS, SCARVES, SETTINGS, Actor, Scene, render
-from .causal_mask import HistoryPolicy
+from .causal_mask import POLICIES, HistoryPolicy
 from .comics import PAGE_LAYOUTS
 from .data import open_image, png_bytes
 from causal_story.session import (
@@ -267,6 +267,20 @@ POLICY_LABELS = {
 }
 
 
+def _show_number(slider, value):
+    "Put a number into a slider, whose range grows to hold it."
+    slider.min = min(slider.min, value)
+    slider.max = max(slider.max, value)
+    slider.value = value
+
+
+def _choose(dropdown, value, label):
+    "Choose a value, which is offered from now on if it was not."
+    if value not in [offered for _, offered in dropdown.options]:
+        dropdown.options = [*dropdown.options, (label, value)]
+    dropdown.value = value
+
+
 class SettingsForm:
     "The fields for `StorySettings`, and the given pictures of a continuation."
 
@@ -280,15 +294,12 @@ class SettingsForm:
             options=[("draw all frames", "visualization"), ("continue pictures", "continuation")]
         )
         self.policy = widgets.Dropdown(
-            options=[(label, name) for name, label in POLICY_LABELS.items()],
-            value=config.history_policy,
+            options=[(label, name) for name, label in POLICY_LABELS.items()]
         )
         windows = [(f"the last {n}", n) for n in range(1, longest)]
-        self.window = widgets.Dropdown(
-            options=[("all earlier frames", 0), *windows], value=config.window or 0
-        )
-        self.steps = widgets.IntSlider(config.num_inference_steps, 1, 50)
-        self.guidance = widgets.FloatSlider(value=config.guidance_scale, min=1, max=6, step=0.5)
+        self.window = widgets.Dropdown(options=[("all earlier frames", 0), *windows])
+        self.steps = widgets.IntSlider(min=1, max=50)
+        self.guidance = widgets.FloatSlider(min=1, max=6, step=0.5)
         self.seed = widgets.IntText(1)
         self.given_images = _row()
         self.upload = _upload("your pictures", "image/*", on_upload, multiple=True)
@@ -306,13 +317,19 @@ class SettingsForm:
             field.layout.width = "200px"
             lines.append(widgets.HBox([_label(label), field]))
         self.widget = widgets.VBox([*lines, self.given_box], layout=Layout(flex="0 0 300px"))
-        self.policy.observe(lambda _: self._show_window(), "value")
+        self.policy.observe(lambda _: self._fit_window(), "value")
+        self.window.observe(lambda _: self._fit_window(), "value")
         self.task.observe(lambda _: self._show_given(), "value")
-        self._show_window()
+        self._show_stored(config)
+        self._fit_window()
         self._show_given()
 
-    def _show_window(self):
-        self.window.disabled = self.policy.value in ("none", "full")
+    def _fit_window(self):
+        "The window is grey for a policy that takes none; one that needs it has the last frame."
+        takes = POLICIES[self.policy.value].window
+        self.window.disabled = takes == "none"
+        if takes == "required" and not self.window.value:
+            self.window.value = 1
 
     def _show_given(self):
         self.given_box.layout.display = "" if self.task.value == "continuation" else "none"
@@ -328,11 +345,7 @@ class SettingsForm:
     def values(self) -> dict:
         "What is chosen, as `StorySettings` takes it."
         policy = self.policy.value
-        window = self.window.value or None
-        if policy == "local" and window is None:
-            window = 1
-        if policy in ("none", "full"):
-            window = None
+        window = None if self.window.disabled else self.window.value or None
         return dict(
             task=self.task.value,
             history_policy=HistoryPolicy(policy, window),  # what is shown, whatever is stored
@@ -347,11 +360,16 @@ class SettingsForm:
     ):
         "Put settings into the fields."
         self.task.value = settings.task
-        self.policy.value = settings.history_policy
-        self.window.value = settings.window or 0
-        self.steps.value = settings.num_inference_steps
-        self.guidance.value = settings.guidance_scale
+        self._show_stored(settings)
         self.seed.value = settings.seed
+
+    def _show_stored(self, stored):
+        "What a checkpoint stores, too: any value is shown as it is, whatever is offered."
+        policy, window = stored.history_policy, stored.window
+        _choose(self.policy, policy, POLICY_LABELS.get(policy, policy))
+        _choose(self.window, window or 0, f"the last {window}")
+        _show_number(self.steps, stored.num_inference_steps)
+        _show_number(self.guidance, stored.guidance_scale)
 
 # %% ../nbs/library/widgets.ipynb #wi000015
 COLUMN = 208  # pixels a frame at most, gap included
