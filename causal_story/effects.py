@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch.nn import functional
 
+from .cartoon import ATTRIBUTES
 from .causal_mask import HistoryPolicy
 from .data import StoryRecord
 from .diffusion import latent_posterior, normalise_latents, sample_generator
@@ -152,7 +153,7 @@ def _changed_attributes(reader, versions):
         both = now["presence"] & first["presence"]
         counts[:, block] = now["setting"] != first["setting"]
         counts[:, block] += (now["presence"] != first["presence"]).sum(-1)
-        for name in ("prop", "scarf", "action"):
+        for name in ATTRIBUTES:
             counts[:, block] += ((now[name] != first[name]) & both).sum(-1)
     return counts
 

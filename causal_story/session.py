@@ -28,7 +28,15 @@ import torch
 from fastcore.basics import patch
 from PIL import Image, ImageOps
 
-from .cartoon import CHARACTERS, PROPS, SCARVES, SETTINGS, Actor, Scene, render
+from causal_story.cartoon import (
+    ATTRIBUTES,
+    CHARACTERS,
+    REMEMBERED,
+    SETTINGS,
+    Actor,
+    Scene,
+    render,
+)
 from .causal_mask import HistoryPolicy, as_policy, frame_mask, frame_times
 from .checks import check_mask
 from .comics import blank_figure, comic_page, figure_bytes
@@ -928,9 +936,10 @@ def _differences(reading, old, new):
 
 
 def _character_differences(reading, old, new, c):
-    "The same about what one character holds and wears."
+    "The same about what is remembered of one character: what it holds and wears."
     sentences = []
-    for attribute, options in (("prop", PROPS), ("scarf", SCARVES)):
+    for attribute in REMEMBERED:
+        options = ATTRIBUTES[attribute].values
         was, now = (options[reading[attribute][row, c]] for row in (old, new))
         if was != now:
             sentences.append(f"{CHARACTERS[c]}'s {attribute}: {was} → {now}")

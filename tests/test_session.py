@@ -4,6 +4,7 @@ import base64
 import io
 import json
 import threading
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -12,8 +13,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import ExifTags, Image
 
+import causal_story.effects as effects
 import causal_story.session as session
-from causal_story.cartoon import CHARACTERS, SETTINGS, Actor, Scene, render
+from causal_story.cartoon import (
+    ATTRIBUTES,
+    CHARACTERS,
+    REMEMBERED,
+    SETTINGS,
+    Actor,
+    Scene,
+    render,
+)
 from causal_story.causal_mask import HistoryPolicy, frame_mask
 from causal_story.checks import as_picture
 from causal_story.data import StoryRecord
@@ -361,6 +371,25 @@ def test_changes_are_named(monkeypatch):
     ]
     with pytest.raises(ValueError, match="same positions"):
         named_changes(None, [OTHER], [])
+
+
+def test_an_attribute_that_is_added_to_the_world_is_compared_as_well(monkeypatch):
+    "By its changes in the explorer, and in the count of what an exchanged frame changes."
+    hat = replace(ATTRIBUTES["scarf"], values=("none", "cap"))
+    monkeypatch.setitem(ATTRIBUTES, "hat", hat)
+    monkeypatch.setattr(session, "REMEMBERED", (*REMEMBERED, "hat"))
+    names = ("prop", "scarf", "action", "hat")
+
+    def reading(hats):
+        facts = {name: np.zeros((len(hats), 6), int) for name in names}
+        presence = np.ones((len(hats), 6), bool)
+        facts["hat"][:, 0] = hats
+        return facts | dict(setting=np.zeros(len(hats), int), presence=presence)
+
+    monkeypatch.setattr(session, "read_frames", lambda reader, frames: reading([0, 1]))
+    assert named_changes(None, [OTHER], [OTHER]) == [["Milo's hat: none → cap"]]
+    monkeypatch.setattr(effects, "read_frames", lambda reader, frames: reading(frames))
+    assert effects._changed_attributes(None, [[0, 0], [0, 1]]).tolist() == [[0], [1]]
 
 
 # ---------------------------------------------------------------- keeping
