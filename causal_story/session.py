@@ -49,19 +49,13 @@ from causal_story.data import (
     pixels,
     png_bytes,
 )
-from causal_story.diffusion import (
-    decode_latents,
-    latent_posterior,
-    normalise_latents,
-    sample_generator,
-)
-from .effects import causal_effect
+from .diffusion import decode_latents
+from .effects import causal_effect, record_looks
 from .pipeline import story_generator, to_pil
 from .reader import read_frames
 from .storage import atomic_folder, valid_text
 from .story_file import as_rgb
 from .storyworld import LENGTHS, make_story
-from .unet import record_attention
 
 # %% ../nbs/library/session.ipynb #se000007
 def known_words(
@@ -527,7 +521,9 @@ def look(
     pipe = self.pipe
     S = pipe.max_length
     conditioning = self._conditioning()
-    record = self._attention(conditioning, timesteps)
+    frames = pixels(self.pictures[self.given :], self.size)[None].to(pipe.drawing_device)
+    with _lock_of(pipe):
+        record = record_looks(pipe, frames, conditioning, timesteps, keep_maps=True)
     mass = record.mean_mass()[:, S:]  # (V, F*S)
     relevance = conditioning.relevance
     return StoryLook(
@@ -548,37 +544,17 @@ def _conditioning(self: StorySession):
     history_ids, history_mask = pipe.tokens(pipe.history_tokenizer, [self.captions])
     size = pipe.history_encoder.config["vision_config"]["image_size"]
     pixel_values = pixels(self.pictures, size, CLIP_IMAGE_MEAN, CLIP_IMAGE_STD)[None]
-    pixel_values = pixel_values.to(pipe.device, pipe.history_encoder.dtype)
+    pixel_values = pixel_values.to(pipe.drawing_device, pipe.history_encoder.dtype)
     return model.condition(
         model.read_captions(caption_ids, caption_mask),
         caption_mask,
         model.read_history(history_ids, history_mask, pixel_values),
         history_mask,
-        self.links.to(pipe.device),
+        self.links.to(pipe.drawing_device),
         frame_times(**self.layout),
         as_policy(self.settings.history_policy, self.settings.window).weighs,
         pipe.config.context_layer,
     )
-
-
-@patch
-def _attention(self: StorySession, conditioning, timesteps):
-    "Record one pass over all drawn frames at each noise level."
-    pipe = self.pipe
-    model = pipe.model
-    frames = pixels(self.pictures[self.given :], self.size)[None].to(pipe.device)
-    latents = normalise_latents(pipe.vae, latent_posterior(pipe.vae, dict(frames=frames))[0])
-    noise = torch.randn(latents.shape, generator=sample_generator(0, "attention"))
-    noise = noise.to(latents.device)  # (1, V, C, h, w)
-    with _lock_of(pipe), record_attention(pipe.unet, keep_maps=True) as record:
-        for t in timesteps:
-            times = torch.full(latents.shape[:2], t, device=latents.device)
-            noisy = model.noise_schedule.add_noise(
-                latents.flatten(0, 1), noise.flatten(0, 1), times.flatten()
-            )
-            noisy = noisy.unflatten(0, latents.shape[:2]).to(pipe.unet.dtype)
-            model.predict(noisy, times, conditioning, trim=False)
-    return record
 
 # %% ../nbs/library/session.ipynb #se000029
 def world_story(
