@@ -450,9 +450,12 @@ def _draw_span(self: StorySession, watch):
 # %% ../nbs/library/session.ipynb #se000022
 @dataclass
 class StoryLook:
-    "Where each drawn frame of one story looked. V drawn frames, F positions, S tokens a caption."
+    """Where each drawn frame of one story looked. V drawn frames, F positions, S tokens a caption.
 
-    relevance: torch.Tensor | None  # (V, F), rows sum to 1; None unless the policy weighs
+    A row of relevance sums to 1; to less with relevance="null", whose share of none is left out; to
+    0 for a frame that sees no position."""
+
+    relevance: torch.Tensor | None  # (V, F) shares; None unless the policy weighs
     mass: torch.Tensor  # (V, F) share of attention; what is missing to 1 is on the own caption
     maps: torch.Tensor  # (V, (1+F)*S, h, w) of each pixel on each token, sums to 1 over tokens
     history_tokens: list  # F lists of S strings, as the history tokenizer cut the captions

@@ -351,6 +351,19 @@ def test_looks_and_effect_lie_on_links(pipe, task, policy, window):
         assert Image.open(io.BytesIO(arcs)).size == (4 * dpi, 1.5 * dpi)
 
 
+def test_a_row_of_relevance_sums_to_1_or_less(pipe, as_if_tuned):
+    "To 1 where a frame sees a position, to 0 where it sees none, to less if none may be chosen."
+    for one, low, high in ((pipe, 0.999, 1.001), (as_if_tuned("weighted-null"), 0.01, 0.99)):
+        story = StorySession(one, CAPTIONS)
+        story.set_link(2, 0, False)
+        story.set_link(2, 1, False)
+        for k in range(len(CAPTIONS)):
+            story.replace_picture(k, OTHER)
+        sums = story.look().relevance.sum(1)
+        assert sums[[0, 2]].tolist() == [0, 0] and (low < sums[[1, 3]]).all()
+        assert (sums[[1, 3]] < high).all()
+
+
 def test_changes_are_named(monkeypatch):
     reading = dict(
         setting=np.array([0, 1]),
