@@ -185,8 +185,12 @@ class StorySettings:
     def policy(self, pipe) -> HistoryPolicy:
         """Who may look at whom, as one value, by the rule of the pipeline's call.
 
-        Raises ValueError or TypeError for what cannot be meant or the checkpoint cannot do."""
-        return pipe._asked_policy(self.history_policy, self.window)
+        Raises what `HistoryPolicy` raises."""
+        stored = pipe.history_policy
+        if self.window is None and self.history_policy in (None, stored.name):
+            return stored
+        asked = stored.name if self.history_policy is None else self.history_policy
+        return as_policy(asked, self.window)
 
 # %% ../nbs/library/session.ipynb #se000011
 @dataclass

@@ -180,13 +180,6 @@ def test_a_policys_name_means_what_it_means_in_a_call(as_if_tuned):
     assert torch.equal(again.links, far.links) and again.settings == far.settings
 
 
-def test_a_policy_that_a_checkpoint_cannot_follow_is_refused_at_once(as_if_tuned):
-    pipe = as_if_tuned(history_policy="full")
-    pipe.story_context.relevance_head = None
-    with pytest.raises(ValueError, match="needs a checkpoint"):
-        StorySession(pipe, CAPTIONS, history_policy="weighted")
-
-
 @pytest.mark.parametrize("n", [9, 3])
 def test_stories_as_long_as_the_time_table(pipe, n):
     story = drawn(pipe, ["Milo waves."] * n, num_inference_steps=1)
