@@ -28,7 +28,7 @@ from PIL import Image, ImageOps
 
 from .captions import PLACES
 from .cartoon import ACTIONS, CHARACTERS, PROPS, SCARVES, SETTINGS, Actor, Scene, render
-from .causal_mask import HistoryPolicy
+from .causal_mask import POLICIES, HistoryPolicy
 from .comics import PAGE_LAYOUTS
 from .data import open_image, png_bytes
 from causal_story.session import (
@@ -267,6 +267,20 @@ POLICY_LABELS = {
 }
 
 
+def _show_number(slider, value):
+    "Put a number into a slider, whose range grows to hold it."
+    slider.min = min(slider.min, value)
+    slider.max = max(slider.max, value)
+    slider.value = value
+
+
+def _choose(dropdown, value, label):
+    "Choose a value, which is offered from now on if it was not."
+    if value not in [offered for _, offered in dropdown.options]:
+        dropdown.options = [*dropdown.options, (label, value)]
+    dropdown.value = value
+
+
 class SettingsForm:
     "The fields for `StorySettings`, and the given pictures of a continuation."
 
@@ -280,15 +294,12 @@ class SettingsForm:
             options=[("draw all frames", "visualization"), ("continue pictures", "continuation")]
         )
         self.policy = widgets.Dropdown(
-            options=[(label, name) for name, label in POLICY_LABELS.items()],
-            value=config.history_policy,
+            options=[(label, name) for name, label in POLICY_LABELS.items()]
         )
         windows = [(f"the last {n}", n) for n in range(1, longest)]
-        self.window = widgets.Dropdown(
-            options=[("all earlier frames", 0), *windows], value=config.window or 0
-        )
-        self.steps = widgets.IntSlider(config.num_inference_steps, 1, 50)
-        self.guidance = widgets.FloatSlider(value=config.guidance_scale, min=1, max=6, step=0.5)
+        self.window = widgets.Dropdown(options=[("all earlier frames", 0), *windows])
+        self.steps = widgets.IntSlider(min=1, max=50)
+        self.guidance = widgets.FloatSlider(min=1, max=6, step=0.5)
         self.seed = widgets.IntText(1)
         self.given_images = _row()
         self.upload = _upload("your pictures", "image/*", on_upload, multiple=True)
@@ -306,13 +317,19 @@ class SettingsForm:
             field.layout.width = "200px"
             lines.append(widgets.HBox([_label(label), field]))
         self.widget = widgets.VBox([*lines, self.given_box], layout=Layout(flex="0 0 300px"))
-        self.policy.observe(lambda _: self._show_window(), "value")
+        self.policy.observe(lambda _: self._fit_window(), "value")
+        self.window.observe(lambda _: self._fit_window(), "value")
         self.task.observe(lambda _: self._show_given(), "value")
-        self._show_window()
+        self._show_stored(config)
+        self._fit_window()
         self._show_given()
 
-    def _show_window(self):
-        self.window.disabled = self.policy.value in ("none", "full")
+    def _fit_window(self):
+        "The window is grey for a policy that takes none; one that needs it has the last frame."
+        takes = POLICIES[self.policy.value].window
+        self.window.disabled = takes == "none"
+        if takes == "required" and not self.window.value:
+            self.window.value = 1
 
     def _show_given(self):
         self.given_box.layout.display = "" if self.task.value == "continuation" else "none"
@@ -328,15 +345,10 @@ class SettingsForm:
     def values(self) -> dict:
         "What is chosen, as `StorySettings` takes it."
         policy = self.policy.value
-        window = self.window.value or None
-        if policy == "local" and window is None:
-            window = 1
-        if policy in ("none", "full"):
-            window = None
+        window = None if self.window.disabled else self.window.value or None
         return dict(
             task=self.task.value,
-            history_policy=policy,
-            window=window,
+            history_policy=HistoryPolicy(policy, window),  # what is shown, whatever is stored
             num_inference_steps=self.steps.value,
             guidance_scale=self.guidance.value,
             seed=self.seed.value,
@@ -348,11 +360,16 @@ class SettingsForm:
     ):
         "Put settings into the fields."
         self.task.value = settings.task
-        self.policy.value = settings.history_policy
-        self.window.value = settings.window or 0
-        self.steps.value = settings.num_inference_steps
-        self.guidance.value = settings.guidance_scale
+        self._show_stored(settings)
         self.seed.value = settings.seed
+
+    def _show_stored(self, stored):
+        "What a checkpoint stores, too: any value is shown as it is, whatever is offered."
+        policy, window = stored.history_policy, stored.window
+        _choose(self.policy, policy, POLICY_LABELS.get(policy, policy))
+        _choose(self.window, window or 0, f"the last {window}")
+        _show_number(self.steps, stored.num_inference_steps)
+        _show_number(self.guidance, stored.guidance_scale)
 
 # %% ../nbs/library/widgets.ipynb #wi000015
 COLUMN = 208  # pixels a frame at most, gap included
@@ -536,10 +553,10 @@ class PastForm:
         ]
         return widgets.VBox(lines, layout=Layout(flex="1 1 420px", display="none"))
 
-    def picture(self) -> Image.Image:
-        "The composed picture."
+    def picture(self, size: int = 64) -> Image.Image:
+        "The composed picture, `size` pixels a side."
         name, action, setting, prop, scarf = (field.value for field in self.compose)
-        return render(Scene(setting, (Actor(name, action, prop, scarf),)), 64, seed=5)
+        return render(Scene(setting, (Actor(name, action, prop, scarf),)), size, seed=5)
 
     def _show_composed(self):
         self.composed.value = _enlarged(self.picture(), 160)
@@ -733,14 +750,14 @@ def write(self: StoryExplorer, captions, given: list = ()):
     "Put captions into the fields, and given pictures beside them if there are any."
     self.form.write(captions)
     if given:
-        self.given = list(given)
+        self.given = [ImageOps.exif_transpose(picture) for picture in given]  # upright
         self.settings.show_pictures(self.given)
 
 
 @patch
 def write_example(self: StoryExplorer, name: str):
     "Write one of the examples."
-    self.write(EXAMPLES[name].captions, [EXAMPLES[name].picture()])
+    self.write(EXAMPLES[name].captions, [EXAMPLES[name].picture(self.pipe.frame_size)])
 
 
 @patch
@@ -749,7 +766,7 @@ def write_random(self: StoryExplorer, seed: int | None = None):
     if seed is None:
         seed = random.randrange(10**6)
     story = world_story(seed, len(self.form.rows))
-    self.write(story.captions, story.frames(64)[:1])
+    self.write(story.captions, story.frames(self.pipe.frame_size)[:1])
 
 
 @patch
@@ -1020,7 +1037,7 @@ def rewrite(self: StoryExplorer):
 @patch
 def replace(self: StoryExplorer, picture: Image.Image | None = None):
     "A picture goes to the selected frame; None: the composed one."
-    picture = self.past.picture() if picture is None else picture
+    picture = self.past.picture(self.pipe.frame_size) if picture is None else picture
     self.edit(lambda session: session.replace_picture(self.selected, picture))
 
 

@@ -28,7 +28,15 @@ import torch
 from fastcore.basics import patch
 from PIL import Image, ImageOps
 
-from .cartoon import CHARACTERS, PROPS, SCARVES, SETTINGS, Actor, Scene, render
+from causal_story.cartoon import (
+    ATTRIBUTES,
+    CHARACTERS,
+    REMEMBERED,
+    SETTINGS,
+    Actor,
+    Scene,
+    render,
+)
 from .causal_mask import HistoryPolicy, as_policy, frame_mask, frame_times
 from .checks import check_mask
 from .comics import blank_figure, comic_page, figure_bytes
@@ -41,18 +49,13 @@ from causal_story.data import (
     pixels,
     png_bytes,
 )
-from causal_story.diffusion import (
-    decode_latents,
-    latent_posterior,
-    normalise_latents,
-    sample_generator,
-)
-from .effects import causal_effect
+from .diffusion import decode_latents
+from .effects import causal_effect, record_looks
 from .pipeline import story_generator, to_pil
 from .reader import read_frames
 from .storage import atomic_folder, valid_text
+from .story_file import as_rgb
 from .storyworld import LENGTHS, make_story
-from .unet import record_attention
 
 # %% ../nbs/library/session.ipynb #se000007
 def known_words(
@@ -166,24 +169,28 @@ class StorySettings:
     guidance_scale: float | None = None  # 1: none
     seed: int = 0  # of the noise
 
-    def filled(self, config):  # StorySettings
+    def filled(self, pipe):  # StorySettings
         """The same, every None replaced by a pipeline's stored value.
 
-        Raises ValueError on an unknown task."""
+        Raises ValueError on an unknown task, and what `policy` raises."""
         if self.task not in TASKS:
             raise ValueError(f"task={self.task!r} is unknown: choose one of {TASKS}")
-        policy = self.policy(config)
+        policy = self.policy(pipe)
         stored = dict(history_policy=policy.name, window=policy.window)
         for name in ("num_inference_steps", "guidance_scale"):
             if getattr(self, name) is None:
-                stored[name] = getattr(config, name)
+                stored[name] = getattr(pipe.config, name)
         return replace(self, **stored)
 
-    def policy(self, config) -> HistoryPolicy:
-        "Who may look at whom, as one value. Raises what `HistoryPolicy` raises."
-        if self.history_policy is None and self.window is None:
-            return as_policy(config.history_policy, config.window)
-        return as_policy(self.history_policy or config.history_policy, self.window)
+    def policy(self, pipe) -> HistoryPolicy:
+        """Who may look at whom, as one value, by the rule of the pipeline's call.
+
+        Raises what `HistoryPolicy` raises."""
+        stored = pipe.history_policy
+        if self.window is None and self.history_policy in (None, stored.name):
+            return stored
+        asked = stored.name if self.history_policy is None else self.history_policy
+        return as_policy(asked, self.window)
 
 # %% ../nbs/library/session.ipynb #se000011
 @dataclass
@@ -220,12 +227,12 @@ class StorySession:
         self.pipe = pipe
         self.reader = reader
         wanted = StorySettings(**settings)
-        self.settings = wanted.filled(pipe.config)
+        self.settings = wanted.filled(pipe)
         sources = self._given_pictures(source_image)
         self.given = len(sources)  # G, 0 in a visualization
         self.captions = list(captions)
         self.check_length()
-        self.links = wanted.policy(pipe.config).mask(**self.layout)
+        self.links = wanted.policy(pipe).mask(**self.layout)
         missing = [None] * (len(self.captions) - self.given)
         self.pictures = [self.fitted(source) for source in sources] + missing
         self.pinned = set(range(self.given))
@@ -236,7 +243,7 @@ class StorySession:
     @property
     def size(self) -> int:
         "Pixels a side of every picture."
-        return self.pipe.vae.config.sample_size
+        return self.pipe.frame_size
 
     @property
     def layout(self) -> dict:
@@ -261,9 +268,10 @@ class StorySession:
         )
 
     def fitted(self, picture: Image.Image) -> Image.Image:
-        "Any picture as a square of the story's size."
+        "Any picture as a square of the story's size, upright as its EXIF tag says."
         square = (self.size, self.size)
-        return ImageOps.fit(picture.convert("RGB"), square, Image.Resampling.LANCZOS)
+        upright = as_rgb(ImageOps.exif_transpose(picture), "picture")
+        return ImageOps.fit(upright, square, Image.Resampling.LANCZOS)
 
     def request(self) -> dict:
         "Arguments of the pipeline for this story, its noise included."
@@ -446,9 +454,12 @@ def _draw_span(self: StorySession, watch):
 # %% ../nbs/library/session.ipynb #se000022
 @dataclass
 class StoryLook:
-    "Where each drawn frame of one story looked. V drawn frames, F positions, S tokens a caption."
+    """Where each drawn frame of one story looked. V drawn frames, F positions, S tokens a caption.
 
-    relevance: torch.Tensor | None  # (V, F), rows sum to 1; None unless the policy weighs
+    A row of relevance sums to 1; to less with relevance="null", whose share of none is left out; to
+    0 for a frame that sees no position."""
+
+    relevance: torch.Tensor | None  # (V, F) shares; None unless the policy weighs
     mass: torch.Tensor  # (V, F) share of attention; what is missing to 1 is on the own caption
     maps: torch.Tensor  # (V, (1+F)*S, h, w) of each pixel on each token, sums to 1 over tokens
     history_tokens: list  # F lists of S strings, as the history tokenizer cut the captions
@@ -517,7 +528,9 @@ def look(
     pipe = self.pipe
     S = pipe.max_length
     conditioning = self._conditioning()
-    record = self._attention(conditioning, timesteps)
+    frames = pixels(self.pictures[self.given :], self.size)[None].to(pipe.drawing_device)
+    with _lock_of(pipe):
+        record = record_looks(pipe, frames, conditioning, timesteps, keep_maps=True)
     mass = record.mean_mass()[:, S:]  # (V, F*S)
     relevance = conditioning.relevance
     return StoryLook(
@@ -538,37 +551,17 @@ def _conditioning(self: StorySession):
     history_ids, history_mask = pipe.tokens(pipe.history_tokenizer, [self.captions])
     size = pipe.history_encoder.config["vision_config"]["image_size"]
     pixel_values = pixels(self.pictures, size, CLIP_IMAGE_MEAN, CLIP_IMAGE_STD)[None]
-    pixel_values = pixel_values.to(pipe.device, pipe.history_encoder.dtype)
+    pixel_values = pixel_values.to(pipe.drawing_device, pipe.history_encoder.dtype)
     return model.condition(
         model.read_captions(caption_ids, caption_mask),
         caption_mask,
         model.read_history(history_ids, history_mask, pixel_values),
         history_mask,
-        self.links.to(pipe.device),
+        self.links.to(pipe.drawing_device),
         frame_times(**self.layout),
         as_policy(self.settings.history_policy, self.settings.window).weighs,
         pipe.config.context_layer,
     )
-
-
-@patch
-def _attention(self: StorySession, conditioning, timesteps):
-    "Record one pass over all drawn frames at each noise level."
-    pipe = self.pipe
-    model = pipe.model
-    frames = pixels(self.pictures[self.given :], self.size)[None].to(pipe.device)
-    latents = normalise_latents(pipe.vae, latent_posterior(pipe.vae, dict(frames=frames))[0])
-    noise = torch.randn(latents.shape, generator=sample_generator(0, "attention"))
-    noise = noise.to(latents.device)  # (1, V, C, h, w)
-    with _lock_of(pipe), record_attention(pipe.unet, keep_maps=True) as record:
-        for t in timesteps:
-            times = torch.full(latents.shape[:2], t, device=latents.device)
-            noisy = model.noise_schedule.add_noise(
-                latents.flatten(0, 1), noise.flatten(0, 1), times.flatten()
-            )
-            noisy = noisy.unflatten(0, latents.shape[:2]).to(pipe.unet.dtype)
-            model.predict(noisy, times, conditioning, trim=False)
-    return record
 
 # %% ../nbs/library/session.ipynb #se000029
 def world_story(
@@ -926,9 +919,10 @@ def _differences(reading, old, new):
 
 
 def _character_differences(reading, old, new, c):
-    "The same about what one character holds and wears."
+    "The same about what is remembered of one character: what it holds and wears."
     sentences = []
-    for attribute, options in (("prop", PROPS), ("scarf", SCARVES)):
+    for attribute in REMEMBERED:
+        options = ATTRIBUTES[attribute].values
         was, now = (options[reading[attribute][row, c]] for row in (old, new))
         if was != now:
             sentences.append(f"{CHARACTERS[c]}'s {attribute}: {was} → {now}")
@@ -1016,6 +1010,9 @@ def from_recipe(
     check_recipe(entries)
     settings = {field.name: entries[field.name] for field in fields(StorySettings)}
     try:
+        settings["history_policy"] = HistoryPolicy(
+            entries["history_policy"], settings.pop("window")
+        )
         pinned = {}
         for k, text in entries["pinned"].items():
             pinned[int(k)] = open_image(base64.b64decode(text), f"pinned picture {k}")

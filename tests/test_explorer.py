@@ -1,6 +1,7 @@
 "The app of 13_explorer: its buttons without a browser, and in a real one at two widths."
 
 import importlib.util
+import io
 import json
 import os
 import re
@@ -15,8 +16,9 @@ from datetime import datetime, timezone
 from pathlib import Path
 
 import pytest
-from PIL import Image
+from PIL import ExifTags, Image
 
+from causal_story.causal_mask import POLICIES
 from causal_story.data import png_bytes
 from causal_story.explorer import (
     COLUMN,
@@ -26,11 +28,12 @@ from causal_story.explorer import (
     StoryExplorer,
     app_lines,
 )
-from causal_story.session import EXAMPLES, StorySession, known_words
+from causal_story.session import EXAMPLES, StorySession, known_words, story_page, world_story
 
 ROOT = Path(__file__).resolve().parent.parent
 NOTEBOOK = ROOT / "nbs" / "13_explorer.ipynb"
 CAPTIONS = EXAMPLES["Two on the moon"].captions  # four of them
+EXAMPLE = next(iter(EXAMPLES.values()))  # what the app shows at first
 
 
 @pytest.fixture(scope="module")
@@ -148,6 +151,71 @@ def test_every_setting_can_be_drawn(app, policy, window):
         app.select(k)
 
 
+def test_the_window_that_is_shown_is_the_one_that_is_drawn(as_if_tuned):
+    app = StoryExplorer(as_if_tuned(window=2))
+    assert app.settings.window.value == 2 and not app.new_session().links[3, 0]
+    app.settings.window.value = 0  # all earlier frames, whatever the checkpoint stores
+    assert app.new_session().links[3, 0] and app.new_session().settings.window is None
+    app.settings.policy.value = "local"  # needs a window: the field says which one it gets
+    assert app.settings.window.value == app.new_session().settings.window == 1
+
+
+def test_a_policy_of_ones_own_is_offered_where_it_is_stored(as_if_tuned, monkeypatch):
+    monkeypatch.setitem(POLICIES, "all_of_it", POLICIES["full"])
+    app = StoryExplorer(as_if_tuned(history_policy="all_of_it"))
+    assert app.settings.policy.label == "all_of_it" and app.settings.window.disabled
+    assert app.new_session().settings.history_policy == "all_of_it"
+
+
+def test_pictures_of_the_world_are_drawn_at_the_frame_size(as_if_tuned):
+    pipe = as_if_tuned(num_inference_steps=1).use_frame_size(128)
+    app = StoryExplorer(pipe)
+    app.settings.task.value = "continuation"
+    assert app.new_session().pictures[0].tobytes() == EXAMPLE.picture(128).tobytes()
+    app.write_random(seed=5)
+    story = world_story(5, len(app.form.rows))
+    assert app.new_session().pictures[0].tobytes() == story.frames(128)[0].tobytes()
+    app.draw()
+    assert app.job.wait(60) and app.session.complete, app.status.value
+    app.select(1)
+    app.replace()
+    assert app.session.pictures[1].tobytes() == app.past.picture(128).tobytes()
+
+
+@pytest.mark.parametrize(
+    "stored",
+    [
+        dict(num_inference_steps=250, guidance_scale=7.5),
+        dict(num_inference_steps=1, guidance_scale=0.0),
+        dict(num_inference_steps=1000, guidance_scale=20.25),
+    ],
+)
+def test_the_sliders_hold_what_is_stored(as_if_tuned, stored):
+    app = StoryExplorer(as_if_tuned(**stored))
+    drawn_with = vars(app.new_session().settings)
+    assert stored.items() <= drawn_with.items()
+
+
+@pytest.mark.parametrize("policy, window", [("weighted", 12), ("local", 99), ("weighted", 11)])
+def test_any_stored_window_is_shown_and_drawn(as_if_tuned, policy, window):
+    app = StoryExplorer(as_if_tuned(history_policy=policy, window=window))
+    settings = app.new_session().settings
+    assert (settings.history_policy, settings.window) == (policy, window)
+    assert app.settings.window.label == f"the last {window}"
+
+
+def test_a_kept_story_brings_its_settings_into_the_fields(app, as_if_tuned):
+    "Also those that the fields did not offer before."
+    asked = dict(window=40, num_inference_steps=60, guidance_scale=7.5)
+    story = StorySession(app.pipe, CAPTIONS, history_policy="local", **asked)
+    for k in range(len(CAPTIONS)):
+        story.replace_picture(k, Image.new("RGB", (64, 64), "red"))  # nothing to be drawn
+    choose_file(app.keeping.open_upload, story_page(story))
+    assert app.job.wait(60) and app.session.complete, app.status.value
+    assert app.session.settings == story.settings == app.new_session().settings
+    assert app.settings.steps.value == 60 and app.settings.window.value == 40
+
+
 def test_several_pictures_may_be_given(app):
     "They come in the order of their names; the first captions tell them."
     app.form.example.value = "A balloon in the snow"
@@ -164,6 +232,26 @@ def test_several_pictures_may_be_given(app):
     assert app.session.given == 2 and app.session.pictures[0].getpixel((5, 5)) == (255, 0, 0)
     for k in range(3):
         app.select(k)
+
+
+def test_an_uploaded_photo_is_turned_upright(app):
+    "Beside the settings, on the stage, and for the model."
+    upright = Image.new("RGB", (64, 64), "blue")
+    upright.paste("red", (0, 0, 64, 32))  # the upper half
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = 3  # upside down
+    upright.rotate(180).save(buffer := io.BytesIO(), "PNG", exif=exif)
+    choose_file(app.settings.upload, buffer.getvalue())
+    shown = Image.open(io.BytesIO(app.settings.given_images.children[0].value))
+    assert shown.getpixel((96, 10)) == (255, 0, 0)
+    app.settings.task.value = "continuation"
+    app.settings.steps.value = 1
+    app.draw()
+    assert app.job.wait(60) and as_bytes(app.session.pictures[:1]) == as_bytes([upright])
+    app.select(2)
+    choose_file(app.past.upload, buffer.getvalue())
+    assert as_bytes(app.session.pictures[2:3]) == as_bytes([upright])
+    assert not any(picture.getexif() for picture in app.session.pictures[::2])
 
 
 def test_edits_through_the_fields(app):

@@ -1,21 +1,34 @@
 "What a reader of library/session need not see: edits in any order, hostile recipes, sudden stops."
 
+import base64
 import io
 import json
 import threading
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from PIL import Image
+from PIL import ExifTags, Image
 
+import causal_story.effects as effects
 import causal_story.session as session
-from causal_story.cartoon import CHARACTERS, SETTINGS, Actor, Scene, render
+from causal_story.cartoon import (
+    ATTRIBUTES,
+    CHARACTERS,
+    REMEMBERED,
+    SETTINGS,
+    Actor,
+    Scene,
+    render,
+)
 from causal_story.causal_mask import HistoryPolicy, frame_mask
+from causal_story.checks import as_picture
 from causal_story.data import StoryRecord
 from causal_story.drawing import draw_stories
+from causal_story.effects import attention_mass
 from causal_story.pipeline import story_generator
 from causal_story.session import (
     EXAMPLES,
@@ -152,6 +165,21 @@ def test_a_policy_may_be_one_value(pipe):
     assert torch.equal(again.links, story.links) and again.settings == story.settings
 
 
+def test_a_policys_name_means_what_it_means_in_a_call(as_if_tuned):
+    "A name alone is the checkpoint's policy of that name, window and all; a value is itself."
+    pipe = as_if_tuned(window=2, num_inference_steps=1)
+    story = drawn(pipe, history_policy="weighted")
+    assert torch.equal(story.links, frame_mask("weighted", 4, "visualization", 2))
+    out = pipe(CAPTIONS, history_policy="weighted", generator=story_generator(0, 0))
+    assert as_bytes(out.frames[0]) == as_bytes(story.pictures)
+    assert story.settings == StorySession(pipe, CAPTIONS).settings
+
+    far = StorySession(pipe, CAPTIONS, history_policy=HistoryPolicy("weighted"))
+    assert torch.equal(far.links, frame_mask("weighted", 4, "visualization"))
+    again = from_recipe(pipe, json.loads(json.dumps(recipe(far))))
+    assert torch.equal(again.links, far.links) and again.settings == far.settings
+
+
 @pytest.mark.parametrize("n", [9, 3])
 def test_stories_as_long_as_the_time_table(pipe, n):
     story = drawn(pipe, ["Milo waves."] * n, num_inference_steps=1)
@@ -160,6 +188,58 @@ def test_stories_as_long_as_the_time_table(pipe, n):
     assert look.mass.shape == effect.shape == (n, n)
     assert Image.open(io.BytesIO(look_png(look, story.pictures, n - 1))).width > 400
     assert 3 <= len(world_story(0, n).captions) <= n
+
+
+def test_a_session_follows_the_frame_size(as_if_tuned):
+    "Given and pinned pictures keep their pixels, and looks are measured where the model draws."
+    pipe = as_if_tuned(num_inference_steps=1).use_frame_size(128)
+    fine = render(Scene("home", (Actor("Milo", "waves", "umbrella", "green"),)), 128, seed=1)
+    story = drawn(pipe, CAPTIONS, source_image=fine, task="continuation")
+    assert story.size == 128 and {picture.size for picture in story.pictures} == {(128, 128)}
+    assert as_bytes(story.pictures[:1]) == as_bytes([fine])
+    story.replace_picture(2, fine)
+    assert as_bytes(story.pictures[2:3]) == as_bytes([fine]) and story.draw()
+    record = StoryRecord("", list(CAPTIONS), story.pictures, None)
+    mass = attention_mass(pipe, [record], "continuation")[0]
+    torch.testing.assert_close(story.look().mass, mass, atol=1e-5, rtol=1e-4)
+    with Image.open(io.BytesIO(story_gif(story, scale=2))) as gif:
+        assert gif.size == (256, 256)
+
+
+def lying_photo(turn=6, size=64):
+    "(photo, upright): a picture whose EXIF tag says how it has to be turned, and what it shows."
+    upright = render(Scene("home", (Actor("Milo", "waves", "umbrella", "green"),)), size, seed=1)
+    photo = upright.transpose({3: Image.Transpose.ROTATE_180, 6: Image.Transpose.ROTATE_90}[turn])
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = turn
+    buffer = io.BytesIO()
+    photo.save(buffer, "PNG", exif=exif)
+    return Image.open(io.BytesIO(buffer.getvalue())), upright
+
+
+@pytest.mark.parametrize("turn", [3, 6])
+def test_a_photo_is_turned_upright_once(pipe, turn):
+    "What is shown, drawn on, kept and opened again is the picture that the model reads."
+    photo, upright = lying_photo(turn)
+    lying, standing = [
+        drawn(pipe, task="continuation", source_image=one, num_inference_steps=1)
+        for one in (photo, upright)
+    ]
+    assert as_bytes(lying.pictures) == as_bytes(standing.pictures)
+    assert as_picture(lying.pictures[0], "it").tobytes() == upright.tobytes()
+    lying.replace_picture(2, photo)
+    assert as_bytes(lying.pictures[2:3]) == as_bytes([upright])
+    entries = recipe(standing)
+    photo.save(buffer := io.BytesIO(), "PNG", exif=photo.getexif())
+    entries["pinned"]["0"] = base64.b64encode(buffer.getvalue()).decode()
+    assert as_bytes(from_recipe(pipe, entries).pictures[:1]) == as_bytes([upright])
+
+
+def test_a_deep_grey_picture_is_read_as_the_pipeline_reads_it(pipe):
+    "Its 16 bits are scaled, not clipped to white."
+    deep = Image.fromarray(np.linspace(0, 65535, 64 * 64).reshape(64, 64).astype(np.uint16))
+    story = StorySession(pipe, CAPTIONS, deep, task="continuation")
+    assert as_bytes(story.pictures[:1]) == as_bytes([as_picture(deep, "it")])
 
 
 # ---------------------------------------------------------------- changing the past
@@ -264,6 +344,19 @@ def test_looks_and_effect_lie_on_links(pipe, task, policy, window):
         assert Image.open(io.BytesIO(arcs)).size == (4 * dpi, 1.5 * dpi)
 
 
+def test_a_row_of_relevance_sums_to_1_or_less(pipe, as_if_tuned):
+    "To 1 where a frame sees a position, to 0 where it sees none, to less if none may be chosen."
+    for one, low, high in ((pipe, 0.999, 1.001), (as_if_tuned("weighted-null"), 0.01, 0.99)):
+        story = StorySession(one, CAPTIONS)
+        story.set_link(2, 0, False)
+        story.set_link(2, 1, False)
+        for k in range(len(CAPTIONS)):
+            story.replace_picture(k, OTHER)
+        sums = story.look().relevance.sum(1)
+        assert sums[[0, 2]].tolist() == [0, 0] and (low < sums[[1, 3]]).all()
+        assert (sums[[1, 3]] < high).all()
+
+
 def test_changes_are_named(monkeypatch):
     reading = dict(
         setting=np.array([0, 1]),
@@ -284,6 +377,25 @@ def test_changes_are_named(monkeypatch):
     ]
     with pytest.raises(ValueError, match="same positions"):
         named_changes(None, [OTHER], [])
+
+
+def test_an_attribute_that_is_added_to_the_world_is_compared_as_well(monkeypatch):
+    "By its changes in the explorer, and in the count of what an exchanged frame changes."
+    hat = replace(ATTRIBUTES["scarf"], values=("none", "cap"))
+    monkeypatch.setitem(ATTRIBUTES, "hat", hat)
+    monkeypatch.setattr(session, "REMEMBERED", (*REMEMBERED, "hat"))
+    names = ("prop", "scarf", "action", "hat")
+
+    def reading(hats):
+        facts = {name: np.zeros((len(hats), 6), int) for name in names}
+        presence = np.ones((len(hats), 6), bool)
+        facts["hat"][:, 0] = hats
+        return facts | dict(setting=np.zeros(len(hats), int), presence=presence)
+
+    monkeypatch.setattr(session, "read_frames", lambda reader, frames: reading([0, 1]))
+    assert named_changes(None, [OTHER], [OTHER]) == [["Milo's hat: none → cap"]]
+    monkeypatch.setattr(effects, "read_frames", lambda reader, frames: reading(frames))
+    assert effects._changed_attributes(None, [[0, 0], [0, 1]]).tolist() == [[0], [1]]
 
 
 # ---------------------------------------------------------------- keeping
