@@ -592,7 +592,7 @@ def __call__(
     captions, images, source_captions = check_stories(
         prompt, task, source_image, source_caption, n_times
     )
-    policy = self._asked_policy(history_policy, window)
+    policy = self.asked_policy(history_policy, window)
     n_given = len(images[0]) if images else 1
     own_mask = policy.mask(len(captions[0]), task, n_given)
     check_generator(generator, len(captions) * n_tellings)
@@ -648,8 +648,14 @@ def _as_array(frames: list, output_type: str):
 
 
 @patch
-def _asked_policy(self: CausalStoryPipeline, policy, window) -> HistoryPolicy:
-    "The policy of a call: the checkpoint's where nothing else is asked."
+def asked_policy(
+    self: CausalStoryPipeline,
+    policy: str | HistoryPolicy | None,  # None, or the stored name alone: what is stored
+    window: int | None = None,
+) -> HistoryPolicy:
+    """The policy of a call: the checkpoint's where nothing else is asked.
+
+    Raises what `as_policy` raises, and ValueError for one that weighs where nothing can weigh."""
     stored = self.history_policy
     if policy in (None, stored.name) and window is None:
         policy = stored

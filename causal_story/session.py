@@ -185,12 +185,8 @@ class StorySettings:
     def policy(self, pipe) -> HistoryPolicy:
         """Who may look at whom, as one value, by the rule of the pipeline's call.
 
-        Raises what `HistoryPolicy` raises."""
-        stored = pipe.history_policy
-        if self.window is None and self.history_policy in (None, stored.name):
-            return stored
-        asked = stored.name if self.history_policy is None else self.history_policy
-        return as_policy(asked, self.window)
+        Raises what that raises."""
+        return pipe.asked_policy(self.history_policy, self.window)
 
 # %% ../nbs/library/session.ipynb #se000011
 @dataclass
