@@ -835,6 +835,27 @@ def test_judges_that_cannot_judge_are_named(mixed, truth, tmp_path, words, named
     assert named in complaint(capsys)
 
 
+def test_a_truth_of_ones_own_is_no_truth_of_the_world(truth, mixed, network, tmp_path, capsys):
+    "A user may note anything as the truth of a story: facts are then left out of the scores."
+    raw = tmp_path / "raw"
+    raw.mkdir()
+    lines = []
+    for number in range(len(mixed)):
+        record = mixed.story(number)
+        names = [f"{number}_{k}.png" for k in range(len(record.frames))]
+        for name, frame in zip(names, record.frames, strict=True):
+            frame.save(raw / name)
+        line = dict(split="test", captions=record.captions, frames=names, truth=dict(note="mine"))
+        lines.append(json.dumps(line))
+    (raw / "stories.jsonl").write_text("\n".join(lines))
+    file = convert_folder(raw, tmp_path / "mine.h5", progress=False)
+    assert run("evaluate", truth, file) == 1 and "nothing to judge with" in complaint(capsys)
+    out = tmp_path / "scores.json"
+    assert run("evaluate", truth, file, "--classifier", network, "--out", out) == 0
+    metrics = {line["metric"] for line in json.loads(out.read_text())["scores"]}
+    assert metrics == {"f1", "frame", "count"}
+
+
 def test_a_model_draws_and_is_judged(data, tmp_path, capsys):
     words = ["evaluate", "miniature", data, "--stories=1", "--task=continuation"]
     words += ["--num-inference-steps=1", "--folder", tmp_path / "drawn"]
