@@ -720,7 +720,9 @@ def read_pororo(
             several = descriptions.get(name)
             if not isinstance(several, (list, tuple, np.ndarray)) or not len(several):
                 raise ValueError(f"{path}: no description of {name!r}, which {names[0]!r} needs")
-            texts.append(_caption(_plain_text(several[0]), f"{path}, {name}"))
+            with reading(f"{path}, {name}", "a caption in UTF-8", "save it again"):
+                text = _plain_text(several[0])
+            texts.append(_caption(text, f"{path}, {name}"))
         strips = [
             open_image(folder / f"{name}.png", f"{folder / name}.png (story {names[0]!r})")
             for name in names

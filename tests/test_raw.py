@@ -721,6 +721,22 @@ def test_missing_pictures_of_pororo_are_left_out(pororo, tmp_path):
     assert [train.story(k).id for k in range(2)] == [f"Pororo_ENGLISH1_1/ep{k}/1" for k in (0, 5)]
 
 
+def test_a_caption_that_is_no_utf8_is_named_and_can_be_left_out(pororo, tmp_path):
+    path = pororo / "descriptions.npy"
+    descriptions = np.load(path, allow_pickle=True).item()
+    name = "Pororo_ENGLISH1_1/ep3/2"
+    descriptions[name] = [b"caf\xe9"]
+    np.save(path, np.array(descriptions, dtype=object))
+    where = re.escape(f"{path}, {name} is not a caption in UTF-8") + ".*'utf-8' codec can't decode"
+    with pytest.raises(ValueError, match=where):
+        convert_pororo(pororo, tmp_path / "out.h5", progress=False)
+    with pytest.warns(UserWarning, match="1 stories were left out"):
+        out = convert_pororo(pororo, tmp_path / "out.h5", progress=False, keep_going=True)
+    [row] = left_out(out)
+    assert row["story"] == "3" and re.search(where, row["reason"])
+    assert len(StoryDataset(out, "train")) == 2
+
+
 def test_a_hostile_clip_is_refused_also_when_going_on(flintstones, tmp_path):
     mark = tmp_path / "mark"
     clip = flintstones / "video_frames_sampled" / "s_01_e_01_shot_000002.npy"
