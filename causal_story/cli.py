@@ -33,7 +33,7 @@ from .causal_mask import POLICIES, HistoryPolicy
 from .checks import check_interval
 from .comics import PAGE_LAYOUTS, page_format
 from .data import StoryDataset
-from .drawing import DrawnStories, claim_folder, draw_folder, story_of
+from .drawing import DrawnStories, claim_folder, draw_folder, story_of, what_draws
 from causal_story.experiments import (
     VIEWS,
     print_lines,
@@ -513,6 +513,7 @@ def _draw_folder(name, model, drawing: Drawing, dataset, folder, task, index) ->
         split=dataset.split,
         task=task,
         seed=drawing.seed,
+        what_draws=what_draws(pipe),
     )
     team = make_accelerator(TrainingConfig())
     with team.main_process_first():

@@ -12,6 +12,7 @@ import types
 from dataclasses import MISSING, asdict, fields, replace
 from pathlib import Path
 
+import h5py
 import numpy as np
 import pytest
 import torch
@@ -25,7 +26,7 @@ import causal_story.cli as cli
 from causal_story import logs
 from causal_story.arldm import arldm_state
 from causal_story.cli import VERBS, main, parse, settings_of
-from causal_story.data import StoryDataset
+from causal_story.data import StoriesInMemory, StoryDataset
 from causal_story.drawing import DrawnStories, claim_folder, draw_folder
 from causal_story.full_scale import write_tiny_folders
 from causal_story.logs import MetricsLog, read_metrics, start_run
@@ -41,6 +42,7 @@ from causal_story.raw import (
 )
 from causal_story.recipes import Recipe
 from causal_story.session import StorySession
+from causal_story.storage import shipped_weights
 from causal_story.storyworld import make_stories
 from causal_story.training import TrainingConfig
 
@@ -588,6 +590,128 @@ def test_a_folder_holds_one_drawing(tmp_path):
     (tmp_path / "mine" / "thesis.txt").write_text("all of it")
     with pytest.raises(FileExistsError, match="holds no drawn stories"):
         claim_folder(tmp_path / "mine", dict(seed=0))
+
+
+def moved(folder, part="story_context"):
+    "The model in a folder, as if it had been tuned again: one of its weights is another."
+    pipe = CausalStoryPipeline.from_pretrained(folder)
+    with torch.no_grad():
+        next(getattr(pipe, part).parameters()).add_(0.5)
+    shutil.rmtree(folder)
+    pipe.save_pretrained(folder, only_tuned=True)
+
+
+@pytest.fixture
+def tuned(tmp_path):
+    folder = tmp_path / "tuned"
+    CausalStoryPipeline.from_pretrained("miniature").save_pretrained(folder, only_tuned=True)
+    return folder
+
+
+def sample_words(tuned, data, out, *more):
+    return ["sample", tuned, data, "--folder", out, "--num-inference-steps", "1", *more]
+
+
+@pytest.mark.parametrize("only_one", [True, False])
+def test_a_folder_is_not_continued_by_a_model_that_was_tuned_again(
+    only_one, tuned, data, tmp_path, capsys
+):
+    "Interrupted or finished: the name of a model says nothing about what it draws today."
+    out = tmp_path / "drawn"
+    words = sample_words(tuned, data, out)
+    assert run(*words, *(["--story", "0"] if only_one else [])) == 0
+    moved(tuned)
+    before = {name: (out / name).read_bytes() for name in names_in(out)}
+    capsys.readouterr()
+    assert run(*words) == 1
+    line = complaint(capsys)
+    assert "weights was" in line and "name another folder, delete this one" in line
+    assert {name: (out / name).read_bytes() for name in names_in(out)} == before
+    assert run("evaluate", *words[1:]) == 1 and "weights was" in complaint(capsys)
+
+
+def test_a_folder_is_not_continued_with_another_setting_of_the_model(tuned, data, tmp_path, capsys):
+    out = tmp_path / "drawn"
+    assert run(*sample_words(tuned, data, out, "--story", "0")) == 0
+    pipe = CausalStoryPipeline.from_pretrained(tuned)
+    pipe.register_to_config(guidance_scale=7.0)
+    shutil.rmtree(tuned)
+    pipe.save_pretrained(tuned, only_tuned=True)
+    capsys.readouterr()
+    assert run(*sample_words(tuned, data, out)) == 1
+    assert "guidance_scale was 2.0, now 7.0" in complaint(capsys)
+
+
+def test_a_folder_is_not_continued_with_fewer_stories(mixed, tmp_path):
+    quiet = dict(progress=False)
+    draw_folder(Copyist(mixed), mixed, tmp_path, **quiet)
+    fewer = StoriesInMemory([mixed.story(k) for k in range(4)])
+    with pytest.raises(ValueError, match="other captions than story 4 of the data set"):
+        draw_folder(Copyist(fewer), fewer, tmp_path, **quiet)
+    more = StoriesInMemory([*map(mixed.story, range(5)), mixed.story(0)])
+    assert draw_folder(Copyist(more), more, tmp_path, **quiet) == [5]
+
+
+def test_an_untuned_base_draws_alike_in_two_calls(data, tmp_path):
+    "Its new layers follow from the seed: the folder is continued."
+    for story in ("0", "1"):
+        words = sample_words(shipped_weights("base"), data, tmp_path / "drawn")
+        assert run(*words, "--story", story) == 0
+
+
+@pytest.mark.parametrize("lost", ["what_draws", "given"])
+def test_a_folder_from_before_is_continued_as_it_was(lost, tuned, data, tmp_path):
+    out = tmp_path / "drawn"
+    words = sample_words(tuned, data, out, "--task", "continuation")
+    assert run(*words, "--story", "0") == 0
+    path = out / ("drawn.json" if lost == "what_draws" else "00000000/story.json")
+    record = json.loads(path.read_text())
+    del record[lost]
+    path.write_text(json.dumps(record))
+    if lost == "what_draws":
+        moved(tuned)
+    assert run(*words) == 0 and len(DrawnStories(out).paths) == 2
+
+
+def other_data(path, change):
+    "A data set of the same name in which something else is told or shown."
+    with h5py.File(path, "r+") as file:
+        change(file["test/00000000"])
+
+
+def tell_another_story(group):
+    captions = json.loads(group["captions"].asstr()[()])
+    del group["captions"]
+    group["captions"] = json.dumps(["Milo sings.", *captions[1:]])
+
+
+def show_another_frame(group):
+    picture = group["image1"][()]
+    del group["image0"]
+    group["image0"] = picture
+
+
+@pytest.mark.parametrize(
+    "task, change, named",
+    [
+        ("visualization", tell_another_story, "other captions"),
+        ("continuation", tell_another_story, "other captions"),
+        ("continuation", show_another_frame, "another given frame"),
+        ("visualization", show_another_frame, None),  # nobody looks at it
+    ],
+)
+def test_a_folder_is_not_continued_with_other_stories(task, change, named, data, tmp_path, capsys):
+    mine = Path(shutil.copy(data, tmp_path / "mine.h5"))
+    words = sample_words("miniature", mine, tmp_path / "drawn", "--task", task)
+    assert run(*words) == 0
+    other_data(mine, change)
+    capsys.readouterr()
+    if named is None:
+        assert run(*words) == 0
+        return
+    assert run(*words) == 1
+    line = complaint(capsys)
+    assert named in line and "00000000" in line and "name another folder, or delete" in line
 
 
 # ---------------------------------------------------------------- data and bases
