@@ -332,6 +332,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/causal-story', 'doc_host':
                                                                                     'causal_story/drawing.py'),
                                       'causal_story.drawing._changes': ('library/drawing.html#_changes', 'causal_story/drawing.py'),
                                       'causal_story.drawing._check_drawn': ('library/drawing.html#_check_drawn', 'causal_story/drawing.py'),
+                                      'causal_story.drawing._check_options': ( 'library/drawing.html#_check_options',
+                                                                               'causal_story/drawing.py'),
                                       'causal_story.drawing._number_in_name': ( 'library/drawing.html#_number_in_name',
                                                                                 'causal_story/drawing.py'),
                                       'causal_story.drawing._numbered': ('library/drawing.html#_numbered', 'causal_story/drawing.py'),

@@ -12,12 +12,14 @@ import json
 import re
 import shutil
 from dataclasses import asdict
+from inspect import signature
 from itertools import groupby
 from pathlib import Path
 
 from PIL import Image
 from tqdm.auto import tqdm
 
+from .checks import check_arguments
 from .data import StoryRecord
 from .pipeline import CausalStoryPipeline, story_generator
 from .storage import atomic_path, fingerprint, read_json, reading
@@ -37,6 +39,32 @@ def story_of(
     return dataset.story(index, tile=0) if hasattr(dataset, "story") else dataset[index]
 
 
+_CALL = signature(CausalStoryPipeline.__call__).parameters
+_FROM_DATA = "it follows from the data set"
+_SET_HERE = dict(
+    prompt=_FROM_DATA,
+    source_image=_FROM_DATA,
+    source_caption=_FROM_DATA,
+    history_captions=_FROM_DATA,
+    history_frames="true_history=True shows the true ones",
+    kept_frames="draw such a story by a call of the pipeline",
+    generator="name a seed",
+    num_images_per_prompt="draw again with another seed",
+    return_dict="pictures come back",
+)
+
+
+def _check_options(
+    options: dict,  # of the pipeline's call, as somebody gave them
+    **own,  # further names that cannot be chosen, and what to do instead
+):
+    "Raise TypeError for an option that is set here, or that the call does not know."
+    for name, instead in (_SET_HERE | own).items():
+        if name in options:
+            raise TypeError(f"{name} cannot be chosen for a data set: {instead}")
+    check_arguments({name: value for name, value in options.items() if name not in _CALL})
+
+
 def draw_batches(
     pipe: CausalStoryPipeline,
     dataset,  # StoryDataset, StoriesInMemory, or a list of StoryRecords
@@ -51,6 +79,7 @@ def draw_batches(
     """Draw stories batch by batch; stories of different lengths go apart.
 
     Raises what the call raises, and ValueError for a story without a frame to draw."""
+    _check_options(options)
     given = n_given if task == "continuation" else 0
     numbers = list(range(len(dataset)) if index is None else index)
     for start in range(0, len(numbers), batch_size):
@@ -89,11 +118,15 @@ def draw_stories(
     seed: int = 0,  # of the noise
     batch_size: int = 50,  # stories at once
     progress: bool = True,
+    n_given: int = 1,  # frames that a continuation starts from
     **options,  # of the pipeline's call
 ) -> list:  # a list of V PIL images for every story, in order
-    "Draw the stories of a data set."
+    """Draw the stories of a data set.
+
+    Raises TypeError for an option that the data set decides."""
+    _check_options(options, index="all stories are drawn; draw_batches takes an index")
     drawn = {}
-    options |= dict(true_history=true_history, seed=seed, batch_size=batch_size)
+    options |= dict(true_history=true_history, seed=seed, batch_size=batch_size, n_given=n_given)
     with tqdm(total=len(dataset), desc="drawing stories", leave=False, disable=not progress) as bar:
         for batch in draw_batches(pipe, dataset, task, **options):
             drawn |= {index: frames for index, _, frames in batch}
@@ -168,6 +201,7 @@ def draw_folder(
     process: int = 0,  # this process ...
     n_processes: int = 1,  # ... of so many
     progress: bool = True,
+    true_history: bool = False,  # show the true earlier frames instead of the drawn ones
     **options,  # of the pipeline's call
 ) -> list:  # the stories that this call has drawn
     """Draw this process's share of the stories that are not in `out` yet.
@@ -175,12 +209,14 @@ def draw_folder(
     Raises ValueError if `out` holds a story that was drawn from another one than `dataset` has.
     With `batch_size=1` a story has the same bytes whoever draws it; in a batch sums are made in
     another order, and a colour may differ in its last bit."""
+    files = "PNG files are written"
+    _check_options(options, n_given="a folder is judged from one given frame", output_type=files)
     out = Path(out)
     given = int(task == "continuation")
     _check_drawn(out, dataset, given)
     numbers = list(range(len(dataset)) if index is None else index)[process::n_processes]
     missing = [k for k in numbers if not story_folder(out, k).exists()]
-    options |= dict(index=missing, seed=seed, batch_size=batch_size)
+    options |= dict(index=missing, seed=seed, batch_size=batch_size, true_history=true_history)
     with tqdm(
         total=len(missing), desc="drawing stories", unit="story", disable=not progress
     ) as bar:

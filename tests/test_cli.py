@@ -27,7 +27,7 @@ from causal_story import logs
 from causal_story.arldm import arldm_state
 from causal_story.cli import VERBS, main, parse, settings_of
 from causal_story.data import StoriesInMemory, StoryDataset
-from causal_story.drawing import DrawnStories, claim_folder, draw_folder
+from causal_story.drawing import DrawnStories, claim_folder, draw_batches, draw_folder, draw_stories
 from causal_story.full_scale import write_tiny_folders
 from causal_story.logs import MetricsLog, read_metrics, start_run
 from causal_story.miniature import STAGES, stage_configs
@@ -513,6 +513,50 @@ def test_processes_share_a_drawing_that_does_not_depend_on_them(mixed, tmp_path,
         found = [frame.tobytes() for frame in drawn.frames(k, record, task)]
         assert found == [frame.tobytes() for frame in record.frames[first:]]
         assert (tmp_path / "two" / f"{k:08d}" / f"frame-{len(record.frames) - 1}.png").exists()
+
+
+DECIDED = dict(
+    prompt=["Milo sings."],
+    generator=None,
+    source_image=None,
+    source_caption=None,
+    history_frames=None,
+    history_captions=None,
+    kept_frames=None,
+    num_images_per_prompt=2,
+    return_dict=False,
+    steps=3,  # no argument of the call
+    num_steps=3,
+)
+
+
+@pytest.mark.parametrize("name", [*DECIDED, "index"])
+def test_what_the_data_set_decides_cannot_be_asked_for(name, mixed, tmp_path):
+    "Before, draw_stories(index=[0]) drew story 0 and ended in a KeyError."
+    options = {name: DECIDED.get(name, [0])}
+    pipe = Copyist(mixed)
+    calls = dict(
+        stories=lambda: draw_stories(pipe, mixed, progress=False, **options),
+        batches=lambda: list(draw_batches(pipe, mixed, **options)),
+        folder=lambda: draw_folder(pipe, mixed, tmp_path / "drawn", progress=False, **options),
+        nothing=lambda: draw_folder(
+            pipe, mixed, tmp_path / "drawn", progress=False, **dict(index=[]) | options
+        ),
+    )
+    if name == "index":
+        calls = dict(stories=calls["stories"])  # the others take one
+    for call in calls.values():
+        with pytest.raises(TypeError, match=name):
+            call()
+    assert not pipe.states and not (tmp_path / "drawn").exists()
+
+
+def test_a_folder_holds_pictures_after_one_given_frame(mixed, tmp_path):
+    pipe = Copyist(mixed)
+    for options in (dict(n_given=2), dict(output_type="np")):
+        with pytest.raises(TypeError, match="cannot be chosen"):
+            draw_folder(pipe, mixed, tmp_path, "continuation", **options)
+    assert not pipe.states
 
 
 def two_processes(folder, words):
