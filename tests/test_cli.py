@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from diffusers import UNet2DConditionModel
 from PIL import Image
 from published import assert_near, assert_trained_alike
 from safetensors.torch import load_file
@@ -1175,6 +1176,84 @@ def test_what_only_was_tuned_can_be_tuned_further_and_drawn(data, tmp_path):
     picture = tmp_path / "story.png"
     assert run("sample", second, data, "--num-inference-steps=1", "--out", picture) == 0
     assert picture.exists()
+
+
+@pytest.fixture(scope="module")
+def own_base(tmp_path_factory):
+    "A base of somebody's own: the shipped one, with other weights in its U-Net."
+    folder = shutil.copytree(shipped_weights("base"), tmp_path_factory.mktemp("own") / "base")
+    unet = UNet2DConditionModel.from_pretrained(folder / "unet")
+    with torch.no_grad():
+        next(unet.parameters()).add_(0.01)
+    unet.save_pretrained(folder / "unet")
+    return folder
+
+
+def test_what_only_was_tuned_on_an_own_base_is_used_by_every_verb(own_base, data, tmp_path, capsys):
+    "Its record names no folder of this computer, so the base is named by hand."
+    first, second, third = (tmp_path / name for name in ("first", "second", "third"))
+    few = ("--steps=1", "--batch-size=2", "--only-tuned")
+    assert run("train", own_base, data, first, *few) == 0
+    told = capsys.readouterr().out
+    assert f"causal-story sample {first} {data} --base {own_base}" in told
+    once = ("--num-inference-steps=1",)
+    assert run("sample", first, data, *once) == 1
+    assert "unet differs" in (line := complaint(capsys)) and "--base FOLDER" in line
+    picture = tmp_path / "story.png"
+    named = ("--base", own_base)
+    assert run("sample", first, data, *once, "--out", picture, *named) == 0 and picture.exists()
+    assert run("sample", first, data, *once, "--folder", tmp_path / "drawn", *named) == 0
+    assert run("evaluate", first, data, *once, "--stories=1", *named) == 0
+    assert run("sample", first, data, *once, "--base", "miniature") == 1
+    assert "another base than miniature" in (line := complaint(capsys)) and "FOLDER" not in line
+
+    assert run("train", first, data, second, *few) == 1
+    assert f"--tuned {first}" in complaint(capsys) and not second.exists()
+    mine = shutil.copy(data, tmp_path / "mine.h5")
+    assert run("cache", own_base, mine, "--tuned", first) == 0
+    assert run("train", own_base, mine, second, *few, "--tuned", first) == 0
+    assert f"{second} {mine} --base {own_base}" in capsys.readouterr().out
+    assert len(list(tmp_path.glob("*.features.h5"))) == 1
+    before, after = weights(first), weights(second)
+    assert before.keys() == after.keys()
+    near = [
+        (value - before[part][name]).abs().max()
+        for part in after
+        for name, value in after[part].items()
+    ]
+    assert 0 < max(near) < 0.1  # it went on from there
+    assert run("sample", second, data, *once, "--out", picture, *named) == 0
+    assert run("train", own_base, data, third, *few, "--tuned", own_base) == 1
+    assert "is no pipeline that `train` saved" in complaint(capsys) and not third.exists()
+
+
+def test_a_file_of_settings_names_the_base_for_training_and_drawing(own_base, data, tmp_path):
+    path = tmp_path / "all.yaml"
+    shared = dict(base=str(own_base), data=str(data), only_tuned=True, steps=1, batch_size=2)
+    shared |= dict(out=str(tmp_path / "tuned"), num_inference_steps=1)
+    own = dict(sample=dict(pipeline=str(tmp_path / "tuned"), out=str(tmp_path / "story.png")))
+    path.write_text(yaml.safe_dump(shared | own))
+    assert run("train", "--config", path) == 0 and run("sample", "--config", path) == 0
+    whole = tmp_path / "whole"
+    assert run("sample", "miniature", data, "--config", path) == 0  # a whole one needs no base
+    CausalStoryPipeline.from_pretrained("miniature").save_pretrained(whole)
+    path.write_text(yaml.safe_dump(shared | dict(base=str(whole)) | own))
+    tuned = tmp_path / "further"
+    assert run("train", "--config", path, "--out", tuned) == 0  # base: what training went on from
+    assert run("sample", tuned, "--config", path) == 0
+
+
+def test_full_size_that_only_was_tuned_is_given_base_and_blip(published, data, tmp_path, capsys):
+    sd, blip, _ = published
+    mine, out = shutil.copy(data, tmp_path / "mine.h5"), tmp_path / "tuned"
+    full = ("--blip", blip)
+    words = ["train", sd, mine, out, *full, *TINY, "--steps=1", "--batch-size=2", "--only-tuned"]
+    assert run(*words) == 0
+    following = capsys.readouterr().out.split("next: causal-story ")[1].split()
+    assert following[-4:] == ["--base", str(sd), "--blip", str(blip)]
+    picture = tmp_path / "story.png"
+    assert run(*following, "--num-inference-steps=1", "--out", picture) == 0 and picture.exists()
+    assert run("sample", out, mine) == 1 and "--base FOLDER" in complaint(capsys)
 
 
 def test_help_and_version_need_no_verb():
