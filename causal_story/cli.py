@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['Changes', 'STORIES_LEFT_OUT', 'VERBS', 'Model', 'Drawing', 'chosen_recipe', 'best_device', 'is_tuned', 'is_hub_id',
-           'is_full_size', 'new_pipeline', 'check_complete', 'start_model', 'load_tuned', 'load_model', 'prepare',
-           'pretrain_base', 'cache', 'train', 'sample', 'evaluate', 'show_shares', 'demo', 'Verb', 'Setting',
+           'is_full_size', 'new_pipeline', 'check_complete', 'start_model', 'base_name', 'load_tuned', 'load_model',
+           'prepare', 'pretrain_base', 'cache', 'train', 'sample', 'evaluate', 'show_shares', 'demo', 'Verb', 'Setting',
            'settings_of', 'kind_in_words', 'help_of', 'read_words', 'read_file', 'as_value', 'parse', 'main']
 
 # %% ../nbs/library/cli.ipynb #cli00003
@@ -33,7 +33,7 @@ from .causal_mask import POLICIES, HistoryPolicy
 from .checks import check_interval
 from .comics import PAGE_LAYOUTS, page_format
 from .data import StoryDataset
-from .drawing import DrawnStories, claim_folder, draw_folder, story_of
+from .drawing import DrawnStories, claim_folder, draw_folder, story_of, what_draws
 from causal_story.experiments import (
     VIEWS,
     print_lines,
@@ -43,7 +43,7 @@ from causal_story.experiments import (
 )
 from .features import cache_path, cache_settings, open_cache
 from .judges import JudgeSettings, evaluate_stories, make_judges, print_scores
-from .loading import STABLE_DIFFUSION_HUB
+from .loading import STABLE_DIFFUSION_HUB, read_record
 from causal_story.logs import (
     MetricsLog,
     SamplePictures,
@@ -223,25 +223,60 @@ def start_model(
     recipe: str,  # key of `RECIPES`
     changes,  # `Changes` of the recipe
     seed: int = 0,  # of new weights
+    tuned: str | None = None,  # go on from this tuned pipeline, of which `base` is the base
 ) -> tuple:  # CausalStoryPipeline, Recipe
     "What training starts from."
+    if tuned:
+        check_complete(tuned)
+        if not is_tuned(tuned):
+            raise ValueError(f"tuned={tuned!r} is no pipeline that `train` saved")
+        pipe = load_tuned(tuned, model, base)
+        return pipe, chosen_recipe(recipe, pipe.size, changes)
     check_complete(base)
     if base == "miniature" or not is_tuned(base):
         size = "full" if is_full_size(base) else "miniature"
         chosen = chosen_recipe(recipe, size, changes)
         return new_pipeline(base, model, chosen, seed), chosen
-    pipe = load_tuned(base, model)
+    pipe = load_tuned(base, model, hint=f"the base first, then the flag --tuned {base}")
     return pipe, chosen_recipe(recipe, pipe.size, changes)
 
 
-def load_tuned(name: str, model: Model) -> CausalStoryPipeline:
-    """A pipeline that was saved. Raises ValueError if it should get what only a new model can."""
+def base_name(name) -> str | None:
+    """The base of a pipeline that holds only what was tuned: miniature, a hub id, or "" for one
+    that lies in a folder. None for a pipeline that is whole."""
+    if str(name) == "miniature":
+        return "miniature"
+    folder = Path(name)
+    whole = not (folder / "tuned.json").is_file()
+    return None if whole else read_record(folder)["base"].get("name") or ""
+
+
+def load_tuned(
+    name: str,  # a pipeline that was saved, or miniature
+    model: Model,
+    base: str | None = None,  # of one that holds only what was tuned: what it was tuned on
+    hint: str = "--base FOLDER",  # how to name that
+) -> CausalStoryPipeline:
+    """A pipeline that was saved. Raises ValueError if it should get what only a new model can, or
+    if its base is not the one that it was tuned on."""
     if model.checkpoint:
         raise ValueError(
             f"{name} is tuned already, and --checkpoint would make an untuned model: "
             "name a base, or leave --checkpoint out"
         )
-    pipe = CausalStoryPipeline.from_pretrained(name)
+    known, blip = base_name(name), model.blip
+    if known == "miniature":
+        base = blip = None  # in a file of settings they may be there for other models
+    elif base is not None and base != "miniature" and is_tuned(base):
+        base = None  # likewise: what training went on from
+    try:
+        pipe = CausalStoryPipeline.from_pretrained(name, base, blip)
+    except ValueError as error:
+        if base is None and known == "":
+            raise ValueError(
+                f"{error}; was it tuned on a base of yours? Name that: {hint}"
+            ) from error
+        raise
     unknown = [word for word in model.words if word not in pipe.tokenizer.get_vocab()]
     if unknown:
         raise ValueError(f"{name} is tuned already and does not know the word {unknown[0]!r}")
@@ -252,15 +287,16 @@ def load_model(
     name: str,  # a pipeline that was saved, miniature, or a base
     model: Model,
     drawing: Drawing,
+    base: str | None = None,  # of a pipeline that holds only what was tuned
 ) -> CausalStoryPipeline:
     "A model to draw with, on its device. Raises FileNotFoundError or ValueError that names it."
     check_complete(name)
     if is_tuned(name):
-        pipe = load_tuned(name, model)
-    elif is_hub_id(name) and replace(model, frame_size=None) == Model():
+        pipe = load_tuned(name, model, base)
+    elif is_hub_id(name) and (base or replace(model, frame_size=None) == Model()):
         holds = "a pipeline that `train` saved, or a base that `pretrain` wrote"
         folder = local_folder(name, "model", holds, ("*.json", "*.txt", "*.safetensors"))
-        pipe = load_model(str(folder), model, drawing)
+        pipe = load_model(str(folder), model, drawing, base)
     else:
         pipe = new_pipeline(name, model)
     if drawing.scheduler:
@@ -374,12 +410,13 @@ def cache(
     half: bool = False,  # half precision, half the disk
     batch_size: int = 16,  # pictures at once
     device: str | None = None,  # cuda, mps or cpu; left out: the fastest there is
+    tuned: str | None = None,  # tuned on this base with --only-tuned, and to be tuned further
 ) -> int:
     """Compute once what the frozen parts of a model say about the data, and keep it beside it.
     Do this before several processes train."""
     dataset = StoryDataset(data, split)
     _check_kind(model, dataset)
-    pipe, chosen = start_model(base, model, recipe, changes)
+    pipe, chosen = start_model(base, model, recipe, changes, tuned=tuned)
     pipe.to(best_device(device))
     prepare_tuning(pipe, chosen)
     collator, history = pipe.collator(), chosen.reconstructed_history
@@ -406,6 +443,7 @@ def train(
     only_tuned: bool = False,  # save only what tuning changed
     sample_every: int = 0,  # draw a story every so many steps; 0 = never
     sample_steps: int | None = None,  # solver steps of that drawing; left out: the model's
+    tuned: str | None = None,  # go on from this model, tuned on this base with --only-tuned
 ) -> int:
     """Tune a base on stories. Continues an interrupted run; several processes with
     `accelerate launch`."""
@@ -413,7 +451,7 @@ def train(
     _check_out(Path(out))
     dataset = StoryDataset(data, "train", train=True, seed=config.seed)
     _check_kind(model, dataset)
-    pipe, chosen = start_model(base, model, recipe, changes, config.seed)
+    pipe, chosen = start_model(base, model, recipe, changes, config.seed, tuned)
     if config.learning_rate is None:
         config = replace(config, learning_rate=chosen.learning_rate)
     accelerator = make_accelerator(config)
@@ -422,7 +460,7 @@ def train(
         settings = dict(base=base, data=data, out=out, recipe=recipe)
         settings |= asdict(config) | asdict(changes) | asdict(model)
         settings |= dict(cache=cache, half=half, gradient_checkpointing=gradient_checkpointing)
-        settings |= dict(only_tuned=only_tuned)
+        settings |= dict(only_tuned=only_tuned, tuned=tuned)
         settings |= dict(sample_every=sample_every, sample_steps=sample_steps)
         start_run(run, json.loads(json.dumps(settings)))
         callbacks.append(MetricsLog(run, config))
@@ -444,9 +482,17 @@ def train(
     if accelerator.is_main_process:
         callbacks[0].close()
         pipe.save_pretrained(out, only_tuned=only_tuned)
-        split = "" if "test" in count_stories(data) else " --split train"
-        print(f"wrote the tuned pipeline to {out}; next: causal-story sample {out} {data}{split}")
+        more = "" if "test" in count_stories(data) else " --split train"
+        more += _base_again(base, model, tuned) if base_name(out) == "" else ""
+        print(f"wrote the tuned pipeline to {out}; next: causal-story sample {out} {data}{more}")
     return 0
+
+
+def _base_again(base, model: Model, tuned) -> str:
+    "The flags by which `sample` finds the base of what alone was saved."
+    known = tuned or not is_tuned(base)
+    blip = f" --blip {model.blip}" if model.blip else ""
+    return f" --base {base if known else 'ITS_BASE'}{blip}"
 
 
 def _check_out(out: Path):
@@ -470,6 +516,7 @@ def sample(
     page: Literal[tuple(PAGE_LAYOUTS)] | None = None,  # write it as a comic page, without the truth
     folder: str | None = None,  # instead: a subfolder a story and a PNG a frame; can be continued
     given: int = 1,  # frames that a continuation starts from, in a picture
+    base: str | None = None,  # what a model was tuned on, if it was saved with --only-tuned
 ) -> int:
     """Draw stories: a picture beside their truth, with --page a comic page each, or, with --folder,
     a folder of frames."""
@@ -486,11 +533,11 @@ def sample(
     for index in story or []:
         story_of(dataset, index)
     if folder:
-        if _draw_folder(pipeline, model, drawing, dataset, folder, task, story):
+        if _draw_folder(pipeline, model, drawing, dataset, folder, task, story, base):
             count = len(DrawnStories(folder).paths)
             print(f"wrote {count} stories to {folder}; next: causal-story evaluate {folder} {data}")
         return 0
-    pipe = load_model(pipeline, model, drawing)
+    pipe = load_model(pipeline, model, drawing, base)
     options = dict(task=task, index=story or (0,), seed=drawing.seed, **drawing.call())
     if page:
         paths = save_pages(pipe, dataset, out, page, n_given=given, **options)
@@ -500,9 +547,9 @@ def sample(
     return 0
 
 
-def _draw_folder(name, model, drawing: Drawing, dataset, folder, task, index) -> bool:
+def _draw_folder(name, model, drawing: Drawing, dataset, folder, task, index, base) -> bool:
     "Draw into a folder, this process's share; True in the process that goes on."
-    pipe = load_model(name, model, drawing)
+    pipe = load_model(name, model, drawing, base)
     pipe.set_progress_bar_config(disable=True)
     about = dict(
         model=str(name),
@@ -513,6 +560,7 @@ def _draw_folder(name, model, drawing: Drawing, dataset, folder, task, index) ->
         split=dataset.split,
         task=task,
         seed=drawing.seed,
+        what_draws=what_draws(pipe),
     )
     team = make_accelerator(TrainingConfig())
     with team.main_process_first():
@@ -544,6 +592,7 @@ def evaluate(
     stories: int | None = None,  # only the first so many
     out: str | None = None,  # JSON file for the scores
     folder: str | None = None,  # where a model draws; left out: nothing is kept
+    base: str | None = None,  # what a model was tuned on, if it was saved with --only-tuned
 ) -> int:
     "Compare drawn stories with a data set."
     if out and Path(out).exists():
@@ -565,7 +614,7 @@ def evaluate(
                 raise ValueError("several processes need --folder: a place where all of them draw")
             folder = folder or stack.enter_context(tempfile.TemporaryDirectory())
             index = None if stories is None else range(min(stories, len(dataset)))
-            _draw_folder(drawn, model, drawing, dataset, folder, task, index)
+            _draw_folder(drawn, model, drawing, dataset, folder, task, index, base)
             found = DrawnStories(folder)
         index = sorted(found.paths)[:stories]
         team = make_accelerator(TrainingConfig())

@@ -8,9 +8,10 @@ __all__ = ['VISTORY', 'METRICS', 'PROTOCOLS', 'Metric', 'measure', 'measure_dist
            'mentions_right', 'frames_right', 'count_matching', 'pair_similarity', 'same_across_frames',
            'like_references', 'style_within', 'style_as_true', 'reader_style', 'copy_rate', 'last_frame_copied',
            'reference_copied', 'caption_fit', 'in_range', 'protocol_frames', 'VisionNetwork', 'check_features',
-           'read_network', 'ImageEncoder', 'vision_network', 'expected_characters', 'appearances', 'ReaderFinder',
-           'lone_characters', 'WorldJudge', 'stacked', 'ClassifierJudge', 'VisionJudge', 'inception_judges',
-           'ClipJudge', 'read_references', 'JudgeSettings', 'make_judges', 'evaluate_stories', 'print_scores']
+           'read_network', 'ImageEncoder', 'vision_network', 'world_truth', 'expected_characters', 'appearances',
+           'ReaderFinder', 'lone_characters', 'WorldJudge', 'stacked', 'ClassifierJudge', 'VisionJudge',
+           'inception_judges', 'ClipJudge', 'read_references', 'JudgeSettings', 'make_judges', 'evaluate_stories',
+           'print_scores']
 
 # %% ../nbs/library/judges.ipynb #jb92caab
 import warnings
@@ -28,6 +29,7 @@ from transformers import AutoImageProcessor, AutoModel, CLIPModel, CLIPTokenizer
 from .cartoon import CHARACTERS
 from .data import CLIP_IMAGE_MEAN, CLIP_IMAGE_STD, pixels
 from .metrics import frechet_distance, summarise
+from .narrator import Story
 from causal_story.reader import (
     FrameReader,
     fact_verdicts,
@@ -535,13 +537,30 @@ def vision_network(
     return VisionNetwork(f"{argument} {Path(source).name}", network, prepare, device)
 
 # %% ../nbs/library/judges.ipynb #j4000004
+def world_truth(
+    record,  # StoryRecord
+) -> dict | None:
+    """The truth of a story of our world. None for any other: a user may note as the truth whatever
+    JSON holds, but our reader can only be asked about scenes and facts that it could read.
+    """
+    try:
+        story = Story.from_truth(record.truth)
+        readings = scene_targets(story.scenes)  # as a perfect reader would answer
+        facts = fact_verdicts([readings], [record.truth])
+    except (AttributeError, IndexError, KeyError, TypeError, ValueError):
+        return None
+    fits = len(story.scenes) == len(record.captions) and all(facts_right(facts))
+    return record.truth if fits else None
+
+
 def expected_characters(
     record,  # StoryRecord
     characters: tuple = (),  # the names to ask for; (): those of the record
 ) -> tuple | None:  # names (C), and (N, C) bool for its N frames
-    "Who should be in each frame, by the truth or else by labels; None if nobody knows."
-    if record.truth is not None:
-        return list(CHARACTERS), scene_targets(record.truth["scenes"])["presence"] > 0
+    "Who should be in each frame, by our world's truth or else by labels; None if nobody knows."
+    truth = world_truth(record)
+    if truth is not None:
+        return list(CHARACTERS), scene_targets(truth["scenes"])["presence"] > 0
     if record.labels is None:
         return None
     labelled = {name for frame in record.labels for name in frame}
@@ -616,15 +635,16 @@ class WorldJudge:
 
     @torch.no_grad()
     def look(self, record, drawn, task="visualization") -> dict:
-        "Notes on one story. Raises ValueError if it has no truth."
-        if record.truth is None:
+        "Notes on one story. Raises ValueError if it has no truth of our world."
+        truth = world_truth(record)
+        if truth is None:
             raise ValueError(
-                f"story {record.id!r} has no truth for our frame reader to compare with: leave "
-                "the reader out"
+                f"story {record.id!r} has no truth of our world, which our frame reader needs: "
+                "leave the reader out"
             )
         given = int(task == "continuation")
         true = record.frames[given:]
-        truths = [record.truth]
+        truths = [truth]
         names, present = expected_characters(record)
         present = present[given:]
         readings = read_stories(self.reader, [drawn], truths, task)
@@ -886,7 +906,7 @@ def make_judges(
     """
     judges = []
     finder = lone_characters
-    name = settings.reader or ("miniature" if record.truth is not None else "none")
+    name = settings.reader or ("miniature" if world_truth(record) is not None else "none")
     if name != "none":
         contents = "a frame reader that save_pretrained wrote"
         folder = name if name == "miniature" else local_folder(name, "reader", contents)

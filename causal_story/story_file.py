@@ -220,13 +220,38 @@ def left_out(
     return read_json(path, list) if path.exists() else []
 
 
+def _kind_of(
+    error: Exception,  # of one story
+) -> type:  # its own, or the one of `STORY_FAULTS` that it belongs to
+    "A kind that is made from a text alone: UnicodeDecodeError, for one, is not."
+    kind = type(error)
+    with suppress(Exception):
+        if str(kind("text")) == "text":
+            return kind
+    return next((kind for kind in STORY_FAULTS if isinstance(error, kind)), ValueError)
+
+
+def _named(
+    error: Exception,  # of one story
+    story: str,  # its name
+    source: str,  # where the stories lie; "" in memory
+) -> Exception:
+    "An error that says where it happened."
+    kind, text = _kind_of(error), str(error)
+    if source and source in text:
+        return error if type(error) is kind else kind(text)
+    if repr(story) not in text and not text.startswith("story "):
+        text = f"story {story!r}: {text}"
+    return kind(f"{source}: {text}" if source else text)
+
+
 def _raise_faults(
     faults: list[Fault],  # at least one
     total: int,  # stories there were
 ):
     "One error for all faults, of their common kind or else a ValueError."
     hint = "keep_going=True (--keep-going) leaves such stories out"
-    kinds = {type(fault.error) for fault in faults}
+    kinds = {_kind_of(fault.error) for fault in faults}
     kind = kinds.pop() if len(kinds) == 1 else ValueError
     if len(faults) == 1:
         raise kind(f"{faults[0].error} ({hint})") from faults[0].error
@@ -255,9 +280,7 @@ class _Conversion:
             _check_story(story)
         except STORY_FAULTS as error:
             name = getattr(key, "id", None) or str(key)[:200]
-            if self.source not in str(error):
-                error = type(error)(f"{self.source}: {error}")
-            self.faults.append(Fault(split, name, error))
+            self.faults.append(Fault(split, name, _named(error, name, self.source)))
             return None
         for k, strip in enumerate(story.strips):
             if strip.height % strip.width:
@@ -345,13 +368,15 @@ def convert_stories(
 ) -> Path:  # `out`
     "Stories in memory → HDF5, version 2. Raises like `write_hdf5`."
 
-    def read_story(split, key):
-        index, story = key
+    stories = {split: list(told) for split, told in stories_by_split.items()}
+
+    def read_story(split, index):
+        story = stories[split][index]
         takes = [story.frames(size=size, take=take) for take in range(tiles)]
         strips = [stack_tiles(clip) for clip in zip(*takes)]
         return RawStory(f"{split}_{index:05d}", list(story.captions), strips, story.truth())
 
-    keys = {split: list(enumerate(stories)) for split, stories in stories_by_split.items()}
+    keys = {split: range(len(told)) for split, told in stories.items()}
     return write_hdf5(keys, read_story, out, progress)
 
 # %% ../nbs/library/story_file.ipynb #42e5747c

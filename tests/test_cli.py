@@ -12,10 +12,12 @@ import types
 from dataclasses import MISSING, asdict, fields, replace
 from pathlib import Path
 
+import h5py
 import numpy as np
 import pytest
 import torch
 import yaml
+from diffusers import UNet2DConditionModel
 from PIL import Image
 from published import assert_near, assert_trained_alike
 from safetensors.torch import load_file
@@ -25,8 +27,8 @@ import causal_story.cli as cli
 from causal_story import logs
 from causal_story.arldm import arldm_state
 from causal_story.cli import VERBS, main, parse, settings_of
-from causal_story.data import StoryDataset
-from causal_story.drawing import DrawnStories, claim_folder, draw_folder
+from causal_story.data import StoriesInMemory, StoryDataset
+from causal_story.drawing import DrawnStories, claim_folder, draw_batches, draw_folder, draw_stories
 from causal_story.full_scale import write_tiny_folders
 from causal_story.logs import MetricsLog, read_metrics, start_run
 from causal_story.miniature import STAGES, stage_configs
@@ -41,6 +43,7 @@ from causal_story.raw import (
 )
 from causal_story.recipes import Recipe
 from causal_story.session import StorySession
+from causal_story.storage import shipped_weights
 from causal_story.storyworld import make_stories
 from causal_story.training import TrainingConfig
 
@@ -513,6 +516,50 @@ def test_processes_share_a_drawing_that_does_not_depend_on_them(mixed, tmp_path,
         assert (tmp_path / "two" / f"{k:08d}" / f"frame-{len(record.frames) - 1}.png").exists()
 
 
+DECIDED = dict(
+    prompt=["Milo sings."],
+    generator=None,
+    source_image=None,
+    source_caption=None,
+    history_frames=None,
+    history_captions=None,
+    kept_frames=None,
+    num_images_per_prompt=2,
+    return_dict=False,
+    steps=3,  # no argument of the call
+    num_steps=3,
+)
+
+
+@pytest.mark.parametrize("name", [*DECIDED, "index"])
+def test_what_the_data_set_decides_cannot_be_asked_for(name, mixed, tmp_path):
+    "Before, draw_stories(index=[0]) drew story 0 and ended in a KeyError."
+    options = {name: DECIDED.get(name, [0])}
+    pipe = Copyist(mixed)
+    calls = dict(
+        stories=lambda: draw_stories(pipe, mixed, progress=False, **options),
+        batches=lambda: list(draw_batches(pipe, mixed, **options)),
+        folder=lambda: draw_folder(pipe, mixed, tmp_path / "drawn", progress=False, **options),
+        nothing=lambda: draw_folder(
+            pipe, mixed, tmp_path / "drawn", progress=False, **dict(index=[]) | options
+        ),
+    )
+    if name == "index":
+        calls = dict(stories=calls["stories"])  # the others take one
+    for call in calls.values():
+        with pytest.raises(TypeError, match=name):
+            call()
+    assert not pipe.states and not (tmp_path / "drawn").exists()
+
+
+def test_a_folder_holds_pictures_after_one_given_frame(mixed, tmp_path):
+    pipe = Copyist(mixed)
+    for options in (dict(n_given=2), dict(output_type="np")):
+        with pytest.raises(TypeError, match="cannot be chosen"):
+            draw_folder(pipe, mixed, tmp_path, "continuation", **options)
+    assert not pipe.states
+
+
 def two_processes(folder, words):
     "The command as two processes on the CPU, connected by gloo."
     environment = os.environ | dict(
@@ -588,6 +635,128 @@ def test_a_folder_holds_one_drawing(tmp_path):
     (tmp_path / "mine" / "thesis.txt").write_text("all of it")
     with pytest.raises(FileExistsError, match="holds no drawn stories"):
         claim_folder(tmp_path / "mine", dict(seed=0))
+
+
+def moved(folder, part="story_context"):
+    "The model in a folder, as if it had been tuned again: one of its weights is another."
+    pipe = CausalStoryPipeline.from_pretrained(folder)
+    with torch.no_grad():
+        next(getattr(pipe, part).parameters()).add_(0.5)
+    shutil.rmtree(folder)
+    pipe.save_pretrained(folder, only_tuned=True)
+
+
+@pytest.fixture
+def tuned(tmp_path):
+    folder = tmp_path / "tuned"
+    CausalStoryPipeline.from_pretrained("miniature").save_pretrained(folder, only_tuned=True)
+    return folder
+
+
+def sample_words(tuned, data, out, *more):
+    return ["sample", tuned, data, "--folder", out, "--num-inference-steps", "1", *more]
+
+
+@pytest.mark.parametrize("only_one", [True, False])
+def test_a_folder_is_not_continued_by_a_model_that_was_tuned_again(
+    only_one, tuned, data, tmp_path, capsys
+):
+    "Interrupted or finished: the name of a model says nothing about what it draws today."
+    out = tmp_path / "drawn"
+    words = sample_words(tuned, data, out)
+    assert run(*words, *(["--story", "0"] if only_one else [])) == 0
+    moved(tuned)
+    before = {name: (out / name).read_bytes() for name in names_in(out)}
+    capsys.readouterr()
+    assert run(*words) == 1
+    line = complaint(capsys)
+    assert "weights was" in line and "name another folder, delete this one" in line
+    assert {name: (out / name).read_bytes() for name in names_in(out)} == before
+    assert run("evaluate", *words[1:]) == 1 and "weights was" in complaint(capsys)
+
+
+def test_a_folder_is_not_continued_with_another_setting_of_the_model(tuned, data, tmp_path, capsys):
+    out = tmp_path / "drawn"
+    assert run(*sample_words(tuned, data, out, "--story", "0")) == 0
+    pipe = CausalStoryPipeline.from_pretrained(tuned)
+    pipe.register_to_config(guidance_scale=7.0)
+    shutil.rmtree(tuned)
+    pipe.save_pretrained(tuned, only_tuned=True)
+    capsys.readouterr()
+    assert run(*sample_words(tuned, data, out)) == 1
+    assert "guidance_scale was 2.0, now 7.0" in complaint(capsys)
+
+
+def test_a_folder_is_not_continued_with_fewer_stories(mixed, tmp_path):
+    quiet = dict(progress=False)
+    draw_folder(Copyist(mixed), mixed, tmp_path, **quiet)
+    fewer = StoriesInMemory([mixed.story(k) for k in range(4)])
+    with pytest.raises(ValueError, match="other captions than story 4 of the data set"):
+        draw_folder(Copyist(fewer), fewer, tmp_path, **quiet)
+    more = StoriesInMemory([*map(mixed.story, range(5)), mixed.story(0)])
+    assert draw_folder(Copyist(more), more, tmp_path, **quiet) == [5]
+
+
+def test_an_untuned_base_draws_alike_in_two_calls(data, tmp_path):
+    "Its new layers follow from the seed: the folder is continued."
+    for story in ("0", "1"):
+        words = sample_words(shipped_weights("base"), data, tmp_path / "drawn")
+        assert run(*words, "--story", story) == 0
+
+
+@pytest.mark.parametrize("lost", ["what_draws", "given"])
+def test_a_folder_from_before_is_continued_as_it_was(lost, tuned, data, tmp_path):
+    out = tmp_path / "drawn"
+    words = sample_words(tuned, data, out, "--task", "continuation")
+    assert run(*words, "--story", "0") == 0
+    path = out / ("drawn.json" if lost == "what_draws" else "00000000/story.json")
+    record = json.loads(path.read_text())
+    del record[lost]
+    path.write_text(json.dumps(record))
+    if lost == "what_draws":
+        moved(tuned)
+    assert run(*words) == 0 and len(DrawnStories(out).paths) == 2
+
+
+def other_data(path, change):
+    "A data set of the same name in which something else is told or shown."
+    with h5py.File(path, "r+") as file:
+        change(file["test/00000000"])
+
+
+def tell_another_story(group):
+    captions = json.loads(group["captions"].asstr()[()])
+    del group["captions"]
+    group["captions"] = json.dumps(["Milo sings.", *captions[1:]])
+
+
+def show_another_frame(group):
+    picture = group["image1"][()]
+    del group["image0"]
+    group["image0"] = picture
+
+
+@pytest.mark.parametrize(
+    "task, change, named",
+    [
+        ("visualization", tell_another_story, "other captions"),
+        ("continuation", tell_another_story, "other captions"),
+        ("continuation", show_another_frame, "another given frame"),
+        ("visualization", show_another_frame, None),  # nobody looks at it
+    ],
+)
+def test_a_folder_is_not_continued_with_other_stories(task, change, named, data, tmp_path, capsys):
+    mine = Path(shutil.copy(data, tmp_path / "mine.h5"))
+    words = sample_words("miniature", mine, tmp_path / "drawn", "--task", task)
+    assert run(*words) == 0
+    other_data(mine, change)
+    capsys.readouterr()
+    if named is None:
+        assert run(*words) == 0
+        return
+    assert run(*words) == 1
+    line = complaint(capsys)
+    assert named in line and "00000000" in line and "name another folder, or delete" in line
 
 
 # ---------------------------------------------------------------- data and bases
@@ -835,6 +1004,27 @@ def test_judges_that_cannot_judge_are_named(mixed, truth, tmp_path, words, named
     assert named in complaint(capsys)
 
 
+def test_a_truth_of_ones_own_is_no_truth_of_the_world(truth, mixed, network, tmp_path, capsys):
+    "A user may note anything as the truth of a story: facts are then left out of the scores."
+    raw = tmp_path / "raw"
+    raw.mkdir()
+    lines = []
+    for number in range(len(mixed)):
+        record = mixed.story(number)
+        names = [f"{number}_{k}.png" for k in range(len(record.frames))]
+        for name, frame in zip(names, record.frames, strict=True):
+            frame.save(raw / name)
+        line = dict(split="test", captions=record.captions, frames=names, truth=dict(note="mine"))
+        lines.append(json.dumps(line))
+    (raw / "stories.jsonl").write_text("\n".join(lines))
+    file = convert_folder(raw, tmp_path / "mine.h5", progress=False)
+    assert run("evaluate", truth, file) == 1 and "nothing to judge with" in complaint(capsys)
+    out = tmp_path / "scores.json"
+    assert run("evaluate", truth, file, "--classifier", network, "--out", out) == 0
+    metrics = {line["metric"] for line in json.loads(out.read_text())["scores"]}
+    assert metrics == {"f1", "frame", "count"}
+
+
 def test_a_model_draws_and_is_judged(data, tmp_path, capsys):
     words = ["evaluate", "miniature", data, "--stories=1", "--task=continuation"]
     words += ["--num-inference-steps=1", "--folder", tmp_path / "drawn"]
@@ -986,6 +1176,84 @@ def test_what_only_was_tuned_can_be_tuned_further_and_drawn(data, tmp_path):
     picture = tmp_path / "story.png"
     assert run("sample", second, data, "--num-inference-steps=1", "--out", picture) == 0
     assert picture.exists()
+
+
+@pytest.fixture(scope="module")
+def own_base(tmp_path_factory):
+    "A base of somebody's own: the shipped one, with other weights in its U-Net."
+    folder = shutil.copytree(shipped_weights("base"), tmp_path_factory.mktemp("own") / "base")
+    unet = UNet2DConditionModel.from_pretrained(folder / "unet")
+    with torch.no_grad():
+        next(unet.parameters()).add_(0.01)
+    unet.save_pretrained(folder / "unet")
+    return folder
+
+
+def test_what_only_was_tuned_on_an_own_base_is_used_by_every_verb(own_base, data, tmp_path, capsys):
+    "Its record names no folder of this computer, so the base is named by hand."
+    first, second, third = (tmp_path / name for name in ("first", "second", "third"))
+    few = ("--steps=1", "--batch-size=2", "--only-tuned")
+    assert run("train", own_base, data, first, *few) == 0
+    told = capsys.readouterr().out
+    assert f"causal-story sample {first} {data} --base {own_base}" in told
+    once = ("--num-inference-steps=1",)
+    assert run("sample", first, data, *once) == 1
+    assert "unet differs" in (line := complaint(capsys)) and "--base FOLDER" in line
+    picture = tmp_path / "story.png"
+    named = ("--base", own_base)
+    assert run("sample", first, data, *once, "--out", picture, *named) == 0 and picture.exists()
+    assert run("sample", first, data, *once, "--folder", tmp_path / "drawn", *named) == 0
+    assert run("evaluate", first, data, *once, "--stories=1", *named) == 0
+    assert run("sample", first, data, *once, "--base", "miniature") == 1
+    assert "another base than miniature" in (line := complaint(capsys)) and "FOLDER" not in line
+
+    assert run("train", first, data, second, *few) == 1
+    assert f"--tuned {first}" in complaint(capsys) and not second.exists()
+    mine = shutil.copy(data, tmp_path / "mine.h5")
+    assert run("cache", own_base, mine, "--tuned", first) == 0
+    assert run("train", own_base, mine, second, *few, "--tuned", first) == 0
+    assert f"{second} {mine} --base {own_base}" in capsys.readouterr().out
+    assert len(list(tmp_path.glob("*.features.h5"))) == 1
+    before, after = weights(first), weights(second)
+    assert before.keys() == after.keys()
+    near = [
+        (value - before[part][name]).abs().max()
+        for part in after
+        for name, value in after[part].items()
+    ]
+    assert 0 < max(near) < 0.1  # it went on from there
+    assert run("sample", second, data, *once, "--out", picture, *named) == 0
+    assert run("train", own_base, data, third, *few, "--tuned", own_base) == 1
+    assert "is no pipeline that `train` saved" in complaint(capsys) and not third.exists()
+
+
+def test_a_file_of_settings_names_the_base_for_training_and_drawing(own_base, data, tmp_path):
+    path = tmp_path / "all.yaml"
+    shared = dict(base=str(own_base), data=str(data), only_tuned=True, steps=1, batch_size=2)
+    shared |= dict(out=str(tmp_path / "tuned"), num_inference_steps=1)
+    own = dict(sample=dict(pipeline=str(tmp_path / "tuned"), out=str(tmp_path / "story.png")))
+    path.write_text(yaml.safe_dump(shared | own))
+    assert run("train", "--config", path) == 0 and run("sample", "--config", path) == 0
+    whole = tmp_path / "whole"
+    assert run("sample", "miniature", data, "--config", path) == 0  # a whole one needs no base
+    CausalStoryPipeline.from_pretrained("miniature").save_pretrained(whole)
+    path.write_text(yaml.safe_dump(shared | dict(base=str(whole)) | own))
+    tuned = tmp_path / "further"
+    assert run("train", "--config", path, "--out", tuned) == 0  # base: what training went on from
+    assert run("sample", tuned, "--config", path) == 0
+
+
+def test_full_size_that_only_was_tuned_is_given_base_and_blip(published, data, tmp_path, capsys):
+    sd, blip, _ = published
+    mine, out = shutil.copy(data, tmp_path / "mine.h5"), tmp_path / "tuned"
+    full = ("--blip", blip)
+    words = ["train", sd, mine, out, *full, *TINY, "--steps=1", "--batch-size=2", "--only-tuned"]
+    assert run(*words) == 0
+    following = capsys.readouterr().out.split("next: causal-story ")[1].split()
+    assert following[-4:] == ["--base", str(sd), "--blip", str(blip)]
+    picture = tmp_path / "story.png"
+    assert run(*following, "--num-inference-steps=1", "--out", picture) == 0 and picture.exists()
+    assert run("sample", out, mine) == 1 and "--base FOLDER" in complaint(capsys)
 
 
 def test_help_and_version_need_no_verb():

@@ -32,6 +32,7 @@ from causal_story.judges import (
     copy_rate,
     count_matching,
     evaluate_stories,
+    expected_characters,
     frames_right,
     in_range,
     inception_judges,
@@ -50,6 +51,7 @@ from causal_story.judges import (
     style_as_true,
     style_within,
     vision_network,
+    world_truth,
 )
 from causal_story.metrics import frechet_distance
 from causal_story.reader import FrameReader, frames_tensor
@@ -608,6 +610,41 @@ def test_the_reader_judges_only_stories_with_a_truth(reader):
     record = replace(RECORDS[0], truth=None)
     with pytest.raises(ValueError, match="no truth"):
         WorldJudge(reader).look(record, record.frames)
+
+
+NO_TRUTH_OF_OURS = {
+    "a note": dict(note="mine"),
+    "a text": "a true story",
+    "a list": [1, 2],
+    "a number": 0,
+    "scenes of another world": dict(scenes=["a kitchen"] * len(RECORDS[0].captions), facts=[]),
+    "another version": RECORDS[0].truth | dict(version=2),
+    "without facts": {key: RECORDS[0].truth[key] for key in ("version", "seed", "scenes")},
+    "an unknown setting": RECORDS[0].truth
+    | dict(scenes=[scene | dict(setting="desert") for scene in RECORDS[0].truth["scenes"]]),
+    "a fact of no frame": RECORDS[0].truth
+    | dict(facts=[fact | dict(frame=99) for fact in RECORDS[0].truth["facts"]]),
+    "an unknown attribute": RECORDS[0].truth
+    | dict(facts=[fact | dict(attribute="mood") for fact in RECORDS[0].truth["facts"]]),
+    "fewer scenes than captions": RECORDS[0].truth
+    | dict(scenes=RECORDS[0].truth["scenes"][:-1], facts=[]),
+}
+
+
+@pytest.mark.parametrize("name", NO_TRUTH_OF_OURS)
+def test_a_truth_of_another_world_is_none_to_the_reader(name, reader):
+    "Whatever a user writes down as the truth: judged as if nothing had been written."
+    record = labelled(RECORDS[0], [[1, 0]] * len(RECORDS[0].frames))
+    foreign = replace(record, truth=NO_TRUTH_OF_OURS[name])
+    assert world_truth(foreign) is None and world_truth(RECORDS[0]) == RECORDS[0].truth
+    assert expected_characters(foreign)[0] == expected_characters(record)[0] == ["Milo"]
+    with pytest.raises(ValueError, match="nothing to judge with"):
+        make_judges(JudgeSettings(), foreign)
+    with pytest.raises(ValueError, match="no truth of our world"):
+        WorldJudge(reader).look(foreign, foreign.frames)
+    judge = VisionJudge(VISION, lone_characters, style=True)
+    lines, expected = (score([judge.look(one, one.frames)]) for one in (foreign, record))
+    assert [line["value"] for line in lines] == [line["value"] for line in expected]
 
 
 def test_in_continuation_the_given_frame_can_be_copied(reader):

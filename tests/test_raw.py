@@ -34,6 +34,7 @@ from causal_story.raw import (
     PlainUnpickler,
     RawData,
     RefusedPickle,
+    _split_of,
     convert,
     convert_flintstones,
     convert_folder,
@@ -45,7 +46,7 @@ from causal_story.raw import (
     write_folder,
     write_pororo_raw,
 )
-from causal_story.story_file import RawStory, convert_stories, left_out, open_image
+from causal_story.story_file import RawStory, convert_stories, count_stories, left_out, open_image
 
 
 def test_flintstones_keeps_split_order_and_only_whole_stories(flintstones, tmp_path):
@@ -721,6 +722,22 @@ def test_missing_pictures_of_pororo_are_left_out(pororo, tmp_path):
     assert [train.story(k).id for k in range(2)] == [f"Pororo_ENGLISH1_1/ep{k}/1" for k in (0, 5)]
 
 
+def test_a_caption_that_is_no_utf8_is_named_and_can_be_left_out(pororo, tmp_path):
+    path = pororo / "descriptions.npy"
+    descriptions = np.load(path, allow_pickle=True).item()
+    name = "Pororo_ENGLISH1_1/ep3/2"
+    descriptions[name] = [b"caf\xe9"]
+    np.save(path, np.array(descriptions, dtype=object))
+    where = re.escape(f"{path}, {name} is not a caption in UTF-8") + ".*'utf-8' codec can't decode"
+    with pytest.raises(ValueError, match=where):
+        convert_pororo(pororo, tmp_path / "out.h5", progress=False)
+    with pytest.warns(UserWarning, match="1 stories were left out"):
+        out = convert_pororo(pororo, tmp_path / "out.h5", progress=False, keep_going=True)
+    [row] = left_out(out)
+    assert row["story"] == "3" and re.search(where, row["reason"])
+    assert len(StoryDataset(out, "train")) == 2
+
+
 def test_a_hostile_clip_is_refused_also_when_going_on(flintstones, tmp_path):
     mark = tmp_path / "mark"
     clip = flintstones / "video_frames_sampled" / "s_01_e_01_shot_000002.npy"
@@ -955,6 +972,35 @@ def test_storystream(folder, tmp_path):
         (raw / "val.jsonl").write_text(json.dumps(lines[0] | {"orders": orders}))
         with pytest.raises(ValueError, match=r'val\.jsonl, line 1: "orders"'):
             convert(raw, tmp_path / "out.h5", progress=False)
+
+
+SPOKEN = {
+    "train": "train training train2017 story stories latest contest festival medieval"
+    " arrival greatest attest devil protéval 2017 developed",
+    "val": "val VAL val-2 val_set valset valid validation stories.val my-validation-data dev"
+    " train_val2 storyVal eval",
+    "test": "test TEST test_set testset tests test2017 storystream-test.v2 StoryTest testA"
+    " a_test_b testing",
+}
+
+
+@pytest.mark.parametrize("split, name", [(s, n) for s in SPOKEN for n in SPOKEN[s].split()])
+def test_a_split_is_a_whole_word_of_a_name(split, name):
+    assert _split_of(name) == split
+
+
+def test_words_that_only_hold_the_name_of_a_split_stay_in_train(tmp_path):
+    "latest.jsonl and contest/ were test, festival/ was val: whole data sets went astray."
+    raw = tmp_path / "stream"
+    names = save_frames(raw, 0)
+    write_lines(raw / "latest.jsonl", [dict(images=names, captions=captions(0))])
+    out = convert(raw, tmp_path / "stream.h5", "storystream", progress=False)
+    assert count_stories(out) == dict(train=1)
+    raw = tmp_path / "folders"
+    for number, folder in enumerate(("contest", "festival", "test")):
+        write_lines(raw / folder / "metadata.jsonl", imagefolder_lines(raw / folder, number))
+    out = convert(raw, tmp_path / "folders.h5", progress=False)
+    assert count_stories(out) == dict(train=2, test=1)
 
 
 def storygptv_folder(flintstones: Path) -> Path:

@@ -1,5 +1,6 @@
 """One HDF5 file: interrupted and full disks, damaged trees, stories that cannot be right."""
 
+import json
 import re
 import signal
 import subprocess
@@ -19,6 +20,7 @@ from causal_story import story_file
 from causal_story.data import StoryDataset
 from causal_story.raw import write_version1
 from causal_story.story_file import (
+    Fault,
     RawStory,
     StoryFile,
     convert_stories,
@@ -358,3 +360,79 @@ def test_strips_of_version_1_are_rounded_down_with_one_warning(version1):
         for _ in range(3):
             assert_story(dataset.story(1, tile=4), 1, tile=4)
     assert len(caught) == 1
+
+
+# ---------------------------------------------------------------- errors of every kind
+
+
+class OwnError(ValueError):
+    "An error that takes more than a text, like many of libraries."
+
+    def __init__(self, text, place):
+        super().__init__(f"{text} at {place}")
+
+
+def decode():
+    b"caf\xe9".decode("utf-8")
+
+
+def encode():
+    "\ud800".encode("utf-8")
+
+
+def read_no_json():
+    json.loads("{")
+
+
+def raise_own():
+    raise OwnError("nothing", 3)
+
+
+def open_nothing():
+    open("/nowhere/at/all")
+
+
+def add_to_text():
+    return 1 + "one"
+
+
+@pytest.mark.parametrize("source", ["raw", ""])
+@pytest.mark.parametrize(
+    "fail, kind",
+    [
+        (decode, ValueError),
+        (encode, ValueError),
+        (read_no_json, ValueError),
+        (raise_own, ValueError),
+        (open_nothing, FileNotFoundError),
+        (add_to_text, TypeError),
+    ],
+)
+def test_whatever_a_reader_raises_names_story_and_source(fail, kind, source, tmp_path):
+    def read_story(split, key):
+        return fail() if key == "bad" else RawStory(key, ["x"], [Image.new("RGB", (8, 8))])
+
+    out = tmp_path / "out.h5"
+    keys = dict(train=["good", "bad"])
+    with pytest.raises(kind, match="raw.*'bad'" if source else "'bad'"):
+        write_hdf5(keys, read_story, out, progress=False, source=source)
+    assert not out.exists()
+    with pytest.warns(UserWarning, match="1 stories were left out"):
+        write_hdf5(keys, read_story, out, progress=False, keep_going=True, source=source)
+    [row] = left_out(out)
+    assert row["story"] == "bad" and f"{source}: story 'bad'".lstrip(": ") in row["reason"]
+    with pytest.raises(kind, match="2 of 2 stories cannot be read"):
+        write_hdf5(dict(train=["bad", "bad"]), read_story, out, progress=False, source=source)
+
+
+def test_faults_that_a_reader_found_itself_are_told_whatever_their_kind(tmp_path):
+    "A fault that was found while looking for the keys is any error that a story can cause."
+    faults = []
+    for fail in (decode, raise_own):
+        try:
+            fail()
+        except ValueError as error:
+            faults.append(Fault("train", "bad", error))
+    for some in (faults[:1], faults):
+        with pytest.raises(ValueError, match="codec can't decode"):
+            write_hdf5({}, None, tmp_path / "out.h5", progress=False, faults=some)
