@@ -96,7 +96,7 @@ _AS_RELEASED = dict(
 RECIPES = {
     "causal-story": NamedRecipe("the paper: weighed history, context layer, adapters"),
     "ar-ldm": NamedRecipe(
-        "AR-LDM: all of the past alike, the whole U-Net trains; at full size, every weight",
+        "AR-LDM: all of the past alike, the whole U-Net trains",
         dict(policy="full", context_layers=0, method="full", learning_rate=3e-4),
         _AS_RELEASED | dict(parts=PARTS),
     ),
