@@ -38,10 +38,10 @@ def _true_conditioning(pipe, records, task, policy: HistoryPolicy):
 @torch.no_grad()
 def story_relevance(
     pipe: CausalStoryPipeline,  # of a policy that weighs
-    records: list,  # B StoryRecords of one length
+    records: list,  # B StoryRecords
     task: str = "visualization",
     batch_size: int = 50,  # stories at once
-) -> torch.Tensor:  # (B, V, F)
+) -> torch.Tensor:  # (B, V, F), of the longest story; shorter ones end in zeros
     """The relevance of every earlier frame, true history given, without drawing.
 
     Raises ValueError for a pipeline of a policy that does not weigh."""
@@ -52,8 +52,13 @@ def story_relevance(
     for start in range(0, len(records), batch_size):
         chosen = records[start : start + batch_size]
         _, conditioning = _true_conditioning(pipe, chosen, task, policy)
-        found.append(conditioning.relevance.cpu())
-    return torch.cat(found)
+        found += conditioning.relevance.cpu()
+    given = int(task == "continuation")
+    longest = max(len(record.frames) for record in records)
+    padded = torch.zeros(len(records), longest - given, longest)
+    for n, one, row in zip([len(record.frames) for record in records], found, padded):
+        row[: n - given, :n] = one[: n - given, :n]
+    return padded
 
 # %% ../nbs/library/effects.ipynb #eff00008
 @torch.no_grad()

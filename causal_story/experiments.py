@@ -234,7 +234,7 @@ def _judged(pipe, records, reader, views, progress):
         if view == "drawn":
             rows["stays"] = scarf_consistency(reader, drawn, truths)
     if pipe.history_policy.weighs and views:
-        visible = pipe.history_policy.mask(len(records[0].frames), "visualization")
+        visible = pipe.history_policy.mask(max(len(r.frames) for r in records), "visualization")
         rows["looks"] = look_hits(story_relevance(pipe, records), truths, visible=visible)
     return rows
 
@@ -431,11 +431,29 @@ def run_rows(
     ]
 
 
+_OF_ALL = ("stories", "world")  # what the runs of one comparison have in common
+_OF_AN_ARM = (*_OF_ALL, "settings", "config", "train_stories", "train_frames", "first", "start")
+
+
+def _check_alike(folder, records: list, names: tuple, of: str = ""):
+    "Raise ValueError if runs that are to be averaged or compared were not made alike."
+    for name in names:
+        known = [record[name] for record in records if name in record]  # older files lack some
+        if name in ("settings", "config") and known:
+            shared = set.intersection(*[set(one) for one in known]) - {"seed"}
+            known = [{key: one[key] for key in shared} for one in known]
+        if any(one != known[0] for one in known):
+            raise ValueError(
+                f"{folder} holds runs {of}with different {name}: keep them in folders of their own"
+            )
+
+
 def load_runs(
     folder,  # of `run_experiment`
 ) -> dict:  # arm -> its records, by seed
     """The finished runs of an experiment. Raises FileNotFoundError if there are none, ValueError
-    naming a file that cannot be read, or runs that were tuned on different bases."""
+    naming a file that cannot be read, or runs that were not made alike: on other bases or test
+    stories, or in one arm with other settings."""
     paths = sorted(Path(folder).glob("*-*.json"))
     if not paths:
         raise FileNotFoundError(
@@ -447,6 +465,9 @@ def load_runs(
         if not {"arm", "seed"} <= record.keys():
             raise ValueError(f"{path} is no run of an experiment: keep it in another folder")
         runs.setdefault(record["arm"], []).append(record)
+    for arm, records in runs.items():
+        _check_alike(folder, records, _OF_AN_ARM, f"of {arm} ")
+    _check_alike(folder, [record for records in runs.values() for record in records], _OF_ALL)
     bases = {record.get("base") for records in runs.values() for record in records}
     if len(bases) > 1:
         raise ValueError(
@@ -490,7 +511,7 @@ def run_again(
     pipe = CausalStoryPipeline.from_pretrained(model)
     pipe.set_progress_bar_config(disable=True)
     records = StoriesInMemory(make_stories(**stories), size=pipe.frame_size).records
-    n_frames = len(records[0].frames)
+    n_frames = max(len(record.frames) for record in records)
     if n_frames > pipe.story_context.config.n_times:
         pipe.story_context.grow(n_frames)
     asked = dict(stories=stories, settings=dict(policy=asdict(pipe.history_policy)))
@@ -586,6 +607,8 @@ def over_seeds(
     if len(values) < 2:
         raise ValueError("one seed has no interval over seeds: give at least two")
     mean = values.mean()
+    if np.ptp(values) == 0:
+        return (float(mean),) * 3
     low, high = stats.t.interval(0.95, len(values) - 1, mean, stats.sem(values))
     return float(mean), float(low), float(high)
 
@@ -644,7 +667,8 @@ def _moments(runs: list, by) -> np.ndarray:  # (seeds, stories, 5): sums of 1, x
 
 def _slope(moments: np.ndarray) -> float:  # (..., 5), summed up
     n, x, y, xx, xy = moments.reshape(-1, 5).sum(0)
-    return (n * xy - x * y) / (n * xx - x * x)
+    spread = n * xx - x * x
+    return (n * xy - x * y) / spread if spread else np.nan
 
 
 def seeds_and_stories_slope(
@@ -673,7 +697,7 @@ def seeds_and_stories_slope(
         slope(rng.integers(n_seeds, size=n_seeds), rng.integers(n_stories, size=n_stories))
         for _ in range(resamples)
     ]
-    low, high = np.quantile(drawn, (0.025, 0.975))
+    low, high = np.nanquantile(drawn, (0.025, 0.975))  # nan: one number of `by` in all its facts
     everyone, every_story = range(n_seeds), range(n_stories)
     return dict(
         mean=float(slope(everyone, every_story)),

@@ -60,13 +60,18 @@ def measure(
     notes: list,  # of all stories
 ) -> dict | None:
     """Value and n of one score; low and high where it is a mean over stories; `note` where a
-    distance had something to say. None if there is nothing to count.
+    distance had something to say. A story that lacks a note, one without labels say, does not
+    count. None if there is nothing to count.
     """
-    needed = [{need: story[need] for need in metric.needs} for story in notes]
+    needed = {
+        k: {need: story[need] for need in metric.needs}
+        for k, story in enumerate(notes)
+        if all(need in story for need in metric.needs)
+    }
     if metric.distance:
-        return measure_distance(metric, needed)
+        return measure_distance(metric, list(needed.values()))
     rows = []
-    for story, arguments in enumerate(needed):
+    for story, arguments in needed.items():
         rows += [dict(story=story, correct=value) for value in metric.function(**arguments)]
     if not rows:
         return None
@@ -98,11 +103,16 @@ def score(
     """
     judges = sorted({story["judge"] for story in notes})
     if len(judges) > 1:
-        raise ValueError(f"these stories were not judged alike: {'; '.join(judges)}")
+        numbers = [sum(story["judge"] == judge for story in notes) for judge in judges]
+        each = "; ".join(f"{n} by {judge}" for n, judge in zip(numbers, judges))
+        raise ValueError(
+            f"these stories were not judged alike ({each}): label the characters of all, or of none"
+        )
     lines = []
     for key, metric in METRICS.items():
         wanted = metrics is None or key in metrics
-        if not wanted or not all(need in notes[0] for need in metric.needs):
+        told = any(all(need in story for need in metric.needs) for story in notes)
+        if not wanted or not told:
             continue
         measured = measure(metric, notes)
         if measured is not None:
@@ -144,8 +154,8 @@ def kid(
     seed: int = 0,  # of the subsets
 ) -> float:  # around 0 for two samples of one world, so below 0 as well
     """Kernel Inception distance (Bińkowski et al. 2018, by torchmetrics): the mean over random
-    subsets of 1,000 frames. Our adaptation: with fewer frames, one set of all of them; and any
-    network's features, not only Inception's.
+    subsets of 1,000 frames. Our adaptation: with fewer frames, subsets as large as the smaller
+    set, one of all of them where both are equal; and any network's features, not only Inception's.
     """
     from torchmetrics.image.kid import KernelInceptionDistance
 
@@ -252,7 +262,8 @@ def reader_style(
     frames,  # what `frames_tensor` takes
 ) -> torch.Tensor:  # (N, S)
     "Gram matrices of the reader's first layer. Our stand-in for a style network."
-    answers = reader.trunk[:3](frames_tensor(frames).to(reader.device)).flatten(2)  # (N, c, h*w)
+    frames = reader.fitted(frames_tensor(frames).to(reader.device))
+    answers = reader.trunk[:3](frames).flatten(2)  # (N, c, h*w)
     grams = answers @ answers.mT / answers.shape[-1]  # (N, c, c)
     return grams.flatten(1).cpu()
 
@@ -650,7 +661,9 @@ class WorldJudge:
         readings = read_stories(self.reader, [drawn], truths, task)
         true_readings = read_stories(self.reader, [true], truths, task)
         seen = readings[0]["presence"]
-        maps = self.maps(record.frames[:given] + list(drawn))  # what the model had, in order
+        maps = self.maps(drawn)
+        if given:  # what the model had, in order; the given frame may have another size
+            maps = torch.cat([self.maps(record.frames[:given]), maps])
         true_maps = self.maps(true)
         figures = self.figures(maps[given:], seen)
         true_figures = self.figures(true_maps, true_readings[0]["presence"])
@@ -806,7 +819,8 @@ def inception_judges(
 
     def judge(protocol):
         def prepare(frames):
-            return in_range(protocol_frames(frames_tensor(frames), protocol), value_range)
+            each = [protocol_frames(frames_tensor([frame]), protocol) for frame in frames]
+            return in_range(torch.cat(each), value_range)  # frames may have several sizes
 
         vision = VisionNetwork(titles[protocol], network, prepare, device)
         return VisionJudge(vision, metrics=("frechet", "kid"))

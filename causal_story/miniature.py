@@ -31,7 +31,7 @@ from tqdm.auto import tqdm
 from transformers import BertTokenizer, CLIPTextModel, CLIPTokenizer
 
 from .captions import MENTIONED, describe
-from .cartoon import ATTRIBUTES, CHARACTERS, SETTINGS, random_scene, render
+from .cartoon import ATTRIBUTES, CHARACTERS, SETTINGS, held_out, random_scene, render
 from .data import CLIP_IMAGE_MEAN, CLIP_IMAGE_STD
 from causal_story.diffusion import (
     normalise_latents,
@@ -579,7 +579,17 @@ def altered(
     scene,  # Scene
     rng: random.Random,  # source of every choice
 ):  # Scene with exactly one fact changed
-    "The same scene but for the setting, or one fact of one character: a hard negative."
+    """The same scene but for the setting, or one fact of one character: a hard negative.
+
+    A combination that is kept for the test stories is not told either, unless `scene` has one."""
+    other = _altered(scene, rng)
+    while held_out(other) and not held_out(scene):
+        other = _altered(scene, rng)
+    return other
+
+
+def _altered(scene, rng):
+    "One fact changed, whichever."
     which = rng.choice(("setting", "name", *sorted(ATTRIBUTES)))
     if which == "setting":
         return replace(scene, setting=rng.choice([s for s in SETTINGS if s != scene.setting]))

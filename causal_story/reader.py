@@ -123,11 +123,15 @@ class FrameReader(ModelMixin, ConfigMixin):
             {name: nn.Linear(width, len(options)) for name, options in OPTIONS.items()}
         )
 
+    def fitted(self, frames):  # (N, 3, H, W) in [-1, 1]
+        "Frames of 64x64, which is what it reads: (N, 3, 64, 64)."
+        if frames.shape[-2:] == (64, 64):
+            return frames
+        return functional.interpolate(frames, (64, 64), mode="bilinear", antialias=True)
+
     def map(self, frames):  # (N, 3, H, W) in [-1, 1]
         "Feature map (N, width, 8, 8); frames of another size are brought to 64x64 first."
-        if frames.shape[-2:] != (64, 64):
-            frames = functional.interpolate(frames, (64, 64), mode="bilinear", antialias=True)
-        return self.trunk(frames)
+        return self.trunk(self.fitted(frames))
 
     def scores(self, feature_map):  # (N, width, 8, 8)
         "How much each place looks like each character, (N, 6, 64)."

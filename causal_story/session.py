@@ -1089,7 +1089,7 @@ def _write_story(session, folder, name, layout):
         picture.save(folder / path)
     entries = recipe(session)
     line = dict(id=name, split="train", frames=paths, captions=session.captions, recipe=entries)
-    text = json.dumps(line, ensure_ascii=False) + "\n"
+    text = json.dumps(line) + "\n"  # in ASCII: half an emoji can be written, too
     (folder / "stories.jsonl").write_text(text, encoding="utf-8")
     (folder / "recipe.json").write_text(json.dumps(entries, indent=1), encoding="utf-8")
     (folder / "story.png").write_bytes(story_page(session, layout))

@@ -431,7 +431,7 @@ def _check_first_heaps(
         return struct.unpack_from(kind, data, place)
 
     for match in re.finditer(b"GCOL", data):
-        with suppress(struct.error):  # at the end of what was read
+        with suppress(struct.error, OverflowError):  # beyond what was read, or no heap at all
             _walk_heap(read, match.start())
 
 # %% ../nbs/library/story_file.ipynb #177a53b2

@@ -526,6 +526,71 @@ def test_runs_on_different_bases_are_not_compared(tmp_path):
         load_runs(tmp_path)
 
 
+@pytest.mark.parametrize(
+    "name, change, said",
+    [
+        ("weighted-1", dict(config=dict(steps=9, seed=1)), "of weighted with different config"),
+        ("weighted-1", dict(settings=dict(width=8)), "of weighted with different settings"),
+        ("weighted-1", dict(first=dict(n_frames=5)), "of weighted with different first"),
+        ("weighted-1", dict(train_stories=3), "of weighted with different train_stories"),
+        ("full-0", dict(stories=dict(n=9)), "runs with different stories"),
+        ("full-0", dict(config=dict(steps=9, seed=0)), None),  # equal minutes, not equal steps
+        ("weighted-1", dict(config=dict(steps=1, seed=1, older=True)), None),
+    ],
+)
+def test_runs_that_were_not_made_alike_are_not_pooled(tmp_path, name, change, said):
+    for run in ("full-0", "weighted-0", "weighted-1"):
+        arm, seed = run.split("-")
+        record = dict(arm=arm, seed=int(seed), base="a", stories=dict(n=2), world="w", first=None)
+        record |= dict(
+            train_stories=2, settings=dict(width=4), config=dict(steps=1, seed=int(seed))
+        )
+        record |= change if run == name else {}
+        (tmp_path / f"{run}.json").write_text(json.dumps(record))
+    if said is None:
+        assert {arm: len(runs) for arm, runs in load_runs(tmp_path).items()} == dict(
+            full=1, weighted=2
+        )
+    else:
+        with pytest.raises(ValueError, match=said):
+            load_runs(tmp_path)
+
+
+def test_intervals_of_little_are_numbers():
+    assert experiments.over_seeds([0.5, 0.5, 0.5]) == (0.5, 0.5, 0.5)
+    rows = [dict(story=k, frame=k + 1, sources=[0], correct=k == 1, name=None) for k in range(3)]
+    for row in rows:
+        row |= dict(attribute="setting")
+    found = experiments.seeds_and_stories_slope([rows])
+    assert found["low"] <= found["mean"] <= found["high"]
+
+
+def test_a_model_is_judged_on_stories_of_several_lengths(root, tmp_path, monkeypatch):
+    shown = []
+
+    def true_ones(pipe, records, *_, **__):
+        shown.append([len(record.frames) for record in records])
+        return [record.frames for record in records]
+
+    monkeypatch.setattr(experiments, "draw_stories", true_ones)
+    stories = dict(n=12, split="test", seed=1, n_frames=(3, 11))
+    thorough = results(root) / "6000_steps" / "weighted-0"  # its table has nine rows
+    record = experiments.run_again(thorough, tmp_path / "a.json", stories, progress=False)
+    assert min(shown[0]) == 3 and max(shown[0]) == 11
+    rows = run_rows(record, "looks")
+    assert len(rows) == len(record["correct"]["looks"]) and max(r["frame"] for r in rows) == 10
+    assert all(row["correct"] for row in run_rows(record, "true") if row["stated"])
+
+
+def test_relevance_of_several_lengths_is_that_of_each(pipe):
+    records = StoriesInMemory(make_stories(6, "val", seed=2, n_frames=(3, 6))).records
+    together = story_relevance(pipe, records, batch_size=2)
+    for record, found in zip(records, together):
+        n = len(record.frames)
+        assert_close(found[:n, :n], story_relevance(pipe, [record])[0], atol=1e-5, rtol=1e-4)
+        assert not found[n:].any() and not found[:, n:].any()
+
+
 def test_cost_is_measured_in_a_process_of_its_own():
     cost = tuning_cost("only-adapters-and-layer", stories=2, batch_size=1, steps=3)
     assert set(cost["trained"]) == {"adapters", "story_context"} and cost["seconds_a_step"] > 0

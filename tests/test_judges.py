@@ -647,6 +647,37 @@ def test_a_truth_of_another_world_is_none_to_the_reader(name, reader):
     assert [line["value"] for line in lines] == [line["value"] for line in expected]
 
 
+def test_frames_of_another_size_are_judged_alike(reader):
+    "Stories that are stored larger than a model draws, and one's own pictures as they are."
+    large = [frame.resize((128, 128)) for frame in RECORDS[1].frames]
+    record = replace(RECORDS[1], frames=large)
+    small = [frame.resize((64, 64)) for frame in large]
+    for task, drawn in (("continuation", small[1:]), ("visualization", small)):
+        lines = {
+            line["metric"]: line for line in score([WorldJudge(reader).look(record, drawn, task)])
+        }
+        assert lines["true style"]["value"] > 0.999
+    mixed = [frame.resize((40 + 8 * k,) * 2) for k, frame in enumerate(large)]
+    for judge in inception_judges(lambda pictures: pictures.mean((2, 3))):
+        assert len(judge.look(replace(record, frames=mixed), mixed)["real"]) == len(mixed)
+
+
+@pytest.mark.parametrize("first", [True, False])
+def test_a_story_without_labels_counts_where_none_are_needed(first):
+    judge = VisionJudge(VISION, lone_characters)
+    n = len(RECORDS[0].frames)
+    told = labelled(RECORDS[0], [[1, 0]] * n)
+    records = [told, replace(told, labels=None)][:: 1 if first else -1]
+    notes = [judge.look(record, record.frames) for record in records]
+    lines = {line["metric"]: line for line in score(notes)}
+    [alone] = score([judge.look(told, told.frames)], ["reference"])
+    assert lines["reference"]["value"] == alone["value"] and lines["reference"]["n"] == alone["n"]
+    classifier = ClassifierJudge(lambda x: x.mean((2, 3))[:, :2] - 0.5, 16, characters=NAMES)
+    notes = [classifier.look(record, record.frames) for record in records]
+    with pytest.raises(ValueError, match="1 by your classifier, against the labels; .*of all, or"):
+        score(notes)
+
+
 def test_in_continuation_the_given_frame_can_be_copied(reader):
     record = RECORDS[1]
     drawn = [record.frames[0]] * (len(record.frames) - 1)

@@ -30,6 +30,7 @@ from causal_story.data import StoryRecord
 from causal_story.drawing import draw_stories
 from causal_story.effects import attention_mass
 from causal_story.pipeline import story_generator
+from causal_story.raw import convert_folder
 from causal_story.session import (
     EXAMPLES,
     RECIPE_KINDS,
@@ -414,6 +415,14 @@ def edited(pipe):
     story.set_link(2, 0, False)
     story.draw()
     return story
+
+
+def test_half_an_emoji_is_kept(pipe, tmp_path):
+    story = StorySession(pipe, [*CAPTIONS[:1], "He jumps. \ud83d"], num_inference_steps=1)
+    story.draw()
+    folder = save_story(story, tmp_path / "kept")
+    assert from_recipe(pipe, read_recipe(folder)).captions == story.captions
+    convert_folder(folder, tmp_path / "kept.h5", progress=False)
 
 
 def test_a_recipe_survives_every_file(pipe, edited, tmp_path):

@@ -210,6 +210,15 @@ def test_every_public_name_is_in_the_reference():
         assert not missing, f"{path.name}: not on the reference's page"
 
 
+def test_a_folder_of_somebody_else_is_left_alone(tmp_path):
+    (tmp_path / "html").mkdir()
+    (tmp_path / "html" / "mine.html").write_text("mine")
+    command = [sys.executable, str(SITE / "build.py"), str(tmp_path)]
+    told = subprocess.run(command, capture_output=True, text=True)
+    assert told.returncode == 1 and "holds what is not of this site" in told.stderr
+    assert [path.name for path in tmp_path.rglob("*")] == ["html", "mine.html"]
+
+
 # ---------------------------------------------------------------- the built site
 
 

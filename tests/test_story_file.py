@@ -312,6 +312,13 @@ def test_captions_that_are_not_text(tmp_path):
     assert_nothing_left(tmp_path)
 
 
+def test_what_only_looks_like_a_heap_is_no_damage(tmp_path):
+    blob = b"GCOL" + bytes([1, 0, 0, 0]) + b"\xff" * 40
+    with h5py.File(tmp_path / "a.h5", "w") as file:
+        file["train/0"] = np.frombuffer(blob * 3, np.uint8)
+    story_file.open_stories(tmp_path / "a.h5").close()
+
+
 @pytest.mark.parametrize("first", [0, story_file.FIRST_BYTES])
 def test_a_hole_in_a_heap_is_an_error_and_no_endless_loop(first, version1, monkeypatch):
     "HDF5 follows a size of zero for ever; it is found on opening, or before a story is read."

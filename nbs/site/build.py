@@ -87,6 +87,17 @@ def git_url() -> str:
     return f"{settings['git_url']}/blob/{settings['branch']}" if settings["git_url"] else ""
 
 
+def claim(
+    folder: Path,  # parts of it are deleted and made anew
+):
+    "Mark a folder as the site's. Ends the program for one that holds anything else."
+    mark = folder / ".causal-story-site"
+    if folder.exists() and any(folder.iterdir()) and not mark.exists():
+        sys.exit(f"{folder} holds what is not of this site: delete it, or name another folder")
+    folder.mkdir(parents=True, exist_ok=True)
+    mark.touch()
+
+
 def main(
     arguments: list[str],
 ) -> int:  # exit status
@@ -94,6 +105,7 @@ def main(
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("folder", nargs="?", type=Path, default=ROOT / "_docs")
     folder = parser.parse_args(arguments).folder.resolve()
+    claim(folder)
     start = time.perf_counter()
     write_sources(folder / "sources")
     from sphinx.cmd.build import main as sphinx_build
