@@ -29,7 +29,7 @@ from scipy import stats
 
 from .causal_mask import HistoryPolicy
 from .data import StoriesInMemory
-from .drawing import draw_stories
+from .drawing import draw_stories, what_draws
 from .effects import look_hits, story_relevance
 from .metrics import paired_difference, summarise
 from .model import trained_by_part
@@ -431,7 +431,7 @@ def run_rows(
     ]
 
 
-_OF_ALL = ("stories", "world")  # what the runs of one comparison have in common
+_OF_ALL = ("base", "stories", "world")  # what the runs of one comparison have in common
 _OF_AN_ARM = (*_OF_ALL, "settings", "config", "train_stories", "train_frames", "first", "start")
 
 
@@ -468,12 +468,6 @@ def load_runs(
     for arm, records in runs.items():
         _check_alike(folder, records, _OF_AN_ARM, f"of {arm} ")
     _check_alike(folder, [record for records in runs.values() for record in records], _OF_ALL)
-    bases = {record.get("base") for records in runs.values() for record in records}
-    if len(bases) > 1:
-        raise ValueError(
-            f"{folder} holds runs on {len(bases)} different bases; "
-            "keep them in folders of their own"
-        )
     return {arm: sorted(records, key=lambda r: r["seed"]) for arm, records in runs.items()}
 
 # %% ../nbs/library/experiments.ipynb #exp0002b
@@ -520,16 +514,13 @@ def run_again(
     return keep_verdicts(path, asked, lambda: _judged(pipe, records, reader, views, progress))
 
 
+_DRAWN_BY = ("weights", "scheduler", "num_inference_steps", "guidance_scale", "guidance_interval")
+
+
 def drawn_by(pipe: CausalStoryPipeline) -> dict:
-    "What decides how a pipeline draws: weights, solver, steps, guidance."
-    config = pipe.config
-    return dict(
-        weights=fingerprint(pipe.model),
-        scheduler=type(pipe.scheduler).__name__,
-        num_inference_steps=config.num_inference_steps,
-        guidance_scale=config.guidance_scale,
-        guidance_interval=list(config.guidance_interval),
-    )
+    "What decides how a pipeline draws, as far as files of verdicts hold it; see `what_draws`."
+    found = what_draws(pipe)
+    return {name: found[name] for name in _DRAWN_BY}
 
 # %% ../nbs/library/experiments.ipynb #exp00016
 def _verdicts(runs: list) -> np.ndarray:  # (seeds, facts)
